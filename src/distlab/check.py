@@ -1,0 +1,128 @@
+"""Named checks: a script proves its own claim, and says with which value and tolerance."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class Check:
+    """One claim, whether it holds, and the value that decided it."""
+
+    name: str
+    ok: bool
+    detail: str
+
+    def __str__(self) -> str:
+        return f"check: {self.name} … {'ok' if self.ok else 'FAILED'} ({self.detail})"
+
+    def as_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def close(
+    name: str, actual: Any, expected: Any, tolerance: float, relative: bool = False
+) -> Check:
+    """`actual` equals `expected` to `tolerance`: numbers, arrays, tensors, or (nested) lists and dicts of them.
+
+    With `relative` each difference is divided by the largest magnitude in its expected array.
+    Differing shapes, names or counts fail; so does a NaN on either side.
+    """
+    if (mismatch := _structure_mismatch(actual, expected)) is not None:
+        return Check(name, False, mismatch)
+    differences = {
+        path: _difference(got, want, relative) for path, got, want in _pairs(actual, expected)
+    }
+    where = max(differences, key=lambda path: np.nan_to_num(differences[path], nan=np.inf))
+    worst = differences[where]
+    kind = "max relative diff" if relative else "max diff"
+    ok = worst <= tolerance  # False for NaN
+    place = f" at {where}" if where and not ok else ""
+    return Check(name, ok, f"{kind} {worst:.1e}{place}, tolerance {tolerance:.0e}")
+
+
+def _difference(got: np.ndarray, want: np.ndarray, relative: bool) -> float:
+    """The largest absolute difference, in units of the largest expected magnitude if `relative`."""
+    if not want.size:
+        return 0.0
+    got, want = got.astype(np.float64), want.astype(np.float64)
+    scale = max(float(np.max(np.abs(want))), np.finfo(np.float64).tiny) if relative else 1.0
+    return float(np.max(np.abs(got - want))) / scale
+
+
+def equal(name: str, actual: Any, expected: Any) -> Check:
+    """`actual == expected`, exactly; arrays and tensors bit for bit."""
+    if (mismatch := _structure_mismatch(actual, expected)) is not None:
+        return Check(name, False, mismatch)
+    if isinstance(expected, str | bytes | bool | int) or expected is None:
+        same, shown = actual == expected, f"{actual!r}"
+        return Check(name, same, shown if same else f"{actual!r}, expected {expected!r}")
+    pairs = list(_pairs(actual, expected))
+    wrong = [path or "value" for path, got, want in pairs if not np.array_equal(got, want)]
+    count = sum(got.size for _, got, _ in pairs)
+    detail = f"{count:,} values identical" if not wrong else f"differs: {', '.join(wrong[:3])}"
+    return Check(name, not wrong, detail)
+
+
+def below(name: str, value: float, limit: float, unit: str = "") -> Check:
+    """`value <= limit`."""
+    suffix = f" {unit}" if unit else ""
+    return Check(name, bool(value <= limit), f"{value:.4g}{suffix}, limit {limit:.4g}{suffix}")
+
+
+def above(name: str, value: float, limit: float, unit: str = "") -> Check:
+    """`value >= limit`."""
+    suffix = f" {unit}" if unit else ""
+    return Check(
+        name, bool(value >= limit), f"{value:.4g}{suffix}, at least {limit:.4g}{suffix} wanted"
+    )
+
+
+def true(name: str, ok: bool, detail: str) -> Check:
+    """`ok`, with the evidence in words."""
+    return Check(name, bool(ok), detail)
+
+
+def _structure_mismatch(actual: Any, expected: Any, path: str = "") -> str | None:
+    """The first place where the two are not of the same form, in words; None where there is none."""
+    here = path or "value"
+    if isinstance(expected, Mapping):
+        if not isinstance(actual, Mapping) or actual.keys() != expected.keys():
+            return f"{here} has other names than expected"
+        children = [(str(key), actual[key], expected[key]) for key in expected]
+    elif isinstance(expected, Sequence) and not isinstance(expected, str | bytes):
+        if not isinstance(actual, Sequence) or len(actual) != len(expected):
+            return f"{here} has another length than the {len(expected)} expected"
+        children = [(f"[{i}]", a, e) for i, (a, e) in enumerate(zip(actual, expected, strict=True))]
+    else:
+        got, want = getattr(actual, "shape", ()), getattr(expected, "shape", ())
+        if tuple(got) != tuple(want):
+            return f"{here} has shape {tuple(got)}, expected {tuple(want)}"
+        return None
+    for name, a, e in children:
+        if (mismatch := _structure_mismatch(a, e, f"{path}.{name}".strip("."))) is not None:
+            return mismatch
+    return None
+
+
+def _pairs(actual: Any, expected: Any, path: str = "") -> list[tuple[str, np.ndarray, np.ndarray]]:
+    """Every leaf of the two equally formed values, as float64 (or unchanged integer) arrays."""
+    if isinstance(expected, Mapping):
+        children = [(str(key), actual[key], expected[key]) for key in expected]
+    elif isinstance(expected, Sequence) and not isinstance(expected, str | bytes):
+        children = [(f"[{i}]", a, e) for i, (a, e) in enumerate(zip(actual, expected, strict=True))]
+    else:
+        return [(path, _as_array(actual), _as_array(expected))]
+    return [
+        leaf for name, a, e in children for leaf in _pairs(a, e, f"{path}.{name}".strip("."))
+    ]
+
+
+def _as_array(value: Any) -> np.ndarray:
+    if hasattr(value, "detach"):  # a torch tensor; torch itself is not imported for NumPy scripts
+        value = value.detach().cpu()
+        value = value.double().numpy() if value.is_floating_point() else value.numpy()
+    array = np.asarray(value)
+    return array.astype(np.float64) if array.dtype.kind == "f" else array

@@ -1,0 +1,90 @@
+"""Numbers, quantities and tables as people read them: on the terminal and in main.md."""
+
+from collections.abc import Sequence
+from io import StringIO
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+WIDTH = 160  # a table is never folded: a reader can scroll, a folded number cannot be read
+_UP = ["", "K", "M", "G", "T", "P", "E"]
+_SCALED_UNITS = ("B", "B/s", "FLOP", "FLOP/s", "params", "bit/s")
+
+
+def quantity(value: float | None, unit: str = "") -> str:
+    """`value` with its unit, scaled where that is usual: 1.5 GB, 12.3 ms, 286 GFLOP/s, 4,312 tok/s.
+
+    The prefixes are decimal (1 GB = 1e9 bytes), as in data sheets.
+    """
+    if value is None:
+        return "unknown"
+    if unit == "s":
+        return _seconds(value)
+    if unit in _SCALED_UNITS:
+        step = 0
+        scaled = float(value)
+        while abs(scaled) >= 999.5 and step < len(_UP) - 1:
+            scaled, step = scaled / 1000, step + 1
+        return f"{number(scaled)} {_UP[step]}{unit}"
+    if unit == "%":
+        return f"{value:.1f} %"
+    return f"{number(value)} {unit}".rstrip()
+
+
+def _seconds(value: float) -> str:
+    size = abs(value)
+    if size == 0 or size >= 1:
+        if size < 300:
+            return f"{number(value)} s"
+        hours = value / 3600
+        return f"{value / 60:.1f} min" if size < 3600 else f"{hours:,.1f} h"
+    for unit, scale in (("ms", 1e3), ("µs", 1e6)):
+        if size * scale >= 1:
+            return f"{number(value * scale)} {unit}"
+    return f"{number(value * 1e9)} ns"
+
+
+def number(value: Any) -> str:
+    """A number in at most four significant digits, or with separators when it is a large integer."""
+    if value is None:
+        return "—"
+    if isinstance(value, bool | str):
+        return str(value)
+    if hasattr(value, "item"):
+        value = value.item()
+    if isinstance(value, int):
+        return f"{value:,}"
+    size = abs(value)
+    if size == 0:
+        return "0"
+    if size != size or size == float("inf"):
+        return str(value)
+    if size < 1e-3 or size >= 1e9:
+        return f"{value:.2e}"
+    if size >= 1000:
+        return f"{value:,.0f}"
+    return f"{value:.{3 if size < 1 else 2 if size < 10 else 1 if size < 100 else 0}f}"
+
+
+def text_table(columns: Sequence[str], rows: Sequence[Sequence[Any]], caption: str = "") -> str:
+    """A table for the terminal: numbers to the right, words to the left."""
+    table = Table(box=box.SIMPLE_HEAD, title=caption or None, title_justify="left", pad_edge=False)
+    for index, column in enumerate(columns):
+        numeric = rows and not isinstance(rows[0][index], str)
+        table.add_column(column, justify="right" if numeric else "left", no_wrap=True)
+    for row in rows:
+        table.add_row(*(number(cell) for cell in row))
+    buffer = StringIO()
+    Console(file=buffer, width=WIDTH, color_system=None).print(table, markup=False)
+    lines = (line.rstrip() for line in buffer.getvalue().splitlines())
+    return "\n".join(line for line in lines if line)
+
+
+def markdown_table(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+    """The same table in Markdown, for main.md."""
+    numeric = [bool(rows) and not isinstance(rows[0][i], str) for i in range(len(columns))]
+    lines = [list(columns), ["--:" if right else "---" for right in numeric]]
+    lines += [[number(cell).replace("|", "\\|") for cell in row] for row in rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)

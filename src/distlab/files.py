@@ -1,0 +1,69 @@
+"""Where files go, and how they are written so that no partial file is ever seen in a final place."""
+
+import errno
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from distlab.errors import RunError, UsageError
+
+
+@contextmanager
+def atomic_write(path: str | Path) -> Iterator[Path]:
+    """Give a temporary path beside `path`; fsync and rename it to `path` when the block succeeds.
+
+    Raises `RunError` with one line when the disk is full; the temporary file is removed then,
+    and after any other exception.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=path.suffix, dir=path.parent)
+    os.close(handle)
+    temporary = Path(name)
+    try:
+        yield temporary
+        with temporary.open("rb") as written:
+            os.fsync(written.fileno())
+        temporary.chmod(0o666 & ~_umask())  # mkstemp makes it private; a result is for everybody
+        os.replace(temporary, path)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise RunError(
+                f"the disk is full while writing {path}; free some space and run again"
+            ) from error
+        raise
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Write `text` to `path` atomically."""
+    with atomic_write(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def cache_dir() -> Path:
+    """Where tokenizers and token shards are kept between runs: $DISTLAB_CACHE, or the user's cache."""
+    if chosen := os.environ.get("DISTLAB_CACHE"):
+        return Path(chosen)
+    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "distlab"
+
+
+def repo_root() -> Path:
+    """The checkout that holds the chapters: where this package lives, or a parent of the working directory.
+
+    Raises `UsageError` when neither holds them (the package was installed without its checkout).
+    """
+    for start in (Path(__file__).resolve(), Path.cwd() / "here"):
+        for folder in start.parents:
+            if (folder / "chapter01-introduction").is_dir():
+                return folder
+    raise UsageError("the book's checkout is not here; change into it and run again")

@@ -1,0 +1,146 @@
+"""Measure a thing properly: warm up, repeat, give the median and its spread, never a single shot."""
+
+import os
+import threading
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Self
+
+import numpy as np
+import psutil
+import torch
+
+from distlab.display import quantity
+
+
+@dataclass(frozen=True)
+class Timing:
+    """The samples of one measured thing, in seconds."""
+
+    samples: tuple[float, ...]
+
+    @property
+    def median(self) -> float:
+        return float(np.median(self.samples))
+
+    @property
+    def q1(self) -> float:
+        return float(np.percentile(self.samples, 25))
+
+    @property
+    def q3(self) -> float:
+        return float(np.percentile(self.samples, 75))
+
+    def __str__(self) -> str:
+        spread = f"{quantity(self.q1, 's')} to {quantity(self.q3, 's')}"
+        return f"{quantity(self.median, 's')} (quartiles {spread}, n={len(self.samples)})"
+
+
+def measure(
+    function: Callable[[], object],
+    warmup: int = 3,
+    repeats: int = 10,
+    device: torch.device | str | None = None,
+) -> Timing:
+    """Call `function` `warmup` times unmeasured, then `repeats` times, each timed.
+
+    On a CUDA `device` each call is timed by CUDA events, so queueing ahead is not mistaken for
+    speed. Raises `ValueError` for fewer than three repeats: a median of two is no median.
+    """
+    return compare({"it": function}, warmup, repeats, device)["it"]
+
+
+def compare(
+    functions: Mapping[str, Callable[[], object]],
+    warmup: int = 3,
+    repeats: int = 10,
+    device: torch.device | str | None = None,
+) -> dict[str, Timing]:
+    """Time several functions side by side, in turns (A B C, A B C …).
+
+    A machine's speed drifts; what is timed in turns drifts together, so the ratio of two medians
+    holds where the medians themselves do not.
+    """
+    if repeats < 3:
+        raise ValueError(f"{repeats} repeats give no median; use at least 3")
+    timer = _cuda_timer if torch.device(device or "cpu").type == "cuda" else _wall_timer
+    for function in functions.values():
+        for _ in range(warmup):
+            function()
+    samples: dict[str, list[float]] = {name: [] for name in functions}
+    for _ in range(repeats):
+        for name, function in functions.items():
+            samples[name].append(timer(function))
+    return {name: Timing(tuple(values)) for name, values in samples.items()}
+
+
+def _wall_timer(function: Callable[[], object]) -> float:
+    started = time.perf_counter()
+    function()
+    return time.perf_counter() - started
+
+
+def _cuda_timer(function: Callable[[], object]) -> float:
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    torch.cuda.synchronize()
+    start.record()
+    function()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) / 1000
+
+
+def tensor_bytes(tensors: Iterable[torch.Tensor]) -> int:
+    """Bytes of the storages behind `tensors`, each storage counted once, however many views it has."""
+    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
+    storages.pop(0, None)
+    return sum(storages.values())
+
+
+class PeakMemory:
+    """Peak memory inside a `with` block, in bytes, above what was in use before it.
+
+    On CUDA it is the allocator's peak, exact. On a CPU it is the process's resident set, sampled
+    every millisecond by a thread: pages the allocator keeps for later count, so it is an upper
+    bound that depends on what ran before.
+    """
+
+    def __init__(self, device: torch.device | str = "cpu") -> None:
+        self.device = torch.device(device)
+        self.bytes = 0
+
+    def __enter__(self) -> Self:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+            torch.cuda.reset_peak_memory_stats(self.device)
+            self._before = torch.cuda.memory_allocated(self.device)
+            return self
+        self._process = psutil.Process(os.getpid())
+        self._before = self._peak = self._process.memory_info().rss
+        self._done = threading.Event()
+        self._sampler = threading.Thread(target=self._sample, daemon=True)
+        self._sampler.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if self.device.type == "cuda":
+            self.bytes = torch.cuda.max_memory_allocated(self.device) - self._before
+            return
+        self._done.set()
+        self._sampler.join()
+        self._sample_once()
+        self.bytes = self._peak - self._before
+
+    def _sample(self) -> None:
+        while not self._done.wait(0.001):
+            self._sample_once()
+
+    def _sample_once(self) -> None:
+        self._peak = max(self._peak, self._process.memory_info().rss)

@@ -1,0 +1,233 @@
+"""One run of a script: it prints what it measures and checks, and keeps the same as a record."""
+
+import argparse
+import os
+import sys
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self, TypeVar
+
+from distlab import check, record
+from distlab.display import quantity, text_table
+
+Item = TypeVar("Item")
+
+
+class Run:
+    """Collects metrics, comparisons, checks, tables and figures; writes the record at the end.
+
+    In a job of several ranks every rank makes the same calls: rank 0 prints and records, and a
+    check that fails on another rank is printed by that rank and fails its process. The record goes
+    to --json, and into $LAB_RECORD_DIR where `lab run` and the tests set it.
+    """
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        self.args = args
+        self.rank = int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", 0)))
+        self.is_main = self.rank == 0
+        self.checks: list[check.Check] = []
+        self.metrics: dict[str, dict[str, Any]] = {}
+        self.comparisons: dict[str, dict[str, Any]] = {}
+        self.tables: dict[str, dict[str, Any]] = {}
+        self.figures: dict[str, dict[str, Any]] = {}
+        self.extras: dict[str, Any] = {}
+
+    def __enter__(self) -> Self:
+        from distlab.hardware import machine, machine_line
+
+        self.started = time.perf_counter()
+        if self.is_main:
+            _refuse_unwritable(self.args.json)
+        self.print(f"machine: {machine_line(machine())}")
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if kind is not None or not self.is_main:
+            return
+        made = self.as_record()
+        if self.args.json:
+            record.save(made, self.args.json)
+        if folder := os.environ.get("LAB_RECORD_DIR"):
+            record.save(made, _unused_name(Path(folder), Path(sys.argv[0]).stem))
+        if self.args.figures:
+            from distlab.figure import draw_all
+
+            for path in draw_all(made, Path(self.args.figures)):
+                self.print(f"figure: {path}")
+
+    @property
+    def status(self) -> int:
+        """The script's exit status: 0 when every check holds, else 1."""
+        return 0 if all(item.ok for item in self.checks) else 1
+
+    def as_record(self) -> dict[str, Any]:
+        """The record so far, in JSON's types."""
+        return {
+            **record.describe_run(self.args.preset),
+            "arguments": {k: v for k, v in vars(self.args).items() if k not in ("json", "figures")},
+            "seconds": round(time.perf_counter() - self.started, 3),
+            "metrics": self.metrics,
+            "comparisons": self.comparisons,
+            "checks": [item.as_json() for item in self.checks],
+            "tables": self.tables,
+            "figures": self.figures,
+            **self.extras,
+        }
+
+    def print(self, text: str = "") -> None:
+        """Print on rank 0."""
+        if self.is_main:
+            print(text, flush=True)
+
+    def metric(self, name: str, value: float | None, unit: str = "", note: str = "") -> None:
+        """Record and print one measured number; None is shown as unknown. `s` and `B` are scaled."""
+        self.metrics[name] = {"value": value, "unit": unit}
+        shown = f"{name.replace('_', ' ')}: {quantity(value, unit)}"
+        self.print(f"{shown} ({note})" if note else shown)
+
+    def compare(self, name: str, predicted: float, measured: float, unit: str = "") -> None:
+        """Record and print a prediction, its measurement and the prediction's error, side by side."""
+        error = (predicted - measured) / measured if measured else float("nan")
+        self.comparisons[name] = {
+            "predicted": predicted,
+            "measured": measured,
+            "unit": unit,
+            "error": error,
+        }
+        self.print(
+            f"{name}: predicted {quantity(predicted, unit)}, "
+            f"measured {quantity(measured, unit)}, error {100 * error:+.1f} %"
+        )
+
+    def table(
+        self, name: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], caption: str = ""
+    ) -> None:
+        """Record and print a table. `rows` hold strings and numbers, one entry a column."""
+        self.tables[name] = {
+            "columns": list(columns),
+            "rows": [list(row) for row in rows],
+            "caption": caption,
+        }
+        self.print(text_table(columns, rows, caption))
+
+    def figure(
+        self,
+        name: str,
+        *,
+        kind: str,
+        title: str,
+        x_label: str,
+        y_label: str,
+        series: Sequence[dict[str, Any]],
+        log_x: bool = False,
+        log_y: bool = False,
+        lines: Sequence[dict[str, Any]] = (),
+    ) -> None:
+        """Record a figure as data, so that it can be drawn again from the record alone.
+
+        `kind` is line, scatter, bar or area (stacked); each series is `{"label", "x", "y"}`;
+        `lines` are `{"label", "y"}` or `{"label", "x"}` for marks across the whole figure.
+        """
+        self.figures[name] = {
+            "kind": kind,
+            "title": title,
+            "x_label": x_label,
+            "y_label": y_label,
+            "series": list(series),
+            "log_x": log_x,
+            "log_y": log_y,
+            "lines": list(lines),
+        }
+
+    def extra(self, **keys: Any) -> None:
+        """Put further keys at the top level of the record."""
+        self.extras.update(keys)
+
+    def check_close(
+        self, name: str, actual: Any, expected: Any, tolerance: float, relative: bool = False
+    ) -> bool:
+        """See `distlab.check.close`."""
+        return self._checked(check.close(name, actual, expected, tolerance, relative))
+
+    def check_equal(self, name: str, actual: Any, expected: Any) -> bool:
+        """See `distlab.check.equal`."""
+        return self._checked(check.equal(name, actual, expected))
+
+    def check_below(self, name: str, value: float, limit: float, unit: str = "") -> bool:
+        """See `distlab.check.below`."""
+        return self._checked(check.below(name, value, limit, unit))
+
+    def check_above(self, name: str, value: float, limit: float, unit: str = "") -> bool:
+        """See `distlab.check.above`."""
+        return self._checked(check.above(name, value, limit, unit))
+
+    def check_true(self, name: str, ok: bool, detail: str) -> bool:
+        """See `distlab.check.true`."""
+        return self._checked(check.true(name, ok, detail))
+
+    def _checked(self, item: check.Check) -> bool:
+        self.checks.append(item)
+        if self.is_main:
+            self.print(str(item))
+        elif not item.ok:
+            print(f"[rank {self.rank}] {item}", flush=True)
+        return item.ok
+
+    def progress(
+        self, items: Iterable[Item], label: str, total: int | None = None
+    ) -> Iterator[Item]:
+        """Iterate, showing how far it is on stderr: a bar on a terminal, else a line every 10 s."""
+        if total is None:
+            total = len(items) if hasattr(items, "__len__") else None
+        if not self.is_main:
+            yield from items
+        elif sys.stderr.isatty():
+            from rich.console import Console
+            from rich.progress import track
+
+            yield from track(
+                items, label, total, console=Console(stderr=True), transient=True
+            )
+        else:
+            yield from _plain_progress(items, label, total)
+
+
+def _plain_progress(items: Iterable[Item], label: str, total: int | None) -> Iterator[Item]:
+    last = time.monotonic()
+    for done, item in enumerate(items):
+        if time.monotonic() - last >= 10:
+            last = time.monotonic()
+            print(f"{label}: {done}{f'/{total}' if total else ''}", file=sys.stderr, flush=True)
+        yield item
+
+
+def _refuse_unwritable(path: str | None) -> None:
+    """Find out before a long run, not after it, that its record could not be written."""
+    from distlab.errors import UsageError
+
+    if path is None:
+        return
+    if Path(path).is_dir():
+        raise UsageError(f"--json {path} is a folder; name a file")
+    try:
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"--json {path} cannot be written: {error.strerror}") from error
+    if not os.access(Path(path).parent, os.W_OK):
+        raise UsageError(f"--json {path} cannot be written: {Path(path).parent} is read-only")
+
+
+def _unused_name(folder: Path, stem: str) -> Path:
+    """`stem.json`, or `stem-2.json` and so on when a block runs the same script again."""
+    path, count = folder / f"{stem}.json", 1
+    while path.exists():
+        count += 1
+        path = folder / f"{stem}-{count}.json"
+    return path

@@ -1,0 +1,194 @@
+"""A chapter script's contract: its flags and presets, its exit status, and what its run records.
+
+    def main(argv=None) -> int:
+        args = parse_args(argv)
+        with script.run(args) as run:
+            run.metric("tokens_per_second", 4312.0, "tok/s")
+            run.check_close("K workers equal one machine", actual, expected, tolerance=1e-12)
+        return run.status
+
+Exit status: 0 when all checks hold, 1 when one fails, 2 for a bad argument, 77 when this machine
+cannot run the script, 130 after Ctrl-C.
+"""
+
+import argparse
+import errno
+import os
+import re
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NoReturn
+
+from distlab.errors import RunError, Skipped, UsageError
+from distlab.run import Run
+
+__all__ = ["Parser", "Run", "RunError", "Skipped", "UsageError", "exit", "run", "status_of"]
+
+CHECK_FAILED, BAD_ARGUMENT, SKIPPED, INTERRUPTED = 1, 2, 77, 130
+PRESET_NAMES = ("smoke", "laptop", "gpu")
+
+
+class OneLineParser(argparse.ArgumentParser):
+    """An argument parser whose errors are one line, with status 2."""
+
+    def error(self, message: str) -> NoReturn:
+        print(f"error: {message}", file=sys.stderr)
+        raise SystemExit(BAD_ARGUMENT)
+
+
+class Parser(OneLineParser):
+    """An argument parser whose defaults come from a preset, and whose errors are one line.
+
+    `presets` maps smoke, laptop and gpu to the values of the flags named in them. The preset is
+    --preset, else $LAB_PRESET, else gpu where there is a CUDA device, else laptop.
+    """
+
+    def __init__(self, doc: str | None, presets: Mapping[str, Mapping[str, Any]]) -> None:
+        super().__init__(
+            description=doc,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,
+        )
+        self.presets = presets
+        _add_common_flags(self, default=None)
+
+    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """Parse, filling in the preset's values; `args.preset` is always set afterwards."""
+        preset = self._chosen_preset(sys.argv[1:] if args is None else args)
+        known = {action.dest for action in self._all_actions()}
+        if unknown := self.presets[preset].keys() - known:
+            raise ValueError(f"the preset {preset} sets flags that do not exist: {unknown}")
+        for parser in self._all_parsers():
+            own = {action.dest for action in parser._actions}
+            parser.set_defaults(**{k: v for k, v in self.presets[preset].items() if k in own})
+        parsed = super().parse_args(args, namespace)
+        parsed.preset = preset
+        return parsed
+
+    def add_subparsers(self, **options: Any) -> Any:
+        """As argparse's; the flags of every script may stand after the subcommand too."""
+        subparsers = super().add_subparsers(parser_class=OneLineParser, **options)
+        add_parser = subparsers.add_parser
+
+        def add_with_common_flags(*names: Any, **settings: Any) -> argparse.ArgumentParser:
+            parser = add_parser(*names, allow_abbrev=False, **settings)
+            _add_common_flags(parser, default=argparse.SUPPRESS)
+            return parser
+
+        subparsers.add_parser = add_with_common_flags
+        return subparsers
+
+    def _chosen_preset(self, argv: Sequence[str]) -> str:
+        chosen = None
+        for word, following in zip(argv, [*argv[1:], ""], strict=True):
+            if word == "--preset":
+                chosen = following
+            elif word.startswith("--preset="):
+                chosen = word.removeprefix("--preset=")
+        if chosen in PRESET_NAMES:
+            return str(chosen)
+        if chosen is None and (named := os.environ.get("LAB_PRESET")):
+            if named not in PRESET_NAMES:
+                self.error(f"LAB_PRESET={named} is no preset; use {', '.join(PRESET_NAMES)}")
+            return named
+        from distlab.hardware import has_cuda
+
+        return "gpu" if has_cuda() else "laptop"  # a wrong --preset is refused by its choices
+
+    def _all_parsers(self) -> list[argparse.ArgumentParser]:
+        """This parser and its subcommands' parsers."""
+        subparsers = [
+            parser
+            for action in self._actions
+            if isinstance(action, argparse._SubParsersAction)
+            for parser in action.choices.values()
+        ]
+        return [self, *subparsers]
+
+    def _all_actions(self) -> list[argparse.Action]:
+        return [action for parser in self._all_parsers() for action in parser._actions]
+
+
+def _add_common_flags(parser: argparse.ArgumentParser, default: str | None) -> None:
+    group = parser.add_argument_group("every script")
+    group.add_argument(
+        "--preset", choices=PRESET_NAMES, default=default, help="sizes; every flag overrides it"
+    )
+    group.add_argument("--json", metavar="FILE", default=default, help="write the run's record")
+    group.add_argument(
+        "--figures", metavar="DIR", default=default, help="draw the run's figures as PNG files"
+    )
+
+
+def positive_int(text: str) -> int:
+    """An argparse type: an integer of at least 1."""
+    return int(_number(text, int, lambda value: value >= 1, "a whole number of at least 1"))
+
+
+def non_negative_int(text: str) -> int:
+    """An argparse type: an integer of at least 0."""
+    return int(_number(text, int, lambda value: value >= 0, "a whole number of at least 0"))
+
+
+def positive_float(text: str) -> float:
+    """An argparse type: a finite number above 0."""
+    return _number(text, float, lambda value: 0 < value < float("inf"), "a number above 0")
+
+
+def fraction(text: str) -> float:
+    """An argparse type: a number from 0 to 1."""
+    return _number(text, float, lambda value: 0 <= value <= 1, "a number from 0 to 1")
+
+
+def _number(
+    text: str, convert: Callable[[str], float], fits: Callable[[float], bool], wanted: str
+) -> float:
+    try:
+        value = convert(text)
+    except ValueError:
+        value = None
+    if value is None or not fits(value):
+        raise argparse.ArgumentTypeError(f"{text!r} is not {wanted}")
+    return value
+
+
+def run(args: argparse.Namespace) -> Run:
+    """The run's record, used as a context manager: see `distlab.run.Run`."""
+    return Run(args)
+
+
+def exit(main: Callable[[], int]) -> NoReturn:
+    """Run `main` and end the process with the contract's status and, for a mistake, one line."""
+    raise SystemExit(status_of(main))
+
+
+def status_of(main: Callable[[], int]) -> int:
+    """Run `main`; its status, or that of the mistake it raised, which is told in one line."""
+    try:
+        status = main()
+        sys.stdout.flush()
+        return status
+    except UsageError as mistake:
+        return _fail(mistake, BAD_ARGUMENT)
+    except RunError as failure:
+        return _fail(failure, CHECK_FAILED)
+    except Skipped as reason:
+        print(f"SKIPPED: {reason}", flush=True)
+        return SKIPPED
+    except KeyboardInterrupt:
+        return _fail("interrupted", INTERRUPTED)
+    except BrokenPipeError:  # the reader of our output left, as in `script | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return CHECK_FAILED
+    except OSError as failure:
+        if failure.errno in (errno.ENOSPC, errno.EDQUOT):
+            where = f" while writing {failure.filename}" if failure.filename else ""
+            return _fail(f"the disk is full{where}; free some space and run again", CHECK_FAILED)
+        if failure.errno in (errno.EACCES, errno.EROFS, errno.EPERM) and failure.filename:
+            return _fail(f"{failure.filename}: {failure.strerror}", CHECK_FAILED)
+        raise
+
+
+def _fail(message: object, status: int) -> int:
+    print("error: " + re.sub(r"\s*\n\s*", " ", str(message)), file=sys.stderr, flush=True)
+    return status
