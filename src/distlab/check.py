@@ -22,10 +22,8 @@ class Check:
         return asdict(self)
 
 
-def close(
-    name: str, actual: Any, expected: Any, tolerance: float, relative: bool = False
-) -> Check:
-    """`actual` equals `expected` to `tolerance`: numbers, arrays, tensors, or (nested) lists and dicts of them.
+def close(name: str, actual: Any, expected: Any, tolerance: float, relative: bool = False) -> Check:
+    """`actual` equals `expected` to `tolerance`: numbers, arrays, tensors, lists and dicts of them.
 
     With `relative` each difference is divided by the largest magnitude in its expected array.
     Differing shapes, names or counts fail; so does a NaN on either side.
@@ -86,7 +84,7 @@ def true(name: str, ok: bool, detail: str) -> Check:
 
 
 def _structure_mismatch(actual: Any, expected: Any, path: str = "") -> str | None:
-    """The first place where the two are not of the same form, in words; None where there is none."""
+    """Where the two are not of the same form, in words; None where they are."""
     here = path or "value"
     if isinstance(expected, Mapping):
         if not isinstance(actual, Mapping) or actual.keys() != expected.keys():
@@ -115,9 +113,7 @@ def _pairs(actual: Any, expected: Any, path: str = "") -> list[tuple[str, np.nda
         children = [(f"[{i}]", a, e) for i, (a, e) in enumerate(zip(actual, expected, strict=True))]
     else:
         return [(path, _as_array(actual), _as_array(expected))]
-    return [
-        leaf for name, a, e in children for leaf in _pairs(a, e, f"{path}.{name}".strip("."))
-    ]
+    return [leaf for name, a, e in children for leaf in _pairs(a, e, f"{path}.{name}".strip("."))]
 
 
 def _as_array(value: Any) -> np.ndarray:

@@ -47,7 +47,7 @@ def _seconds(value: float) -> str:
 
 
 def number(value: Any) -> str:
-    """A number in at most four significant digits, or with separators when it is a large integer."""
+    """A number in at most four significant digits; an integer whole, with separators."""
     if value is None:
         return "—"
     if isinstance(value, bool | str):

@@ -6,12 +6,12 @@ from typing import Any
 
 import matplotlib
 
-matplotlib.use("Agg")
+matplotlib.use("Agg")  # before pyplot is imported: no display is needed
 
-from matplotlib import pyplot as plt  # noqa: E402  the back end must be chosen first
-from matplotlib.axes import Axes  # noqa: E402
+from matplotlib import pyplot as plt
+from matplotlib.axes import Axes
 
-from distlab.files import atomic_write  # noqa: E402
+from distlab.files import atomic_write
 
 # Okabe and Ito's palette, told apart by colour-blind readers too (jfly.uni-koeln.de/color, 2008).
 COLOURS = ["#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#F0E442", "#000000"]

@@ -1,4 +1,4 @@
-"""Where files go, and how they are written so that no partial file is ever seen in a final place."""
+"""Where files go, and how they are written: no partial file is ever seen in a final place."""
 
 import errno
 import os
@@ -51,14 +51,14 @@ def write_text(path: str | Path, text: str) -> None:
 
 
 def cache_dir() -> Path:
-    """Where tokenizers and token shards are kept between runs: $DISTLAB_CACHE, or the user's cache."""
+    """Where tokenizers and token shards are kept: $DISTLAB_CACHE, or the user's cache folder."""
     if chosen := os.environ.get("DISTLAB_CACHE"):
         return Path(chosen)
     return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "distlab"
 
 
 def repo_root() -> Path:
-    """The checkout that holds the chapters: where this package lives, or a parent of the working directory.
+    """The checkout that holds the chapters: around this package, or around the working directory.
 
     Raises `UsageError` when neither holds them (the package was installed without its checkout).
     """

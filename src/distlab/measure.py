@@ -1,4 +1,4 @@
-"""Measure a thing properly: warm up, repeat, give the median and its spread, never a single shot."""
+"""Measure properly: warm up, repeat, give the median and its spread, never a single shot."""
 
 import os
 import threading
@@ -93,7 +93,7 @@ def _cuda_timer(function: Callable[[], object]) -> float:
 
 
 def tensor_bytes(tensors: Iterable[torch.Tensor]) -> int:
-    """Bytes of the storages behind `tensors`, each storage counted once, however many views it has."""
+    """Bytes of the storages behind `tensors`, each counted once, however many views it has."""
     storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
     storages.pop(0, None)
     return sum(storages.values())

@@ -20,7 +20,7 @@ RECORDED_PACKAGES = ("torch", "numpy", "transformers", "deepspeed", "vllm", "sgl
 
 
 def describe_run(preset: str) -> dict[str, Any]:
-    """The part of a record that says what ran and where: command, commit, time, machine, versions."""
+    """What ran and where: command, commit, time, machine, versions."""
     from distlab.hardware import machine
 
     return {
@@ -50,14 +50,18 @@ def command_line() -> str:
 
 def commit() -> str | None:
     """The checkout's commit, with `+` when files differ from it; None outside a checkout."""
-    result = subprocess.run(
-        ["git", "describe", "--always", "--abbrev=12", "--dirty=+", "--exclude=*"],
-        cwd=Path(__file__).parent,
-        capture_output=True,
-        text=True,
-        timeout=20,
-        check=False,
-    ) if _has_git() else None
+    result = (
+        subprocess.run(
+            ["git", "describe", "--always", "--abbrev=12", "--dirty=+", "--exclude=*"],
+            cwd=Path(__file__).parent,
+            capture_output=True,
+            text=True,
+            timeout=20,
+            check=False,
+        )
+        if _has_git()
+        else None
+    )
     return result.stdout.strip() or None if result else None
 
 

@@ -4,7 +4,7 @@ import argparse
 import os
 import sys
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence, Sized
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, TypeVar
@@ -87,13 +87,13 @@ class Run:
             print(text, flush=True)
 
     def metric(self, name: str, value: float | None, unit: str = "", note: str = "") -> None:
-        """Record and print one measured number; None is shown as unknown. `s` and `B` are scaled."""
+        """Record and print one measured number; None is shown as unknown."""
         self.metrics[name] = {"value": value, "unit": unit}
         shown = f"{name.replace('_', ' ')}: {quantity(value, unit)}"
         self.print(f"{shown} ({note})" if note else shown)
 
     def compare(self, name: str, predicted: float, measured: float, unit: str = "") -> None:
-        """Record and print a prediction, its measurement and the prediction's error, side by side."""
+        """Record and print a prediction, its measurement and its error, side by side."""
         error = (predicted - measured) / measured if measured else float("nan")
         self.comparisons[name] = {
             "predicted": predicted,
@@ -185,16 +185,14 @@ class Run:
     ) -> Iterator[Item]:
         """Iterate, showing how far it is on stderr: a bar on a terminal, else a line every 10 s."""
         if total is None:
-            total = len(items) if hasattr(items, "__len__") else None
+            total = len(items) if isinstance(items, Sized) else None
         if not self.is_main:
             yield from items
         elif sys.stderr.isatty():
             from rich.console import Console
             from rich.progress import track
 
-            yield from track(
-                items, label, total, console=Console(stderr=True), transient=True
-            )
+            yield from track(items, label, total, console=Console(stderr=True), transient=True)
         else:
             yield from _plain_progress(items, label, total)
 

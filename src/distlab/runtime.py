@@ -193,8 +193,9 @@ def _join(launch: Launch, backend: str, timeout_s: float, device: torch.device) 
     timeout = timedelta(seconds=timeout_s)
     device_id = device if backend == "nccl" else None
     if launch.master_addr is None:  # alone: no port, no network
+        alone = dist.HashStore()
         dist.init_process_group(
-            backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout, device_id=device_id
+            backend, store=alone, rank=0, world_size=1, timeout=timeout, device_id=device_id
         )
         return
     os.environ["MASTER_ADDR"] = launch.master_addr
@@ -232,7 +233,7 @@ def spawn(
     timeout_s: float = DEFAULT_TIMEOUT_S,
     device: str = "cpu",
 ) -> list[Any]:
-    """Run `function(runtime, *args)` on `world_size` processes of this machine; their results by rank.
+    """Run `function(runtime, *args)` on `world_size` processes here; their results, by rank.
 
     For tests and graders: no torchrun, and torch is imported once (a fork server). `function` and
     its arguments must be picklable, so a function at the top of a module.

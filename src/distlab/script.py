@@ -67,16 +67,7 @@ class Parser(OneLineParser):
 
     def add_subparsers(self, **options: Any) -> Any:
         """As argparse's; the flags of every script may stand after the subcommand too."""
-        subparsers = super().add_subparsers(parser_class=OneLineParser, **options)
-        add_parser = subparsers.add_parser
-
-        def add_with_common_flags(*names: Any, **settings: Any) -> argparse.ArgumentParser:
-            parser = add_parser(*names, allow_abbrev=False, **settings)
-            _add_common_flags(parser, default=argparse.SUPPRESS)
-            return parser
-
-        subparsers.add_parser = add_with_common_flags
-        return subparsers
+        return super().add_subparsers(parser_class=_Subcommand, **options)
 
     def _chosen_preset(self, argv: Sequence[str]) -> str:
         chosen = None
@@ -107,6 +98,14 @@ class Parser(OneLineParser):
 
     def _all_actions(self) -> list[argparse.Action]:
         return [action for parser in self._all_parsers() for action in parser._actions]
+
+
+class _Subcommand(OneLineParser):
+    """A subcommand's parser; it has no default for the common flags, lest it hide the parent's."""
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(allow_abbrev=False, **settings)
+        _add_common_flags(self, default=argparse.SUPPRESS)
 
 
 def _add_common_flags(parser: argparse.ArgumentParser, default: str | None) -> None:
