@@ -1,0 +1,16 @@
+#!/usr/bin/env bash
+# Smoke every script on this machine's GPU, then record the numbers: one command, no network needed.
+#
+#   bash scripts/gpu_check.sh [OUT]        # OUT defaults to build/gpu; 10 minutes at most
+#
+# 1. every command of every lesson at smoke size with NCCL at world size 1;
+# 2. the torchrun commands with two ranks that share the GPU over gloo;
+# 3. what an issue asks to be recorded at gpu size, into OUT/NAME@GPU.json.
+# It uses the python3 on the PATH with the torch that is there (2.11 or newer). Exit status: 0 when
+# everything ran, 1 when something failed, 77 when there is no GPU.
+set -uo pipefail
+cd "$(dirname "$0")/.."
+out=$(mkdir -p "${1:-build/gpu}" && cd "${1:-build/gpu}" && pwd)
+export PYTHONPATH="$PWD/src${PYTHONPATH:+:$PYTHONPATH}" DISTLAB_CACHE="$out/cache"
+python=${PYTHON:-python3}
+"$python" -m distlab.lab.gpu_check --out "$out"

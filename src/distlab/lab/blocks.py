@@ -1,0 +1,188 @@
+"""Run one block of a lesson, and judge what it did: for `lab run`, `lab record` and the tests."""
+
+import functools
+import os
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Self
+
+from distlab import record
+from distlab.errors import RunError
+from distlab.files import repo_root
+from distlab.lab.lessons import Block, read_blocks
+from distlab.lab.process import Completed, Job, job, run_command
+from distlab.script import SKIPPED
+
+READY_TIMEOUT_S = 120.0
+
+
+@dataclass
+class Outcome:
+    """What became of one block: ran, failed or skipped, and why."""
+
+    block: Block
+    backend: str
+    result: str
+    reason: str = ""
+    seconds: float = 0.0
+    stdout: str = ""
+    stderr: str = ""
+    records: list[dict[str, Any]] = field(default_factory=list)
+
+
+def gpu_count() -> int:
+    """GPUs that torch can use here; torch is asked only where there is a driver."""
+    from distlab.hardware import has_cuda
+
+    if not has_cuda():
+        return 0
+    import torch
+
+    return torch.cuda.device_count()
+
+
+def unmet_need(block: Block, backend: str, gpus: int) -> str | None:
+    """Why this machine cannot run `block` with `backend`, or None."""
+    if block.norun:
+        return f"norun: {block.reason}"
+    wanted = max(block.gpus, block.ranks) if backend == "nccl" else block.gpus
+    if wanted > gpus:
+        return f"needs {wanted} GPU(s), {gpus} here"
+    return None
+
+
+def run_block(
+    block: Block,
+    preset: str,
+    records: Path,
+    backend: str = "gloo",
+    timeout_s: float = 600.0,
+    echo: bool = False,
+) -> Outcome:
+    """Run `block`; its scripts write their records into the empty folder `records`.
+
+    With `backend="gloo"` the GPUs are hidden from it, unless the block needs one.
+    """
+    if (need := unmet_need(block, backend, gpu_count())) is not None:
+        return Outcome(block, backend, "skipped", need)
+    records.mkdir(parents=True, exist_ok=True)
+    for stale in records.glob("*.json"):
+        stale.unlink()
+    completed = run_command(
+        ["bash", "-euo", "pipefail", "-c", block.text],
+        env=block_environment(block, preset, records, backend),
+        cwd=repo_root(),
+        timeout_s=timeout_s,
+        echo=echo,
+    )
+    made = [record.load(path) for path in sorted(records.glob("*.json"))]
+    result, reason = judge(block, completed, made)
+    return Outcome(
+        block, backend, result, reason, completed.seconds, completed.stdout, completed.stderr, made
+    )
+
+
+def judge(block: Block, completed: Completed, records: list[dict[str, Any]]) -> tuple[str, str]:
+    """What a finished block amounts to: (ran | failed | skipped, why)."""
+    if completed.left_running:
+        return "failed", f"left processes running: {'; '.join(completed.left_running)}"
+    if completed.status == SKIPPED:
+        lines = [line for line in completed.stdout.splitlines() if line.startswith("SKIPPED: ")]
+        return ("skipped", lines[-1].removeprefix("SKIPPED: ")) if lines else ("failed", "bare 77")
+    if completed.status != block.exit:
+        tail = "\n".join((completed.stdout + completed.stderr).splitlines()[-25:])
+        return "failed", f"exit status {completed.status}, expected {block.exit}\n{tail}"
+    if block.exit == 0 and not _proves_something(completed, records):
+        return "failed", "it ended with status 0 but printed no check and no measurement"
+    return "ran", ""
+
+
+def _proves_something(completed: Completed, records: list[dict[str, Any]]) -> bool:
+    measured = any(made["checks"] or made["metrics"] or made["comparisons"] for made in records)
+    return measured or "check: " in completed.stdout
+
+
+def block_environment(block: Block, preset: str, records: Path, backend: str) -> dict[str, str]:
+    """The environment variables that `block` runs under."""
+    programs = environment_python(block.env).parent
+    env = {
+        **os.environ,
+        "PATH": f"{programs}{os.pathsep}{os.environ.get('PATH', '')}",
+        "VIRTUAL_ENV": str(programs.parent),
+        "PYTHONUNBUFFERED": "1",
+        "LAB_PRESET": preset,
+        "LAB_RECORD_DIR": str(records),
+    }
+    if backend == "gloo" and block.gpus == 0:
+        env["CUDA_VISIBLE_DEVICES"] = ""
+    return env
+
+
+@functools.cache
+def environment_python(env: str) -> Path:
+    """The Python of environment `env`, which is set up first where it is not there."""
+    if env == "core":
+        return Path(sys.executable)
+    script = repo_root() / "scripts" / "lab.py"
+    done = subprocess.run([sys.executable, script, "env", env], stdout=subprocess.PIPE, text=True)
+    if done.returncode:
+        raise RunError(f"the environment {env} could not be set up; see the lines above")
+    return Path(done.stdout.strip().splitlines()[-1])
+
+
+class Servers:
+    """The background blocks of a lesson: each is started when a later block of its section is run,
+    and lives until a block of another section is."""
+
+    def __init__(self, preset: str, records: Path) -> None:
+        self.preset, self.records = preset, records
+        self._stack = ExitStack()
+        self._section: tuple[Path, int] | None = None
+        self._started: set[str] = set()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._stack.close()
+
+    def start_for(self, block: Block) -> None:
+        """Have every server running that stands before `block` in its section, or is `block`."""
+        section = (block.lesson, block.section)
+        if section != self._section:
+            self._stack.close()
+            self._stack, self._section, self._started = ExitStack(), section, set()
+        for other in read_blocks(block.lesson):
+            wanted = other.section == block.section and other.line <= block.line
+            if other.background and wanted and other.id not in self._started:
+                self._stack.enter_context(self._serve(other))
+                self._started.add(other.id)
+
+    @contextmanager
+    def _serve(self, block: Block) -> Iterator[Job]:
+        env = block_environment(block, self.preset, self.records, "gloo")
+        with job(["bash", "-euo", "pipefail", "-c", block.text], env, repo_root()) as server:
+            _await_ready(block, server)
+            yield server
+
+
+def _await_ready(block: Block, server: Job) -> None:
+    assert block.ready is not None
+    deadline = time.monotonic() + READY_TIMEOUT_S
+    while time.monotonic() < deadline:
+        if server.process.poll() is not None:
+            tail = "".join(server.texts["stderr"][-10:])
+            raise RunError(f"{block.id}: the server ended before it was ready: {tail}")
+        try:
+            with urllib.request.urlopen(block.ready, timeout=2):
+                return
+        except (urllib.error.URLError, OSError):
+            time.sleep(0.2)
+    raise RunError(f"{block.id}: {block.ready} did not answer within {READY_TIMEOUT_S:g} s")

@@ -1,0 +1,92 @@
+"""`lab record [CH]`: run a chapter at laptop size; rewrite its results and its lesson from it.
+
+It keeps the records of the blocks marked `record=NAME` as results/NAME.json, draws their figures
+beside them, puts what was printed into the lesson's `output` blocks, and makes the lesson's tables
+and README's table of chapters anew. Without a chapter it only makes the tables anew.
+"""
+
+import argparse
+
+from distlab import record
+from distlab.errors import RunError, UsageError
+from distlab.figure import draw_all
+from distlab.files import repo_root, write_text
+from distlab.lab.blocks import Outcome, Servers, gpu_count, run_block
+from distlab.lab.generated import regenerate
+from distlab.lab.lessons import Block, Chapter, chapter, chapters, read_blocks
+from distlab.lab.running import BLOCK_LIMIT_S, block_folder, blocks_of_script, runs_folder
+from distlab.script import PRESET_NAMES, OneLineParser
+
+
+def main(argv: list[str]) -> int:
+    args = _parse(argv)
+    if args.script and not args.chapter:
+        raise UsageError("name the script's chapter first")
+    if args.chapter:
+        record_chapter(chapter(args.chapter), args.script, args.preset)
+    for lesson in [repo_root() / "README.md", *(c.lesson for c in chapters() if c.written)]:
+        write_text(lesson, regenerate(lesson))
+    return 0
+
+
+def record_chapter(one: Chapter, script: str | None, preset: str) -> None:
+    """Run the blocks of `one` whose runs are kept or shown, and keep and show them."""
+    blocks = [b for b in one.blocks() if b.record or b.output is not None]
+    if script:
+        blocks = blocks_of_script(one, blocks, script)
+    backend = "nccl" if gpu_count() else "gloo"
+    with Servers(preset, runs_folder(one) / "servers") as servers:
+        for block in blocks:
+            print(f"\n$ {block.text.strip()}", flush=True)
+            servers.start_for(block)
+            folder = runs_folder(one) / block_folder(block)
+            outcome = run_block(block, preset, folder, backend, BLOCK_LIMIT_S, echo=True)
+            if outcome.result != "ran":
+                raise RunError(f"{block.id} {outcome.result}: {outcome.reason}")
+            keep(one, block, outcome)
+
+
+def keep(one: Chapter, block: Block, outcome: Outcome) -> None:
+    """Write the run's record, its figures, and what it printed."""
+    results = one.folder / "results"
+    if block.record:
+        if len(outcome.records) != 1:
+            raise RunError(
+                f"{block.id} is kept as {block.record}, but made {len(outcome.records)} records; "
+                "a kept block runs one script once"
+            )
+        record.save(outcome.records[0], results / f"{block.record}.json")
+        for stale in results.glob(f"{block.record}.*.png"):
+            stale.unlink()
+        draw_all(outcome.records[0], results, prefix=f"{block.record}.")
+    if block.output is not None:
+        show(block, outcome.stdout + (outcome.stderr if block.exit else ""))
+
+
+def show(block: Block, printed: str) -> None:
+    """Put `printed` into the block's `output` block, wherever that stands by now."""
+    current = next(
+        other
+        for other in read_blocks(block.lesson)
+        if other.text == block.text and other.output is not None
+    )
+    assert current.output_lines is not None
+    first, end = current.output_lines
+    lines = block.lesson.read_text(encoding="utf-8").splitlines()
+    lines[first:end] = printed.replace(f"{repo_root()}/", "").rstrip("\n").splitlines()
+    write_text(block.lesson, "\n".join(lines) + "\n")
+
+
+def figures_of(one: Chapter) -> list[str]:
+    """The names of the figures that the chapter's records have."""
+    return [
+        f"{path.stem}.{name}.png" for path in one.records() for name in record.load(path)["figures"]
+    ]
+
+
+def _parse(argv: list[str]) -> argparse.Namespace:
+    parser = OneLineParser("lab record", description=__doc__)
+    parser.add_argument("chapter", nargs="?")
+    parser.add_argument("script", nargs="?", help="only the blocks of this script")
+    parser.add_argument("--preset", choices=PRESET_NAMES, default="laptop")
+    return parser.parse_args(argv)

@@ -1,0 +1,63 @@
+"""`lab test [--fast] [CH] [-- PYTEST ARGUMENTS]`: the whole suite, or a part of it.
+
+With CI=true and root on Debian it first installs the system packages that tests need; elsewhere the
+tests that need a missing one are skipped, and `lab doctor` names the install line.
+"""
+
+import argparse
+import os
+import subprocess
+import sys
+
+from distlab.lab.needs import install_line, missing_system_packages
+
+from distlab.errors import RunError
+from distlab.files import repo_root
+from distlab.lab.lessons import chapter
+from distlab.script import OneLineParser
+
+INSTALL_LIMIT_S = 900
+
+
+def main(argv: list[str]) -> int:
+    """Run pytest in this process's place, so that Ctrl-C and its exit status are its own."""
+    place = argv.index("--") if "--" in argv else len(argv)
+    args, for_pytest = _parse(argv[:place]), argv[place + 1 :]
+    if os.environ.get("CI") == "true":
+        install_system_packages()
+    command = [sys.executable, "-m", "pytest"]
+    if args.fast:
+        command += ["-m", "not slow"]
+    if args.chapter:
+        folder = chapter(args.chapter).folder.name
+        command += ["tests/test_commands.py", "tests/test_lessons.py", f"tests/{folder[:9]}"]
+        command += ["-k", f"{folder} or {folder[:9]}"]
+    os.chdir(repo_root())
+    sys.stdout.flush()
+    os.execv(sys.executable, [*command, *for_pytest])
+
+
+def install_system_packages() -> None:
+    """apt-get what is missing, as root on Debian; a failed install is left to the tests to tell."""
+    missing = missing_system_packages()
+    if not missing:
+        return
+    line = install_line(missing)
+    if os.geteuid() != 0 or not line.startswith("apt-get "):
+        print(f"missing system packages; some tests will fail. Install: {line}", flush=True)
+        return
+    print(f"installing system packages: {' '.join(missing)}", flush=True)
+    env = {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}
+    for step in (["apt-get", "update", "-qq"], line.split()):
+        done = subprocess.run(
+            step, env=env, stdout=subprocess.DEVNULL, timeout=INSTALL_LIMIT_S, check=False
+        )
+        if done.returncode:
+            raise RunError(f"{' '.join(step)} failed with status {done.returncode}")
+
+
+def _parse(argv: list[str]) -> argparse.Namespace:
+    parser = OneLineParser("lab test", description=__doc__)
+    parser.add_argument("chapter", nargs="?", help="only this chapter's tests")
+    parser.add_argument("--fast", action="store_true", help="the fast tier, under 3 minutes")
+    return parser.parse_args(argv)

@@ -1,0 +1,83 @@
+"""What the whole suite shares: where it is, and the ledger of what every command did."""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+from distlab.display import text_table
+from distlab.files import repo_root, write_text
+from distlab.lab.blocks import Outcome
+
+LEDGER = pytest.StashKey[list[dict]]()
+
+
+@pytest.fixture(scope="session")
+def root() -> Path:
+    """The repository's root."""
+    return repo_root()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Tokenizers and shards made by the suite are shared by its tests, and leave with it."""
+    os.environ.setdefault("DISTLAB_CACHE", str(tmp_path_factory.mktemp("cache")))
+    os.environ["HF_HUB_OFFLINE"] = "1"
+
+
+class Ledger:
+    """Every block × back end × ranks: ran, failed or skipped, and why."""
+
+    def __init__(self, rows: list[dict]) -> None:
+        self.rows = rows
+
+    def add(self, outcome: Outcome) -> None:
+        self.rows.append(
+            {
+                "block": outcome.block.id,
+                "backend": outcome.backend,
+                "ranks": outcome.block.ranks,
+                "result": outcome.result,
+                "reason": outcome.reason,
+                "seconds": round(outcome.seconds, 1),
+            }
+        )
+
+
+@pytest.fixture
+def ledger(request: pytest.FixtureRequest) -> Ledger:
+    return Ledger(request.config.stash[LEDGER])
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.stash[LEDGER] = []
+
+
+def pytest_terminal_summary(terminalreporter, config: pytest.Config) -> None:
+    """Print the ledger, write it to build/ledger.json, and say what every skip was for."""
+    rows = config.stash[LEDGER]
+    skips = [
+        {"test": report.nodeid, "reason": str(report.longrepr[2]).removeprefix("Skipped: ")}
+        for report in terminalreporter.stats.get("skipped", [])
+    ]
+    if not rows and not skips:
+        return
+    write_text(
+        repo_root() / "build" / "ledger.json",
+        json.dumps({"blocks": rows, "skipped_tests": skips}, indent=1) + "\n",
+    )
+    if rows:
+        columns = ["block", "back end", "ranks", "result", "seconds", "why"]
+        cells = [
+            [r["block"], r["backend"], r["ranks"], r["result"], r["seconds"], _first_line(r)]
+            for r in rows
+        ]
+        terminalreporter.write_line(text_table(columns, cells, "ledger of the lessons' commands"))
+    others = [s for s in skips if "test_commands" not in s["test"]]
+    for skip in others:
+        terminalreporter.write_line(f"skipped {skip['test']}: {skip['reason']}")
+
+
+def _first_line(row: dict) -> str:
+    return row["reason"].splitlines()[0][:70] if row["reason"] else ""

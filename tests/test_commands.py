@@ -1,0 +1,48 @@
+"""Every command of README.md and of every main.md is run, at smoke size, and does what it says."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from distlab.lab import shape
+from distlab.lab.blocks import Servers, run_block
+from distlab.lab.lessons import Block, all_blocks
+
+SMOKE_LIMIT_S = 240
+
+
+def _cases() -> Iterator[pytest.param]:
+    """Each block with gloo and with NCCL; the fast tier has the first block of every script."""
+    seen: set[str] = set()
+    for block in all_blocks():
+        if block.background:
+            continue
+        fast = block.scripts and not seen.issuperset(block.scripts)
+        seen.update(block.scripts)
+        for backend in ("gloo", "nccl"):
+            marks = [] if fast else [pytest.mark.slow]
+            yield pytest.param(block, backend, marks=marks, id=f"{block.id}-{backend}")
+
+
+@pytest.fixture(scope="module")
+def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Servers]:
+    with Servers("smoke", tmp_path_factory.mktemp("servers")) as running:
+        yield running
+
+
+@pytest.mark.timeout(SMOKE_LIMIT_S + 60)
+@pytest.mark.parametrize(("block", "backend"), _cases())
+def test_command(block: Block, backend: str, servers: Servers, ledger, tmp_path: Path) -> None:
+    if not block.norun:
+        servers.start_for(block)
+    outcome = run_block(block, "smoke", tmp_path / "records", backend, SMOKE_LIMIT_S)
+    if outcome.result == "ran" and backend == "gloo" and block.output is not None:
+        printed = outcome.stdout + (outcome.stderr if block.exit else "")
+        if changed := shape.difference(block.output, printed):
+            outcome.result = "failed"
+            outcome.reason = f"the output shown in the lesson has another shape:\n{changed}"
+    ledger.add(outcome)
+    if outcome.result == "skipped":
+        pytest.skip(outcome.reason)
+    assert outcome.result == "ran", f"{block.text}\n{outcome.reason}\n{outcome.stderr[-2000:]}"
