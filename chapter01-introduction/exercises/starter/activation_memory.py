@@ -1,0 +1,39 @@
+"""Task 2, activation-memory: what the forward pass of a Llama block keeps for the backward pass.
+
+The block is `LlamaBlock` in tests/grader_llama_block.py. Read it beside this file.
+"""
+
+from collections.abc import Callable, Iterable
+
+import torch
+
+
+def saved_bytes(
+    forward: Callable[[], torch.Tensor], parameters: Iterable[torch.nn.Parameter]
+) -> int:
+    """The bytes that autograd keeps while `forward()` runs, besides `parameters`.
+
+    Use `torch.autograd.graph.saved_tensors_hooks`: its pack hook sees every tensor that is saved.
+    Two saved tensors that share one storage (a view, or the same tensor twice) occupy it once,
+    and a storage counts whole, even if a view saved only a part of it.
+    """
+    raise NotImplementedError("activation_memory.saved_bytes is yours to write")
+
+
+def block_activation_bytes(
+    *,
+    batch: int,
+    seq_len: int,
+    hidden_size: int,
+    intermediate_size: int,
+    num_heads: int,
+    num_kv_heads: int,
+    bytes_per_element: int,
+) -> int:
+    """The same number for one `LlamaBlock`, predicted from its sizes alone.
+
+    batch, seq_len: the input is [batch, seq_len, hidden_size].
+    num_heads has head_dim = hidden_size / num_heads; num_kv_heads divides it (grouped queries).
+    What grows only with the sequence, or only with the model, may be left out: 2 % are tolerated.
+    """
+    raise NotImplementedError("activation_memory.block_activation_bytes is yours to write")

@@ -1,0 +1,305 @@
+"""`lab grade` and `lab student-tree`: fair to every chapter's exercises, and hard to fool."""
+
+import ast
+import json
+import os
+import shutil
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import psutil
+import pytest
+
+from distlab.errors import RunError, UsageError
+from distlab.files import repo_root
+from distlab.lab import student_tree as tree
+from distlab.lab.grade import grade, grade_task, read_tasks
+from distlab.lab.grade_process import Limits
+
+EXERCISES = sorted(path.parent for path in repo_root().glob("*/exercises/tasks.toml"))
+SOLVED = [path for path in EXERCISES if (path / "solution").is_dir()]  # none in a student's tree
+WRONG = sorted(variant for path in SOLVED for variant in path.glob("solution/wrong/*/*.py"))
+CORRECT = (SOLVED[0] / "solution" / "uneven_shards.py").read_text() if SOLVED else ""
+needs_solution = pytest.mark.skipif(not SOLVED, reason="this is a student's tree: no solution")
+
+
+@pytest.fixture
+def graded(capsys):
+    """Grades a directory; returns the status and the record that --json prints."""
+
+    def run(exercises, directory, *flags):
+        chapter = exercises.parent.name[len("chapter") :][:2]
+        status = grade([chapter, str(directory), "--json", "-", *flags])
+        return status, json.loads(capsys.readouterr().out)
+
+    return run
+
+
+@pytest.fixture
+def fooled(graded, tmp_path):
+    """Grades one task of chapter 1 against the given source of adapters.py."""
+
+    def run(source, *flags):
+        (tmp_path / "adapters.py").write_text(source)
+        status, record = graded(EXERCISES[0], tmp_path, "--task", "uneven-shards", *flags)
+        return status, record["points"], record["tasks"][0]["message"]
+
+    return run
+
+
+@pytest.mark.parametrize("exercises", EXERCISES, ids=lambda path: path.parent.name)
+def test_starter_gets_nothing_and_is_told_why(graded, exercises):
+    status, record = graded(exercises, exercises / "starter")
+    assert (status, record["points"]) == (1, 0)
+    for task in record["tasks"]:
+        assert "NotImplementedError" in task["message"]
+    tasks = read_tasks(exercises)
+    assert 3 <= len(tasks) <= 6
+    assert record["max_points"] == sum(sum(task.points.values()) for task in tasks)
+
+
+@pytest.mark.parametrize("exercises", SOLVED, ids=lambda path: path.parent.name)
+def test_solution_gets_full_marks(graded, exercises):
+    status, record = graded(exercises, exercises / "solution")
+    assert status == 0, [task["message"] for task in record["tasks"]]
+    assert record["points"] == record["max_points"]
+
+
+@pytest.fixture(scope="module")
+def graded_variants(tmp_path_factory):
+    """What each wrong variant gets, two at a time; a variant overrides adapters of the solution."""
+
+    def grade_variant(variant):
+        solution = variant.parents[2]
+        student = tmp_path_factory.mktemp(variant.stem) / "student"
+        shutil.copytree(solution, student, ignore=shutil.ignore_patterns("wrong"))
+        with (student / "adapters.py").open("a") as adapters:
+            adapters.write(variant.read_text())
+        exercises = solution.parent
+        tasks = {task.name: task for task in read_tasks(exercises)}
+        return grade_task(tasks[variant.parent.name], exercises, student, Limits(60, 2**32))
+
+    with ThreadPoolExecutor(2) as pool:
+        return dict(zip(WRONG, pool.map(grade_variant, WRONG), strict=True))
+
+
+@pytest.mark.parametrize("variant", WRONG, ids=lambda path: f"{path.parent.name}-{path.stem}")
+def test_typical_mistake_loses_points_and_is_explained(graded_variants, variant):
+    """A wrong variant names in SAYS what the grader must tell its author."""
+    task = graded_variants[variant]
+    assert task.points < task.max_points
+    assert said(variant) in task.message
+
+
+def said(variant):
+    for node in ast.parse(variant.read_text()).body:
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "SAYS":
+            return ast.literal_eval(node.value)
+    raise AssertionError(f"{variant} has no SAYS")
+
+
+@needs_solution
+def test_correct_code_may_print_what_it_likes(fooled):
+    garbage = (
+        "import sys\nfor _ in range(2000):\n    print('\\x00{' * 50)\n    sys.stderr.write('!')\n"
+    )
+    assert fooled(garbage + CORRECT) == (0, 4, "")
+
+
+def test_endless_loop_is_stopped_with_all_its_processes(fooled, tmp_path):
+    pid_file = tmp_path / "pid"
+    child = "subprocess.Popen(['sleep', '300'], start_new_session=True)"
+    source = (
+        "import pathlib, subprocess, time\n"
+        "def combine_gradients(gradients, counts):\n"
+        f"    pathlib.Path({str(pid_file)!r}).write_text(str({child}.pid))\n"
+        "    while True:\n        time.sleep(0.01)\n"
+    )
+    status, points, message = fooled(source, "--time-limit", "4")
+    assert (status, points) == (1, 0)
+    assert message == "test_equal_shards: stopped after 4 s, the time limit"
+    pid = int(pid_file.read_text())
+    assert not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
+
+
+def test_memory_hog_is_stopped(fooled):
+    source = (
+        "import numpy as np\n"
+        "def combine_gradients(gradients, counts):\n"
+        "    hoard = []\n"
+        "    while True:\n        hoard.append(np.ones(2**21))\n"
+    )
+    status, points, message = fooled(source, "--memory-limit", "400")
+    assert (status, points) == (1, 0)
+    assert message == "test_equal_shards: stopped at 400 MiB, the memory limit"
+
+
+@needs_solution
+@pytest.mark.parametrize("ending", ["os._exit(0)", "sys.exit(0)", "pytest.exit('done', 0)"])
+@pytest.mark.parametrize("place", ["import", "call"])
+def test_ending_python_gains_nothing(fooled, ending, place):
+    end = ending if place == "import" else f"def combine_gradients(g, c):\n    {ending}"
+    status, points, message = fooled(f"import os, sys, pytest\n{CORRECT}\n{end}\n")
+    assert status == 1
+    assert points <= (place == "call" and ending == "sys.exit(0)")  # gradient_scale is correct
+    assert message
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "import pytest\n"
+        "honest = pytest.TestReport.from_item_and_call.__func__\n"
+        "def lie(cls, item, call):\n"
+        "    report = honest(cls, item, call)\n"
+        "    report.outcome, report.longrepr = 'passed', None\n"
+        "    return report\n"
+        "pytest.TestReport.from_item_and_call = classmethod(lie)\n",
+        "import numpy as np\n"
+        "np.abs = lambda values: np.zeros(1)\n"
+        "def combine_gradients(gradients, counts):\n    return np.ones(5)\n"
+        "def gradient_scale(*arguments):\n    return 1.0\n",
+    ],
+    ids=["pytest", "numpy"],
+)
+def test_patched_test_tools_are_noticed(fooled, source):
+    status, points, message = fooled(source)
+    assert (status, points) == (1, 0)
+    assert "changes the test tools" in message
+
+
+def test_forged_report_counts_for_nothing(fooled):
+    outcomes = {name: {"passed": True, "message": ""} for name in ("test_equal_shards", "test_x")}
+    forged = json.dumps({"token": "guessed", "outcomes": outcomes})
+    status, points, message = fooled(
+        f"import os, pathlib\npathlib.Path('../report.json').write_text({forged!r})\nos._exit(0)\n"
+    )
+    assert (status, points) == (1, 0)
+    assert message == "Python ended before the tests did"
+
+
+@needs_solution
+def test_own_file_cannot_stand_for_numpy(fooled, tmp_path):
+    (tmp_path / "numpy.py").write_text("raise RuntimeError('not the real one')\n")
+    assert fooled(CORRECT)[:2] == (0, 4)
+
+
+@needs_solution
+def test_solution_cannot_be_read(fooled):
+    path = SOLVED[0] / "solution" / "uneven_shards.py"
+    status, points, message = fooled(f"exec(open({str(path)!r}).read())\n")
+    assert (status, points) == (1, 0)
+    assert "the reference solution is not to be read" in message
+
+
+def test_broken_adapters_are_explained(fooled):
+    assert "SyntaxError" in fooled("def combine_gradients(:\n")[2]
+    assert "has no attribute 'combine_gradients'" in fooled("x = 1\n")[2]
+
+
+def test_grades_are_written_and_printed(tmp_path, capsys):
+    starter = EXERCISES[0] / "starter"
+    record = tmp_path / "grades.json"
+    flags = ["--task", "uneven-shards", "--json", str(record)]
+    assert grade(["1", str(starter), *flags]) == 1
+    assert f"chapter 1, {starter}: 0/4 points" in capsys.readouterr().out
+    written = json.loads(record.read_text())
+    assert (written["chapter"], written["points"], written["max_points"]) == (1, 0, 4)
+    assert [test["points"] for test in written["tasks"][0]["tests"]] == [0, 0, 0, 0]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["99", "STARTER"], "chapter 99 has no exercises; use one of: 1"),
+        (["1", "nowhere"], "DIR nowhere is no directory; begin with a copy of chapter01"),
+        (["1", "EMPTY"], "has no adapters.py"),
+        (["1", "SHADOW"], "trace.py hides Python's own module trace; rename it"),
+        (["1", "STARTER", "--task", "nap"], "--task nap is not known; use one of: uneven-shards"),
+        (["1", "STARTER", "--json", "EMPTY"], "is a folder; name a file"),
+    ],
+)
+def test_bad_arguments_get_one_line(tmp_path, arguments, message):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "shadow").mkdir()
+    for name in ("adapters.py", "trace.py"):
+        (tmp_path / "shadow" / name).touch()
+    places = {
+        "STARTER": str(EXERCISES[0] / "starter"),
+        "EMPTY": str(tmp_path / "empty"),
+        "SHADOW": str(tmp_path / "shadow"),
+    }
+    with pytest.raises(UsageError, match=message) as raised:
+        grade([places.get(argument, argument) for argument in arguments])
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("arguments", [[], ["one", "."], ["1", ".", "--time-limit", "0"]])
+def test_malformed_arguments_end_with_status_2(arguments):
+    with pytest.raises(SystemExit) as ended:
+        grade(arguments)
+    assert ended.value.code == 2
+
+
+def test_student_tree_has_no_solution_and_can_be_graded(tmp_path, capsys):
+    out = tmp_path / "students"
+    assert tree.student_tree([str(out)]) == 0
+    assert "no solutions" in capsys.readouterr().out
+    assert not list(out.glob("**/solution"))
+    starter = out / EXERCISES[0].relative_to(repo_root()) / "starter"
+    result = subprocess.run(
+        [sys.executable, "-m", "distlab.lab", "grade", "1", starter, "--task", "uneven-shards"],
+        env=os.environ | {"PYTHONPATH": str(out / "src")},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert result.returncode == 1, result.stderr
+    assert "0/4 points" in result.stdout
+    with pytest.raises(UsageError, match="exists and is not empty"):
+        tree.student_tree([str(out)])
+
+
+@pytest.fixture
+def small_repository(tmp_path, monkeypatch):
+    """A repository with one solution, one build output, and one ignored secret."""
+    root = tmp_path / "repository"
+    for name, text in {
+        "README.md": "Read me.\n",
+        "chapter01-x/exercises/starter/task.py": "def answer():\n    raise NotImplementedError\n",
+        "chapter01-x/exercises/solution/task.py": "def answer():\n"
+        "    question = ask_the_mice()\n"
+        "    thought = think_for_long(question)\n"
+        "    return forty_two(thought)\n",
+        "build/output.txt": "made\n",
+        ".venv/secret.txt": "ignored\n",
+    }.items():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text(text)
+    monkeypatch.setattr(tree, "repo_root", lambda: root)
+    return root
+
+
+@pytest.mark.parametrize("tracked", [True, False], ids=["git", "no-git"])
+def test_student_tree_takes_the_repository_files_only(small_repository, tmp_path, tracked):
+    if tracked:
+        git = ["git", "-C", str(small_repository)]
+        subprocess.run([*git, "init", "-q"], check=True)
+        subprocess.run([*git, "add", "README.md", "chapter01-x"], check=True)
+    out = tmp_path / "out"
+    out.mkdir()
+    assert tree.student_tree([str(out)]) == 0
+    files = sorted(str(path.relative_to(out)) for path in out.rglob("*") if path.is_file())
+    assert files == ["README.md", str(Path("chapter01-x/exercises/starter/task.py"))]
+    assert sorted(tmp_path.iterdir()) == [out, small_repository]
+
+
+def test_student_tree_refuses_to_leak_a_solution(small_repository, tmp_path):
+    solution = (small_repository / "chapter01-x/exercises/solution/task.py").read_text()
+    (small_repository / "README.md").write_text(f"Hint:\n\n```\n{solution}```\n")
+    with pytest.raises(RunError, match=r"README.md holds a part of chapter01-x.*take it out"):
+        tree.student_tree([str(tmp_path / "out")])
+    assert list(tmp_path.iterdir()) == [small_repository]
