@@ -1,0 +1,183 @@
+"""What the forward pass keeps for the backward pass, and the peak of the two.
+
+The Llama block as autograd saves it in `distlab.model`, bytes per token; b bytes per element of the
+compute precision, float32 where a 4 stands (found with torch.autograd.graph.saved_tensors_hooks,
+and compared with a run by `estimate_resources.py --verify`):
+
+    each norm      (4 + 2b)·H + 4     its input in float32, the normalized and the scaled vector
+    attention      b·(2Q + 2KV) + 4h  queries, output; keys, values; one log-sum-exp per head
+    SwiGLU         b·4I               gate, silu(gate), up, and their product
+    output, loss   (4 + 2b)·H + 4 + 4V  the final norm; the log-probabilities in float32
+
+The fused attention kernels store no T x T scores (FlashAttention, arXiv 2205.14135).
+"""
+
+from functools import lru_cache
+
+from distlab.predict.architecture import Architecture
+from distlab.predict.memory import PRECISIONS
+from distlab.predict.params import Split, attention_weights, mlp_weights, stage_layers
+
+
+def layer_activations(a: Architecture, layer: int, precision: str) -> Split:
+    """Bytes per token that one block saves, split as tensor parallelism splits them.
+
+    Norms see the whole hidden vector on every rank; heads and the MLP's inner vectors are divided
+    (Megatron-LM without sequence parallelism; Korthikanti et al., arXiv 2205.05198, section 4.2).
+    """
+    attention = Split(0, _norm(a, a.hidden_size, precision)) + _attention(a, precision)
+    return attention + Split(0, _norm(a, a.hidden_size, precision)) + _mlp(a, layer, precision)
+
+
+def head_activations(a: Architecture, precision: str) -> Split:
+    """Bytes per token of the final norm and the loss that are saved: 4·V for log-probabilities."""
+    return Split(4 * a.vocab_size, _norm(a, a.hidden_size, precision))
+
+
+def loss_peak(a: Architecture, precision: str) -> Split:
+    """Bytes per token at the start of the backward pass: three float32 vectors of V.
+
+    The log-probabilities, their gradient and the logits' gradient exist together then.
+    """
+    return Split(12 * a.vocab_size, _norm(a, a.hidden_size, precision))
+
+
+def saved_activations(
+    a: Architecture, precision: str, seq_len: int, batch: int, checkpointing: bool = False
+) -> float:
+    """Bytes that one GPU holds for the backward pass of `batch` sequences when the forward ends."""
+    tokens = batch * seq_len
+    layers = range(a.num_hidden_layers)
+    per_token = _kept(a, layers, precision, checkpointing) + head_activations(a, precision)
+    copies = _weight_copies(a, () if checkpointing else layers, precision, head=True)
+    return tokens * per_token.total + _rope_tables(a, seq_len, precision) + copies.total
+
+
+def peak_activations(
+    a: Architecture,
+    precision: str,
+    seq_len: int,
+    batch: int,
+    checkpointing: bool = False,
+    tp: int = 1,
+    pp: int = 1,
+    stage: int = 0,
+    micro_batches: int = 1,
+) -> float:
+    """The most bytes that forward and backward need on one GPU beside the model's state.
+
+    A 1F1B pipeline holds min(p - stage, m) micro-batches of its layers at once (Narayanan et al.,
+    arXiv 2104.04473, section 2.2). With checkpointing (Chen et al., arXiv 1604.06174) a layer keeps
+    only its input, b·H, and one layer at a time is computed again. On top comes the larger of what
+    the loss and what the backward pass of one layer need.
+    """
+    layers = stage_layers(a.num_hidden_layers, pp, stage)
+    last = stage == pp - 1
+    in_flight = min(pp - stage, micro_batches)
+    kept = in_flight * _kept(a, layers, precision, checkpointing).per_rank(tp)
+    loss = loss_peak(a, precision).per_rank(tp) if last else 0.0
+    backward = _largest_layer_peak(a, layers, precision, checkpointing, tp)
+    copies = _weight_copies(a, layers[-1:] if checkpointing else layers, precision, head=last)
+    tokens = batch * seq_len
+    tables = _rope_tables(a, seq_len, precision)
+    return tokens * (kept + max(loss, backward)) + tables + copies.per_rank(tp)
+
+
+def gpt_block_activations(
+    hidden: int, heads: int, seq_len: int, batch: int, tp: int = 1,
+    sequence_parallel: bool = False, recompute: str = "none",
+) -> float:  # fmt: skip
+    """Bytes of one GPT block with dropout, unfused attention, 16 bits: s·b·h·(34 + 5·a·s/h).
+
+    With tensor parallelism s·b·h·(10 + 24/t + 5·a·s/(h·t)); with sequence parallelism too, all of
+    it / t; recompute "selective" drops the 5·a·s/h of attention; "full" leaves the input, 2·s·b·h.
+    Source: Korthikanti et al. (arXiv 2205.05198), equations 1 to 6 and table 2.
+    """
+    unit = seq_len * batch * hidden
+    if recompute == "full":
+        return 2.0 * unit
+    scores = 5 * heads * seq_len / hidden if recompute == "none" else 0.0
+    if sequence_parallel:
+        return unit * (34 + scores) / tp
+    return unit * (10 + (24 + scores) / tp)
+
+
+@lru_cache(maxsize=4096)
+def _kept(a: Architecture, layers: range, precision: str, checkpointing: bool) -> Split:
+    if checkpointing:
+        return Split(0, len(layers) * PRECISIONS[precision].compute * a.hidden_size)
+    kept = Split(0)
+    for layer in layers:
+        kept += layer_activations(a, layer, precision)
+    return kept
+
+
+@lru_cache(maxsize=4096)
+def _largest_layer_peak(
+    a: Architecture, layers: range, precision: str, checkpointing: bool, tp: int
+) -> float:
+    return max(_layer_peak(a, layer, precision, checkpointing).per_rank(tp) for layer in layers)
+
+
+def _layer_peak(a: Architecture, layer: int, precision: str, checkpointing: bool) -> Split:
+    """A layer's backward pass: two MLP gradients and the residual's; with checkpointing also the
+    layer's own activations, computed again."""
+    inner = _inner_size(a, layer) * PRECISIONS[precision].compute
+    gradients = Split(2 * inner, PRECISIONS[precision].compute * a.hidden_size)
+    return gradients + layer_activations(a, layer, precision) if checkpointing else gradients
+
+
+def _attention(a: Architecture, precision: str) -> Split:
+    b = PRECISIONS[precision].compute
+    split = Split(b * 2 * a.query_size + 4 * a.num_attention_heads)
+    if a.latent is not None:  # keys and values of every head are expanded from the latent vector
+        split = Split(b * 2 * (a.query_size + a.value_size) + 4 * a.num_attention_heads)
+        for width in (a.latent.q_lora_rank or 0, a.latent.kv_lora_rank):
+            split += Split(0, _norm(a, width, precision))
+        return split
+    split += Split(b * 2 * a.key_value_size)
+    if a.qk_norm:
+        split += Split((4 + b) * (a.query_size + a.key_value_size))
+    return split
+
+
+def _mlp(a: Architecture, layer: int, precision: str) -> Split:
+    """Gated: 4 inner vectors, else 2. Experts keep each token k times more, in and out."""
+    b = PRECISIONS[precision].compute
+    inner = Split(b * (4 if a.gated_mlp else 2) * _inner_size(a, layer))
+    if not a.is_sparse(layer) or a.experts is None:
+        return inner
+    copies = b * 2 * a.experts.experts_per_token * a.hidden_size
+    return inner + Split(0, copies + 8 * a.experts.num_experts)
+
+
+def _inner_size(a: Architecture, layer: int) -> int:
+    if not a.is_sparse(layer) or a.experts is None:
+        return a.intermediate_size
+    e = a.experts
+    return e.experts_per_token * e.intermediate_size + e.shared_intermediate_size
+
+
+def _norm(a: Architecture, width: int, precision: str) -> float:
+    """RMSNorm in float32 keeps three vectors and a scale; the fused LayerNorm two, and mean and
+    deviation."""
+    b = PRECISIONS[precision].compute
+    return 2 * b * width + 8 if a.layer_norm else (4 + 2 * b) * width + 4
+
+
+def _rope_tables(a: Architecture, seq_len: int, precision: str) -> float:
+    if a.learned_positions:
+        return 0.0
+    width = a.head_dim if a.latent is None else a.latent.qk_rope_head_dim
+    return 2 * seq_len * width * PRECISIONS[precision].compute
+
+
+@lru_cache(maxsize=4096)
+def _weight_copies(a: Architecture, layers: range | tuple[()], precision: str, head: bool) -> Split:
+    """torch.autocast's bfloat16 copies of the float32 matrices, saved with the activations."""
+    if precision != "autocast":
+        return Split(0)
+    copies = Split(a.vocab_size * a.hidden_size if head else 0)
+    for layer in layers:
+        copies += attention_weights(a) + mlp_weights(a, layer)
+    return copies * PRECISIONS[precision].compute
