@@ -6,18 +6,17 @@ import numpy as np
 def poisson_arrivals(rate: float, count: int, seed: int = 0) -> np.ndarray:
     """Times [count] in seconds, ascending, of a Poisson process of `rate` per second.
 
-    Given that `count` arrive in count/rate seconds, they are uniform in them. The same `seed` gives
-    the same pattern at any rate, faster or slower.
-    Source: Ross, "Introduction to Probability Models", section 5.3 (conditional arrival times).
+    The same `seed` gives the same pattern at any rate, faster or slower.
+    Source: Ross, "Introduction to Probability Models", section 5.3: the gaps are exponential.
     """
-    return np.sort(np.random.default_rng(seed).uniform(0, count / rate, count))
+    return np.cumsum(np.random.default_rng(seed).exponential(1 / rate, count))
 
 
 def mean_wait(rate: float, services: np.ndarray) -> float:
     """The mean wait in seconds in the queue M/G/1: rate · E[S²] / (2 · (1 - rate · E[S])).
 
-    One server, in order of arrival; `services` are samples of its service time S in seconds (of one
-    value: M/D/1). Raises ValueError where the load rate · E[S] is 1 or more: the queue grows forever.
+    One server, in order of arrival; `services` are samples of its service time S in seconds (all
+    alike: M/D/1). Raises ValueError where the load rate · E[S] is 1 or more: the queue never ends.
     Source: the Pollaczek-Khinchine formula; Kleinrock, "Queueing Systems" volume 1, section 5.6.
     """
     load = rate * float(np.mean(services))

@@ -1,0 +1,241 @@
+"""One model, four workloads: a training step, prefill, decode, and serving under random arrivals.
+
+The first three differ in arithmetic intensity, the FLOPs that they do per byte that they must read
+or write. Above the machine's own ratio (its balance) compute is the limit, below it memory. The
+fourth adds what no single request shows: waiting. Requests arrive at random (a Poisson process)
+and are served in order, and the wait is compared with queueing theory's.
+
+Run:
+    python chapter01-introduction/code/workloads.py
+    python chapter01-introduction/code/workloads.py --loads 0.5 0.8 0.9 --figures build/figures
+
+You should see: training and prefill do many times more FLOPs per byte than decode; decode gains
+from a larger batch, since it reads the weights once for all of it; and the wait, nothing at a load
+of 0.3, becomes many times the service time as the load nears 1: the knee.
+"""
+
+import time
+from argparse import Namespace
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from _phases import decode, draw_roofline, prefill, random_tokens, training_step
+
+from distlab import hardware, measure, predict, runtime, script
+from distlab.model import Llama, add_model_flags, config_from_args, model_from_args
+from distlab.queueing import mean_wait, poisson_arrivals
+from distlab.script import Run, UsageError
+
+PRESETS = {
+    "smoke": {"model": "smoke", "train_batch_size": 4, "batch_sizes": [1, 4, 16], "context": 64,
+              "repeats": 9, "requests": 60, "prompt_tokens": 16, "output_tokens": 4},
+    "laptop": {"model": "laptop", "train_batch_size": 4, "batch_sizes": [1, 2, 4, 8, 16],
+               "context": 128, "repeats": 9, "requests": 100, "prompt_tokens": 32,
+               "output_tokens": 8},
+    "gpu": {"model": "gpu", "train_batch_size": 16, "batch_sizes": [1, 4, 16, 64, 256],
+            "context": 1024, "repeats": 20, "requests": 200, "prompt_tokens": 512,
+            "output_tokens": 32, "dtype": "bfloat16"},
+}  # fmt: skip
+OVERHEAD = 20  # % of the roofline below which starting the kernels takes most of the time
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse_args(argv)
+    with (
+        script.run(args) as run,
+        runtime.distributed(seed=args.seed, device=args.device) as job,
+    ):
+        model = model_from_args(args, job.device, getattr(torch, args.dtype))
+        compare_phases(run, model, args)
+        compare_loads(run, model, args, job)
+    return run.status
+
+
+def parse_args(argv: list[str] | None) -> Namespace:
+    parser = script.Parser(__doc__, PRESETS)
+    add_model_flags(parser)
+    phases = parser.add_argument_group("training, prefill, decode")
+    phases.add_argument("--batch-sizes", type=script.positive_int, nargs="+", metavar="B")
+    phases.add_argument("--train-batch-size", type=script.positive_int, metavar="B")
+    phases.add_argument("--context", type=script.positive_int, help="tokens in a sequence")
+    phases.add_argument("--repeats", type=script.positive_int, help="timed runs of each")
+    serving = parser.add_argument_group("serving")
+    loads = {"nargs": "+", "metavar": "LOAD", "default": [0.3, 0.7, 0.95]}
+    serving.add_argument("--loads", type=script.fraction, help="arrivals / capacity", **loads)
+    serving.add_argument("--requests", type=script.positive_int, help="requests at each load")
+    serving.add_argument("--prompt-tokens", type=script.positive_int)
+    serving.add_argument("--output-tokens", type=script.positive_int)
+    serving.add_argument("--max-batch", type=script.positive_int, default=8)
+    execution = parser.add_argument_group("execution")
+    execution.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
+    execution.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
+    execution.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args(argv)
+    if args.repeats < 3:
+        raise UsageError(f"--repeats {args.repeats} gives no median; use at least 3")
+    if bad := [load for load in args.loads if not 0 < load < 1]:
+        raise UsageError(f"--loads {bad[0]:g} has no steady state; use loads between 0 and 1")
+    if len(set(args.loads)) < 2:
+        raise UsageError(f"--loads {args.loads[0]:g} is one load; use two or more to compare")
+    args.loads, args.batch_sizes = sorted(set(args.loads)), sorted(set(args.batch_sizes))
+    config_from_args(args)  # a wrong shape is told before anything starts
+    return args
+
+
+def compare_phases(run: Run, model: Llama, args: Namespace) -> None:
+    """Measure training, prefill and decode beside the roofline of this machine."""
+    weight = model.lm_head.weight
+    peak = hardware.peak_flops(weight.device, weight.dtype)
+    peak = peak or hardware.measured_peak_flops(weight.device, weight.dtype)
+    bandwidth = hardware.memory_bandwidth(weight.device)
+    bandwidth = bandwidth or hardware.measured_bandwidth(weight.device)
+    run.metric("peak_of_matrix_products", peak, "FLOP/s")
+    run.metric("memory_bandwidth", bandwidth, "B/s")
+    run.metric("machine_balance", peak / bandwidth, "FLOP per byte")
+
+    training = training_step(model, args.train_batch_size, args.context)
+    reading = prefill(model, 1, args.context)
+    writing = [decode(model, batch, args.context) for batch in args.batch_sizes]
+    workloads = [training, reading, *writing]
+    timings = measure.compare(
+        {f"{w.name} {w.batch}": w.run for w in workloads}, 2, args.repeats, weight.device
+    )
+    rows, seconds = [], [timing.median for timing in timings.values()]
+    for work, taken in zip(workloads, seconds, strict=True):
+        bound = predict.roofline_seconds(work.flops, work.bytes_moved, peak, bandwidth)
+        rows.append([
+            work.name, work.batch, work.intensity, work.intensity * bandwidth / peak,
+            1e3 * bound, 1e3 * taken, work.tokens / taken, 100 * bound / taken,
+        ])  # fmt: skip
+    run.table(
+        "phases",
+        ["workload", "batch", "FLOPs/byte", "÷ balance", "roofline ms", "measured ms", "tokens/s",
+         "% of roofline"],
+        rows,
+        caption=f"One run of each at {args.context} tokens of context",
+    )  # fmt: skip
+    limits = [f"{name} {batch} by {limit(*other)}" for name, batch, _, *other in rows]
+    run.print(f"machine: limits {', '.join(limits)}")
+    draw_roofline(run, workloads, seconds, peak, bandwidth)
+
+    run.check_above(
+        "prefill does more FLOPs per byte than decode", reading.intensity, writing[0].intensity
+    )
+    fastest = [  # interference only ever adds time
+        work.tokens / min(timing.samples)
+        for work, timing in zip(workloads, timings.values(), strict=True)
+        if work.name == "decode"
+    ]
+    run.check_above("decoding a batch gives more tokens/s than one", fastest[-1], fastest[0])
+
+
+def limit(balance: float, *times: float) -> str:
+    """What a row of the table is limited by; `times` end with its % of the roofline."""
+    if times[-1] < OVERHEAD:
+        return "overhead"
+    return "compute" if balance > 1 else "memory"
+
+
+def compare_loads(run: Run, model: Llama, args: Namespace, job: runtime.Runtime) -> None:
+    """Serve random arrivals at each load, and compare the mean wait with queueing theory's.
+
+    Theory speaks of an endless queue: near a load of 1 a hundred requests do not reach its mean.
+    """
+
+    def answer(batch: int) -> float:
+        """Seconds to answer `batch` requests together."""
+        prompts = random_tokens(model, batch, args.prompt_tokens)
+        started = time.perf_counter()
+        model.generate(prompts, args.output_tokens)
+        job.synchronize()
+        return time.perf_counter() - started
+
+    for batch in range(1, args.max_batch + 1):
+        answer(batch)
+    capacity = 1 / np.mean([answer(1) for _ in range(max(20, args.requests // 3))])
+    run.metric("capacity", capacity, "requests/s", "one request at a time")
+
+    patterns = [poisson_arrivals(load * capacity, args.requests, args.seed) for load in args.loads]
+    servers = [Server(arrivals, max_batch=1) for arrivals in patterns]
+    batching = Server(patterns[-1], args.max_batch)
+    for _ in run.progress(range(args.requests), "serving"):
+        for server in [*servers, batching]:  # in turns: the machine's speed drifts for all alike
+            if not server.done:
+                server.serve_next(answer)
+
+    for load, server in zip(args.loads, servers, strict=True):
+        services = np.array(server.services)
+        predicted = mean_wait(load / services.mean(), services)
+        run.compare(f"mean wait at load {load:g}", predicted, server.wait.mean(), "s")
+    run.table(
+        "serving",
+        ["load", "batch up to", "requests/s", "waited %", "mean wait ms", "p50 latency ms",
+         "p99 latency ms"],
+        [[load, server.max_batch, *server.summary()]
+         for load, server in zip([*args.loads, args.loads[-1]], [*servers, batching], strict=True)],
+        caption=f"{args.requests} requests at each load; the last row batches those that wait",
+    )  # fmt: skip
+    draw_queue(run, args.loads, servers)
+    waited = [100 * server.waited for server in servers]
+    run.check_above("more requests wait at the highest load", waited[-1], waited[0], "%")
+
+
+class Server:
+    """Answers requests in order of arrival, up to `max_batch` of those that wait together.
+
+    Every answer is really computed and timed; only idle time is skipped rather than slept through.
+    """
+
+    def __init__(self, arrivals: np.ndarray, max_batch: int) -> None:
+        self.arrivals = arrivals  # seconds, ascending
+        self.max_batch = max_batch
+        self.wait, self.latency = np.zeros_like(arrivals), np.zeros_like(arrivals)
+        self.services: list[float] = []
+        self.clock, self.served = 0.0, 0
+
+    @property
+    def done(self) -> bool:
+        return self.served == len(self.arrivals)
+
+    def serve_next(self, answer: Callable[[int], float]) -> None:
+        self.clock = max(self.clock, self.arrivals[self.served])
+        arrived = int(np.searchsorted(self.arrivals, self.clock, side="right"))
+        batch = slice(self.served, min(arrived, self.served + self.max_batch))
+        self.wait[batch] = self.clock - self.arrivals[batch]
+        self.services.append(answer(batch.stop - batch.start))
+        self.clock += self.services[-1]
+        self.latency[batch] = self.clock - self.arrivals[batch]
+        self.served = batch.stop
+
+    @property
+    def waited(self) -> float:
+        """The fraction of requests that had to wait."""
+        return float(np.mean(self.wait > 0))
+
+    def summary(self) -> list[float]:
+        """Requests/s, % that waited; mean wait, median and 99th percentile of latency in ms."""
+        p50, p99 = 1e3 * np.percentile(self.latency, [50, 99])
+        rate = len(self.arrivals) / self.clock
+        return [rate, 100 * self.waited, 1e3 * self.wait.mean(), p50, p99]
+
+
+def draw_queue(run: Run, loads: list[float], servers: list[Server]) -> None:
+    services = np.concatenate([server.services for server in servers])
+    curve = np.linspace(0.02, 0.97, 64)
+    predicted = [services.mean() + mean_wait(load / services.mean(), services) for load in curve]
+    series = [
+        {"label": "mean, predicted (M/G/1)", "x": curve.tolist(), "y": predicted},
+        {"label": "mean, measured", "x": loads, "y": [s.latency.mean() for s in servers]},
+        {"label": "99th percentile, measured", "x": loads,
+         "y": [np.percentile(s.latency, 99) for s in servers]},
+    ]  # fmt: skip
+    run.figure(
+        "workloads_queue", kind="line", log_y=True, series=series,
+        title="Latency has a knee: it is waiting, not work",
+        x_label="load (arrivals / capacity)", y_label="latency (s)",
+    )  # fmt: skip
+
+
+if __name__ == "__main__":
+    script.exit(main)
