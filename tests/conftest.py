@@ -4,6 +4,10 @@ import json
 import os
 from pathlib import Path
 
+# Tests prove results, not speed. With a thread for each core, OpenMP's threads spin while they wait
+# for each other, and on a machine that does something else too a test takes ten times as long.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import pytest
 
 from distlab.display import text_table

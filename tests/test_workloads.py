@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from distlab.errors import UsageError
 from distlab.files import repo_root
 from distlab.model import Llama, ModelConfig
-from distlab.queueing import mean_wait, poisson_arrivals
+from distlab.queueing import mean_wait, poisson_arrivals, waits
 
 SHAPE = ModelConfig(256, 64, 128, 2, 4, 4)
 
@@ -43,6 +43,10 @@ def test_the_queue_waits_as_pollaczek_and_khinchine_say(workloads):
         server.serve_next(lambda batch: next(drawn))
     # 20,000 correlated waits: their mean is known to about 5 %, and the seed is fixed
     assert server.wait.mean() == pytest.approx(mean_wait(0.7, services), rel=0.1)
+
+
+def test_lindleys_recursion_by_hand():
+    np.testing.assert_allclose(waits(np.array([0.0, 1.0, 1.5, 9.0]), 2.0), [0, 1, 2.5, 0])
 
 
 def test_a_constant_service_time_waits_as_in_m_d_1():

@@ -24,7 +24,7 @@ from _phases import decode, draw_roofline, prefill, random_tokens, training_step
 
 from distlab import hardware, measure, predict, runtime, script
 from distlab.model import Llama, add_model_flags, config_from_args, model_from_args
-from distlab.queueing import mean_wait, poisson_arrivals
+from distlab.queueing import mean_wait, poisson_arrivals, waits
 from distlab.script import Run, UsageError
 
 PRESETS = {
@@ -138,9 +138,10 @@ def limit(balance: float, *times: float) -> str:
 
 
 def compare_loads(run: Run, model: Llama, args: Namespace, job: runtime.Runtime) -> None:
-    """Serve random arrivals at each load, and compare the mean wait with queueing theory's.
+    """Serve random arrivals at each load, and compare the mean wait with what was to be expected.
 
-    Theory speaks of an endless queue: near a load of 1 a hundred requests do not reach its mean.
+    Predicted is the wait of these very arrivals, if each answer took its usual time. The table has
+    theory's mean beside it, of an endless queue: near a load of 1 a hundred requests stay below it.
     """
 
     def answer(batch: int) -> float:
@@ -153,7 +154,8 @@ def compare_loads(run: Run, model: Llama, args: Namespace, job: runtime.Runtime)
 
     for batch in range(1, args.max_batch + 1):
         answer(batch)
-    capacity = 1 / np.mean([answer(1) for _ in range(max(20, args.requests // 3))])
+    usual = float(np.mean([answer(1) for _ in range(max(20, args.requests // 3))]))
+    capacity = 1 / usual
     run.metric("capacity", capacity, "requests/s", "one request at a time")
 
     patterns = [poisson_arrivals(load * capacity, args.requests, args.seed) for load in args.loads]
@@ -165,15 +167,15 @@ def compare_loads(run: Run, model: Llama, args: Namespace, job: runtime.Runtime)
                 server.serve_next(answer)
 
     for load, server in zip(args.loads, servers, strict=True):
-        services = np.array(server.services)
-        predicted = mean_wait(load / services.mean(), services)
+        predicted = waits(server.arrivals, usual).mean()
         run.compare(f"mean wait at load {load:g}", predicted, server.wait.mean(), "s")
     run.table(
         "serving",
-        ["load", "batch up to", "requests/s", "waited %", "mean wait ms", "p50 latency ms",
-         "p99 latency ms"],
-        [[load, server.max_batch, *server.summary()]
-         for load, server in zip([*args.loads, args.loads[-1]], [*servers, batching], strict=True)],
+        ["load", "batch up to", "requests/s", "waited %", "mean wait ms", "endless queue ms",
+         "p50 latency ms", "p99 latency ms"],
+        [*([load, 1, *server.summary(endless_wait(server, load))]
+           for load, server in zip(args.loads, servers, strict=True)),
+         [args.loads[-1], batching.max_batch, *batching.summary(None)]],
         caption=f"{args.requests} requests at each load; the last row batches those that wait",
     )  # fmt: skip
     draw_queue(run, args.loads, servers)
@@ -213,11 +215,18 @@ class Server:
         """The fraction of requests that had to wait."""
         return float(np.mean(self.wait > 0))
 
-    def summary(self) -> list[float]:
-        """Requests/s, % that waited; mean wait, median and 99th percentile of latency in ms."""
+    def summary(self, endless: float | None) -> list[float | None]:
+        """Requests/s, % that waited; in ms the mean wait, that of an endless queue if it is known,
+        and the median and 99th percentile of the latency."""
         p50, p99 = 1e3 * np.percentile(self.latency, [50, 99])
         rate = len(self.arrivals) / self.clock
-        return [rate, 100 * self.waited, 1e3 * self.wait.mean(), p50, p99]
+        expected = None if endless is None else 1e3 * endless
+        return [rate, 100 * self.waited, 1e3 * self.wait.mean(), expected, p50, p99]
+
+
+def endless_wait(server: Server, load: float) -> float:
+    services = np.array(server.services)
+    return mean_wait(load / services.mean(), services)
 
 
 def draw_queue(run: Run, loads: list[float], servers: list[Server]) -> None:

@@ -12,6 +12,18 @@ def poisson_arrivals(rate: float, count: int, seed: int = 0) -> np.ndarray:
     return np.cumsum(np.random.default_rng(seed).exponential(1 / rate, count))
 
 
+def waits(arrivals: np.ndarray, service: float) -> np.ndarray:
+    """Each request's wait in seconds, [count], if every one takes `service` seconds, in order.
+
+    w[i + 1] = max(0, w[i] + service - gap[i]). It speaks of these very arrivals, where `mean_wait`
+    speaks of an endless queue. Source: Lindley's recursion (Kleinrock, volume 1, section 8.1).
+    """
+    waiting = np.zeros_like(arrivals)
+    for i, gap in enumerate(np.diff(arrivals)):
+        waiting[i + 1] = max(0.0, waiting[i] + service - gap)
+    return waiting
+
+
 def mean_wait(rate: float, services: np.ndarray) -> float:
     """The mean wait in seconds in the queue M/G/1: rate · E[S²] / (2 · (1 - rate · E[S])).
 
