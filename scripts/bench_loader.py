@@ -48,8 +48,10 @@ def main(argv: list[str] | None = None) -> int:
                 {"loader": lambda: next(loader), "step": step}, repeats=args.repeats, device=device
             )
         share = timings["loader"].median / timings["step"].median
-        run.metric("loader", timings["loader"].median, "s", f"a batch: {timings['loader']}")
-        run.metric("step", timings["step"].median, "s", f"of the same batch: {timings['step']}")
+        run.print(f"loader, a batch: {timings['loader']}")
+        run.print(f"step, the same batch: {timings['step']}")
+        run.metric("loader_seconds", timings["loader"].median, "s")
+        run.metric("step_seconds", timings["step"].median, "s")
         run.metric("loader_share", 100 * share, "%")
         if args.preset != "smoke":
             run.check_below("the loader's share of a step", share, LARGEST_SHARE)
