@@ -33,30 +33,43 @@ def close(name: str, actual: Any, expected: Any, tolerance: float, relative: boo
     differences = {
         path: _difference(got, want, relative) for path, got, want in _pairs(actual, expected)
     }
+    if not differences or not any(want.size for _, _, want in _pairs(actual, expected)):
+        return Check(name, False, "there is nothing to compare")
     where = max(differences, key=lambda path: np.nan_to_num(differences[path], nan=np.inf))
     worst = differences[where]
     kind = "max relative diff" if relative else "max diff"
     ok = worst <= tolerance  # False for NaN
     place = f" at {where}" if where and not ok else ""
-    return Check(name, ok, f"{kind} {worst:.1e}{place}, tolerance {tolerance:.0e}")
+    return Check(name, ok, f"{kind} {worst:.1e}{place}, tolerance {tolerance:g}")
 
 
 def _difference(got: np.ndarray, want: np.ndarray, relative: bool) -> float:
-    """The largest absolute difference, in units of the largest expected magnitude if `relative`."""
+    """The largest absolute difference, in units of the largest expected magnitude if `relative`.
+
+    Equal infinities do not differ, and are no magnitude to divide by.
+    """
     if not want.size:
         return 0.0
-    got, want = got.astype(np.float64), want.astype(np.float64)
-    scale = max(float(np.max(np.abs(want))), np.finfo(np.float64).tiny) if relative else 1.0
-    return float(np.max(np.abs(got - want))) / scale
+    exact = got.dtype.kind in "biuO" and want.dtype.kind in "biuO"  # Python's own whole numbers
+    common = object if exact else np.result_type(got, want, np.float64)
+    got, want = got.astype(common), want.astype(common)
+    with np.errstate(invalid="ignore"):
+        largest = float(np.max(np.where(got == want, 0, np.abs(got - want))))
+    if not relative:
+        return largest
+    sizes = np.abs(want).astype(np.float64)
+    scale = np.max(sizes, where=np.isfinite(sizes), initial=np.finfo(np.float64).tiny)
+    return largest / float(scale)
 
 
 def equal(name: str, actual: Any, expected: Any) -> Check:
-    """`actual == expected`, exactly; arrays and tensors bit for bit."""
+    """`actual == expected`, exactly; NaN equals nothing."""
     if (mismatch := _structure_mismatch(actual, expected)) is not None:
         return Check(name, False, mismatch)
     if isinstance(expected, str | bytes | bool | int) or expected is None:
-        same, shown = actual == expected, f"{actual!r}"
-        return Check(name, same, shown if same else f"{actual!r}, expected {expected!r}")
+        shown = repr(actual.item() if hasattr(actual, "item") else actual)
+        same = bool(actual == expected)
+        return Check(name, same, shown if same else f"{shown}, expected {expected!r}")
     pairs = list(_pairs(actual, expected))
     wrong = [path or "value" for path, got, want in pairs if not np.array_equal(got, want)]
     count = sum(got.size for _, got, _ in pairs)
@@ -118,7 +131,7 @@ def _pairs(actual: Any, expected: Any, path: str = "") -> list[tuple[str, np.nda
 
 def _as_array(value: Any) -> np.ndarray:
     if hasattr(value, "detach"):  # a torch tensor; torch itself is not imported for NumPy scripts
-        value = value.detach().cpu()
+        value = value.detach().cpu().resolve_conj()
         value = value.double().numpy() if value.is_floating_point() else value.numpy()
     array = np.asarray(value)
     return array.astype(np.float64) if array.dtype.kind == "f" else array

@@ -1,5 +1,6 @@
 """Numbers, quantities and tables as people read them: on the terminal and in main.md."""
 
+import math
 from collections.abc import Sequence
 from io import StringIO
 from typing import Any
@@ -8,7 +9,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-WIDTH = 160  # a table is never folded: a reader can scroll, a folded number cannot be read
+WIDTH = 100_000  # a table is neither folded nor cut: a reader can scroll
 _UP = ["", "K", "M", "G", "T", "P", "E"]
 _SCALED_UNITS = ("B", "B/s", "FLOP", "FLOP/s", "params", "bit/s")
 
@@ -20,6 +21,8 @@ def quantity(value: float | None, unit: str = "") -> str:
     """
     if value is None:
         return "unknown"
+    if not math.isfinite(value):
+        return f"{float(value)} {unit}".rstrip()
     if unit == "s":
         return _seconds(value)
     if unit in _SCALED_UNITS:
@@ -35,19 +38,19 @@ def quantity(value: float | None, unit: str = "") -> str:
 
 def _seconds(value: float) -> str:
     size = abs(value)
-    if size == 0 or size >= 1:
+    if size == 0 or size >= 0.9995:  # less is shown as at most 999 ms
         if size < 300:
             return f"{number(value)} s"
         hours = value / 3600
         return f"{value / 60:.1f} min" if size < 3600 else f"{hours:,.1f} h"
     for unit, scale in (("ms", 1e3), ("µs", 1e6)):
-        if size * scale >= 1:
+        if size * scale >= 0.9995:
             return f"{number(value * scale)} {unit}"
     return f"{number(value * 1e9)} ns"
 
 
 def number(value: Any) -> str:
-    """A number in at most four significant digits; an integer whole, with separators."""
+    """A number in three significant digits, from 1,000 on in whole ones; an integer in full."""
     if value is None:
         return "—"
     if isinstance(value, bool | str):
@@ -59,26 +62,30 @@ def number(value: Any) -> str:
     size = abs(value)
     if size == 0:
         return "0"
-    if size != size or size == float("inf"):
+    if not math.isfinite(size):
         return str(value)
     if size < 1e-3 or size >= 1e9:
         return f"{value:.2e}"
-    if size >= 1000:
+    if size >= 999.5:
         return f"{value:,.0f}"
-    return f"{value:.{3 if size < 1 else 2 if size < 10 else 1 if size < 100 else 0}f}"
+    rounded = float(f"{size:.2e}")  # 9.996 becomes 10.0, not 10.00
+    return f"{value:.{2 - math.floor(math.log10(rounded))}f}"
 
 
 def text_table(columns: Sequence[str], rows: Sequence[Sequence[Any]], caption: str = "") -> str:
     """A table for the terminal: numbers to the right, words to the left."""
-    table = Table(box=box.SIMPLE_HEAD, title=caption or None, title_justify="left", pad_edge=False)
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
     for index, column in enumerate(columns):
         numeric = rows and not isinstance(rows[0][index], str)
         table.add_column(column, justify="right" if numeric else "left", no_wrap=True)
     for row in rows:
         table.add_row(*(number(cell) for cell in row))
     buffer = StringIO()
-    Console(file=buffer, width=WIDTH, color_system=None).print(table, markup=False)
-    lines = (line.rstrip() for line in buffer.getvalue().splitlines())
+    console = Console(
+        file=buffer, width=WIDTH, color_system=None, markup=False, emoji=False, highlight=False
+    )
+    console.print(table)
+    lines = (line.rstrip() for line in [caption, *buffer.getvalue().splitlines()])
     return "\n".join(line for line in lines if line)
 
 
@@ -86,5 +93,7 @@ def markdown_table(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> str
     """The same table in Markdown, for main.md."""
     numeric = [bool(rows) and not isinstance(rows[0][i], str) for i in range(len(columns))]
     lines = [list(columns), ["--:" if right else "---" for right in numeric]]
-    lines += [[number(cell).replace("|", "\\|") for cell in row] for row in rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    lines += [[number(cell) for cell in row] for row in rows]
+    return "\n".join(
+        "| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines
+    )

@@ -1,5 +1,6 @@
 """Draw the figures of a record: one place decides how the book's figures look."""
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ matplotlib.use("Agg")  # before pyplot is imported: no display is needed
 
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
+from matplotlib.ticker import ScalarFormatter
 
 from distlab.files import atomic_write
 
@@ -34,23 +36,32 @@ def draw(spec: Mapping[str, Any], path: Path) -> None:
     try:
         _DRAWERS[spec["kind"]](axes, spec)
         _marks(axes, spec)
-        axes.set(title=spec["title"], xlabel=spec["x_label"], ylabel=spec["y_label"])
+        axes.set(
+            title=_plain(spec["title"]),
+            xlabel=_plain(spec["x_label"]),
+            ylabel=_plain(spec["y_label"]),
+        )
         if spec["log_x"]:
-            axes.set_xscale("log", base=2 if spec["kind"] != "bar" else 10)
+            axes.set_xscale("log", base=2)
+            if axes.get_xlim()[1] < 10_000:  # 64 reads better than a power of two
+                axes.xaxis.set_major_formatter(ScalarFormatter())
         if spec["log_y"]:
             axes.set_yscale("log")
-        elif spec["kind"] in ("bar", "area"):
-            axes.set_ylim(bottom=0)
         axes.grid(alpha=0.25)
         axes.set_axisbelow(True)
         for side in ("top", "right"):
             axes.spines[side].set_visible(False)
         if len(spec["series"]) > 1 or spec["lines"]:
             axes.legend(frameon=False)
-        with atomic_write(path) as temporary:
+        with atomic_write(path) as temporary, plt.rc_context({"svg.hashsalt": "distlab"}):
             figure.savefig(temporary, dpi=150, metadata=_no_date(path))
     finally:
         plt.close(figure)
+
+
+def _plain(text: str) -> str:
+    """`text` as it stands: Matplotlib would set what is between two dollar signs as a formula."""
+    return text.replace("$", r"\$")
 
 
 def _no_date(path: Path) -> dict[str, Any]:
@@ -63,8 +74,8 @@ def _lines(axes: Axes, spec: Mapping[str, Any]) -> None:
         few = len(series["x"]) <= 24
         axes.plot(
             series["x"],
-            series["y"],
-            label=series["label"],
+            _heights(series),
+            label=_plain(series["label"]),
             color=COLOURS[index % len(COLOURS)],
             marker=MARKERS[index % len(MARKERS)] if few else None,
             linewidth=1.8,
@@ -75,8 +86,8 @@ def _scatter(axes: Axes, spec: Mapping[str, Any]) -> None:
     for index, series in enumerate(spec["series"]):
         axes.scatter(
             series["x"],
-            series["y"],
-            label=series["label"],
+            _heights(series),
+            label=_plain(series["label"]),
             color=COLOURS[index % len(COLOURS)],
             marker=MARKERS[index % len(MARKERS)],
             s=24,
@@ -90,9 +101,8 @@ def _bars(axes: Axes, spec: Mapping[str, Any]) -> None:
     for index, series in enumerate(spec["series"]):
         shift = (index - (len(spec["series"]) - 1) / 2) * width
         places = [position + shift for position in range(len(labels))]
-        axes.bar(
-            places, series["y"], width, label=series["label"], color=COLOURS[index % len(COLOURS)]
-        )
+        colour = COLOURS[index % len(COLOURS)]
+        axes.bar(places, _heights(series), width, label=_plain(series["label"]), color=colour)
     axes.set_xticks(range(len(labels)), labels)
 
 
@@ -100,16 +110,25 @@ def _area(axes: Axes, spec: Mapping[str, Any]) -> None:
     """Series stacked on each other; all have the same x."""
     axes.stackplot(
         spec["series"][0]["x"],
-        [series["y"] for series in spec["series"]],
-        labels=[series["label"] for series in spec["series"]],
+        [_heights(series) for series in spec["series"]],
+        labels=[_plain(series["label"]) for series in spec["series"]],
         colors=[COLOURS[i % len(COLOURS)] for i in range(len(spec["series"]))],
         alpha=0.85,
     )
 
 
+def _heights(series: Mapping[str, Any]) -> list[float]:
+    """A series' y; what a record holds as null, as JSON has no NaN, leaves a gap."""
+    return [math.nan if y is None else y for y in series["y"]]
+
+
 def _marks(axes: Axes, spec: Mapping[str, Any]) -> None:
     for index, mark in enumerate(spec["lines"]):
-        style = {"linestyle": ("--", ":", "-.")[index % 3], "color": "0.35", "label": mark["label"]}
+        style: dict[str, Any] = {
+            "linestyle": ("--", ":", "-.")[index % 3],
+            "color": "0.35",
+            "label": _plain(mark["label"]),
+        }
         if "y" in mark:
             axes.axhline(mark["y"], **style)
         else:

@@ -17,9 +17,11 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
     Raises `RunError` with one line when the disk is full; the temporary file is removed then,
     and after any other exception.
     """
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=path.suffix, dir=path.parent)
+    final = Path(os.path.realpath(path))  # what a link points to is written, the link stays
+    if final.exists() and not final.is_file():  # a folder, or a device such as /dev/null
+        raise UsageError(f"{path} is no regular file; name another")
+    final.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(prefix=f".{final.name}.", suffix=final.suffix, dir=final.parent)
     os.close(handle)
     temporary = Path(name)
     try:
@@ -27,7 +29,7 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
         with temporary.open("rb") as written:
             os.fsync(written.fileno())
         temporary.chmod(0o666 & ~_umask())  # mkstemp makes it private; a result is for everybody
-        os.replace(temporary, path)
+        os.replace(temporary, final)
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise RunError(
@@ -39,7 +41,7 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
 
 
 def _umask() -> int:
-    mask = os.umask(0)
+    mask = os.umask(0o077)  # what another thread creates just now is too private, not too open
     os.umask(mask)
     return mask
 
@@ -54,7 +56,7 @@ def cache_dir() -> Path:
     """Where tokenizers and token shards are kept: $DISTLAB_CACHE, or the user's cache folder."""
     if chosen := os.environ.get("DISTLAB_CACHE"):
         return Path(chosen)
-    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "distlab"
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "distlab"
 
 
 def repo_root() -> Path:

@@ -94,8 +94,11 @@ def _cuda_timer(function: Callable[[], object]) -> float:
 
 def tensor_bytes(tensors: Iterable[torch.Tensor]) -> int:
     """Bytes of the storages behind `tensors`, each counted once, however many views it has."""
-    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
-    storages.pop(0, None)
+    storages: dict[int, int] = {}
+    for storage in (tensor.untyped_storage() for tensor in tensors):
+        begin = storage.data_ptr()
+        storages[begin] = max(storage.nbytes(), storages.get(begin, 0))
+    storages.pop(0, None)  # empty, or on the meta device
     return sum(storages.values())
 
 
@@ -103,8 +106,8 @@ class PeakMemory:
     """Peak memory inside a `with` block, in bytes, above what was in use before it.
 
     On CUDA it is the allocator's peak, exact. On a CPU it is the process's resident set, sampled
-    every millisecond by a thread: pages the allocator keeps for later count, so it is an upper
-    bound that depends on what ran before.
+    every millisecond by a thread. That depends on what ran before: pages that the allocator kept
+    are used again unseen, so measure what is large, and in a process that has not held as much.
     """
 
     def __init__(self, device: torch.device | str = "cpu") -> None:

@@ -27,7 +27,7 @@ def describe_run(preset: str) -> dict[str, Any]:
         "schema": SCHEMA,
         "command": command_line(),
         "preset": preset,
-        "world_size": int(os.environ.get("WORLD_SIZE", os.environ.get("SLURM_NTASKS", 1))),
+        "world_size": _world_size(),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "commit": commit(),
         "machine": dataclasses.asdict(machine()),
@@ -36,13 +36,15 @@ def describe_run(preset: str) -> dict[str, Any]:
 
 
 def command_line() -> str:
-    """The line that started this process, as the reader typed it: `python …` or `torchrun …`."""
+    """The line that started this process: `python …`, `torchrun …` or `srun … python …`."""
     script = Path(sys.argv[0]).resolve()
     root = repo_root()
     shown = script.relative_to(root) if script.is_relative_to(root) else Path(script.name)
     words = [str(shown), *sys.argv[1:]]
     if "TORCHELASTIC_RUN_ID" not in os.environ:
-        return shlex.join(["python", *words])
+        tasks = _world_size()
+        launcher = ["srun", f"--ntasks={tasks}"] if tasks > 1 and _in_slurm_step() else []
+        return shlex.join([*launcher, "python", *words])
     world, local = int(os.environ["WORLD_SIZE"]), int(os.environ["LOCAL_WORLD_SIZE"])
     nodes = [f"--nnodes={world // local}"] if world > local else []
     return shlex.join(["torchrun", *nodes, f"--nproc_per_node={local}", *words])
@@ -50,25 +52,25 @@ def command_line() -> str:
 
 def commit() -> str | None:
     """The checkout's commit, with `+` when files differ from it; None outside a checkout."""
-    result = (
-        subprocess.run(
-            ["git", "describe", "--always", "--abbrev=12", "--dirty=+", "--exclude=*"],
-            cwd=Path(__file__).parent,
-            capture_output=True,
-            text=True,
-            timeout=20,
-            check=False,
+    describe = ["git", "describe", "--always", "--abbrev=12", "--dirty=+", "--exclude=*"]
+    try:
+        result = subprocess.run(
+            describe, cwd=Path(__file__).parent, capture_output=True, text=True, timeout=20
         )
-        if _has_git()
-        else None
-    )
-    return result.stdout.strip() or None if result else None
+    except (OSError, subprocess.TimeoutExpired):  # no git here, or one that waits for a slow disk
+        return None
+    return result.stdout.strip() or None
 
 
-def _has_git() -> bool:
-    from shutil import which
+def _world_size() -> int:
+    if "WORLD_SIZE" not in os.environ and _in_slurm_step():
+        return int(os.environ.get("SLURM_NTASKS", 1))
+    return int(os.environ.get("WORLD_SIZE", 1))
 
-    return which("git") is not None
+
+def _in_slurm_step() -> bool:
+    """Whether `srun` started this process; a batch script has Slurm's other variables too."""
+    return "SLURM_STEP_ID" in os.environ
 
 
 def installed_versions() -> dict[str, str]:
@@ -91,7 +93,7 @@ def load(path: str | Path) -> dict[str, Any]:
     """Read a record. Raises `RunError` when it is missing or is none."""
     try:
         record = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise RunError(f"{path} cannot be read as a run's record: {error}") from error
     if not isinstance(record, dict) or record.get("schema") != SCHEMA:
         raise RunError(f"{path} is no record of schema {SCHEMA}; record it again")
@@ -106,7 +108,7 @@ def _plain(value: Any) -> Any:
         return [_plain(item) for item in value]
     if isinstance(value, str | bool | int) or value is None:
         return value
-    if isinstance(value, Path):
+    if isinstance(value, Path) or type(value).__name__ in ("dtype", "device"):
         return str(value)
     if hasattr(value, "tolist"):  # NumPy and torch
         return _plain(value.tolist())

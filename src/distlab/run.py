@@ -11,8 +11,10 @@ from typing import Any, Self, TypeVar
 
 from distlab import check, record
 from distlab.display import quantity, text_table
+from distlab.errors import UsageError
 
 Item = TypeVar("Item")
+FIGURE_KINDS = ("line", "scatter", "bar", "area")
 
 
 class Run:
@@ -39,7 +41,7 @@ class Run:
 
         self.started = time.perf_counter()
         if self.is_main:
-            _refuse_unwritable(self.args.json)
+            _refuse_unwritable(self.args.json, self.args.figures)
         self.print(f"machine: {machine_line(machine())}")
         return self
 
@@ -71,7 +73,11 @@ class Run:
         """The record so far, in JSON's types."""
         return {
             **record.describe_run(self.args.preset),
-            "arguments": {k: v for k, v in vars(self.args).items() if k not in ("json", "figures")},
+            "arguments": {
+                name: value
+                for name, value in vars(self.args).items()
+                if name not in ("json", "figures") and not callable(value)
+            },
             "seconds": round(time.perf_counter() - self.started, 3),
             "metrics": self.metrics,
             "comparisons": self.comparisons,
@@ -94,16 +100,17 @@ class Run:
 
     def compare(self, name: str, predicted: float, measured: float, unit: str = "") -> None:
         """Record and print a prediction, its measurement and its error, side by side."""
-        error = (predicted - measured) / measured if measured else float("nan")
+        error = (predicted - measured) / measured if measured else None
         self.comparisons[name] = {
             "predicted": predicted,
             "measured": measured,
             "unit": unit,
             "error": error,
         }
+        shown = "unknown" if error is None else f"{100 * error:+.1f} %"
         self.print(
             f"{name}: predicted {quantity(predicted, unit)}, "
-            f"measured {quantity(measured, unit)}, error {100 * error:+.1f} %"
+            f"measured {quantity(measured, unit)}, error {shown}"
         )
 
     def table(
@@ -135,6 +142,8 @@ class Run:
         `kind` is line, scatter, bar or area (stacked); each series is `{"label", "x", "y"}`;
         `lines` are `{"label", "y"}` or `{"label", "x"}` for marks across the whole figure.
         """
+        if kind not in FIGURE_KINDS:
+            raise ValueError(f"{kind!r} is no kind of figure; use {', '.join(FIGURE_KINDS)}")
         self.figures[name] = {
             "kind": kind,
             "title": title,
@@ -206,20 +215,27 @@ def _plain_progress(items: Iterable[Item], label: str, total: int | None) -> Ite
         yield item
 
 
-def _refuse_unwritable(path: str | None) -> None:
-    """Find out before a long run, not after it, that its record could not be written."""
-    from distlab.errors import UsageError
+def _refuse_unwritable(json: str | None, figures: str | None) -> None:
+    """Find out before a long run, not after it, that its results could not be written."""
+    if json is not None:
+        if Path(json).is_dir():
+            raise UsageError(f"--json {json} is a folder; name a file")
+        if Path(json).exists() and not Path(json).is_file():
+            raise UsageError(f"--json {json} is no regular file; name another")
+        _make_writable(f"--json {json}", Path(json).parent)
+    if figures is not None:
+        if Path(figures).is_file():
+            raise UsageError(f"--figures {figures} is a file; name a folder")
+        _make_writable(f"--figures {figures}", Path(figures))
 
-    if path is None:
-        return
-    if Path(path).is_dir():
-        raise UsageError(f"--json {path} is a folder; name a file")
+
+def _make_writable(flag: str, folder: Path) -> None:
     try:
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UsageError(f"--json {path} cannot be written: {error.strerror}") from error
-    if not os.access(Path(path).parent, os.W_OK):
-        raise UsageError(f"--json {path} cannot be written: {Path(path).parent} is read-only")
+        raise UsageError(f"{flag} cannot be written: {error.strerror}") from error
+    if not os.access(folder, os.W_OK):
+        raise UsageError(f"{flag} cannot be written: {folder} is read-only")
 
 
 def _unused_name(folder: Path, stem: str) -> Path:

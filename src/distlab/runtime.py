@@ -4,40 +4,28 @@ The same script runs alone (`python x.py`), under torchrun, and under Slurm (`sr
 """
 
 import argparse
-import multiprocessing
 import os
-import pickle
 import random
 import re
 import socket
-import time
 import traceback
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from multiprocessing.connection import Connection, wait
-from typing import Any
+from pathlib import Path
 
 import numpy as np
 import torch
 import torch.distributed as dist
 
 from distlab.errors import RunError, UsageError
+from distlab.launch import Launch, detect_launch
 
 DEFAULT_TIMEOUT_S = 60.0
-
-
-@dataclass(frozen=True)
-class Launch:
-    """Where this process stands in its job, as its launcher says."""
-
-    rank: int
-    world_size: int
-    local_rank: int
-    local_world_size: int
-    master_addr: str | None = None
-    master_port: int | None = None
+LOST_PEER = re.compile(
+    r"gloo|NCCL|Connection (?:closed|reset)|[Tt]imed? ?out|pair closure|broken pipe"
+)
 
 
 @dataclass(frozen=True)
@@ -94,7 +82,9 @@ def distributed(
     machine with GPUs, ranks share them; `device="cpu"` leaves the GPUs alone. All ranks get the
     same `seed`. `timeout_s` bounds every collective: torch's own default is 30 minutes for gloo.
 
-    Raises `UsageError` when there are more ranks than GPUs for NCCL, or no GPU where one was asked.
+    Raises `UsageError` when there are more ranks than GPUs for NCCL, or no GPU where one was asked,
+    and `RunError`, in one line that names the script's own, when a collective fails because a rank
+    is gone or did not come in time.
     """
     launch = detect_launch()
     place = _choose_device(launch, backend, device)
@@ -108,8 +98,10 @@ def distributed(
     )
     try:
         yield runtime
-    except BaseException:
+    except BaseException as error:
         _leave(chosen, failed=True)
+        if isinstance(error, RuntimeError) and LOST_PEER.search(str(error)):
+            raise RunError(_lost_peer(error, runtime, timeout_s)) from error
         raise
     _leave(chosen, failed=False)
 
@@ -119,52 +111,6 @@ def seed_everything(seed: int) -> None:
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
-
-
-def detect_launch(env: Mapping[str, str] = os.environ) -> Launch:
-    """Read torchrun's variables, else Slurm's (inside `srun`), else this process is alone.
-
-    Raises `UsageError` when a launcher's variables are incomplete.
-    """
-    if "RANK" in env and "WORLD_SIZE" in env:
-        return Launch(
-            rank=int(env["RANK"]),
-            world_size=int(env["WORLD_SIZE"]),
-            local_rank=int(env.get("LOCAL_RANK", 0)),
-            local_world_size=int(env.get("LOCAL_WORLD_SIZE", env["WORLD_SIZE"])),
-            master_addr=_required(env, "MASTER_ADDR"),
-            master_port=int(_required(env, "MASTER_PORT")),
-        )
-    if "SLURM_STEP_ID" in env and int(env.get("SLURM_NTASKS", 1)) > 1:
-        return Launch(
-            rank=int(_required(env, "SLURM_PROCID")),
-            world_size=int(env["SLURM_NTASKS"]),
-            local_rank=int(_required(env, "SLURM_LOCALID")),
-            local_world_size=_first_count(env.get("SLURM_STEP_TASKS_PER_NODE", "1")),
-            master_addr=env.get("MASTER_ADDR") or first_host(_required(env, "SLURM_STEP_NODELIST")),
-            # One port a job, so that two jobs on one node do not meet.
-            master_port=int(env.get("MASTER_PORT", 20000 + int(env["SLURM_JOB_ID"]) % 20000)),
-        )
-    return Launch(rank=0, world_size=1, local_rank=0, local_world_size=1)
-
-
-def first_host(nodelist: str) -> str:
-    """The first host of Slurm's list: `gpu[07-09,12],login` gives `gpu07`."""
-    match = re.match(r"([^,\[]+)(?:\[([^\]\-,]+)[^\]]*\])?([^,\[]*)", nodelist)
-    if match is None:
-        raise UsageError(f"SLURM_STEP_NODELIST={nodelist!r} names no host; set MASTER_ADDR")
-    return "".join(part or "" for part in match.groups())
-
-
-def _first_count(tasks_per_node: str) -> int:
-    """Slurm writes `2(x3),1` for three nodes of two tasks and one of one."""
-    return int(re.match(r"\d+", tasks_per_node)[0])  # type: ignore[index]
-
-
-def _required(env: Mapping[str, str], name: str) -> str:
-    if name not in env:
-        raise UsageError(f"{name} is not set, but other launcher variables are; start by torchrun")
-    return env[name]
 
 
 def _choose_device(launch: Launch, backend: str, device: str) -> torch.device:
@@ -208,7 +154,7 @@ def _join(launch: Launch, backend: str, timeout_s: float, device: torch.device) 
             timeout=timeout,
             device_id=device_id,
         )
-    except (dist.DistError, socket.gaierror) as error:
+    except (RuntimeError, socket.gaierror) as error:  # the store's and gloo's are RuntimeErrors
         first_line = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise RunError(
             f"rank {launch.rank} of {launch.world_size} could not meet the others at "
@@ -226,94 +172,14 @@ def _leave(backend: str, failed: bool) -> None:
         dist.destroy_process_group()
 
 
-def spawn(
-    function: Callable[..., Any],
-    world_size: int,
-    *args: Any,
-    timeout_s: float = DEFAULT_TIMEOUT_S,
-    device: str = "cpu",
-) -> list[Any]:
-    """Run `function(runtime, *args)` on `world_size` processes here; their results, by rank.
-
-    For tests and graders: no torchrun, and torch is imported once (a fork server). `function` and
-    its arguments must be picklable, so a function at the top of a module.
-
-    Raises `RunError` with a rank's traceback when it fails, or when `timeout_s` has passed; the
-    other ranks are killed then.
-    """
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch", "numpy"])
-    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    threads = max(1, (os.cpu_count() or 1) // world_size)
-    ranks, readers = [], []
-    for rank in range(world_size):
-        env = {
-            "RANK": str(rank),
-            "WORLD_SIZE": str(world_size),
-            "LOCAL_RANK": str(rank),
-            "LOCAL_WORLD_SIZE": str(world_size),
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(store.port),
-            "TORCHELASTIC_USE_AGENT_STORE": "True",  # the parent's store: rank 0 opens no port
-        }
-        reader, writer = context.Pipe(duplex=False)
-        process = context.Process(
-            target=_run_rank,
-            args=(writer, env, threads, timeout_s, device, function, args),
-            daemon=True,
-        )
-        process.start()
-        writer.close()
-        ranks.append(process)
-        readers.append(reader)
-    try:
-        return _collect(readers, time.monotonic() + timeout_s)
-    finally:
-        for process in ranks:
-            process.join(timeout=0.5)
-            if process.is_alive():
-                process.kill()
-                process.join()
-
-
-def _run_rank(
-    writer: Connection,
-    env: dict[str, str],
-    threads: int,
-    timeout_s: float,
-    device: str,
-    function: Callable[..., Any],
-    args: tuple[Any, ...],
-) -> None:
-    os.environ.update(env)
-    torch.set_num_threads(threads)
-    try:
-        backend = "gloo" if device == "cpu" else "auto"
-        with distributed(backend=backend, timeout_s=timeout_s, device=device) as runtime:
-            outcome = (True, function(runtime, *args))
-    except BaseException:
-        outcome = (False, traceback.format_exc())
-    # Plain pickle: torch's own would send file descriptors, which this process soon closes.
-    writer.send_bytes(pickle.dumps(outcome))
-    writer.close()
-
-
-def _collect(readers: list[Connection], deadline: float) -> list[Any]:
-    results: dict[Connection, Any] = {}
-    while len(results) < len(readers):
-        missing = [reader for reader in readers if reader not in results]
-        ready = wait(missing, timeout=max(0.0, deadline - time.monotonic()))
-        if not ready:
-            late = [readers.index(reader) for reader in missing]
-            raise RunError(f"ranks {late} did not finish in time and were killed")
-        for reader in ready:
-            assert isinstance(reader, Connection)
-            rank = readers.index(reader)
-            try:
-                succeeded, value = pickle.loads(reader.recv_bytes())
-            except EOFError:
-                raise RunError(f"rank {rank} died without a result") from None
-            if not succeeded:
-                raise RunError(f"rank {rank} failed:\n{value}")
-            results[reader] = value
-    return [results[reader] for reader in readers]
+def _lost_peer(error: RuntimeError, runtime: Runtime, timeout_s: float) -> str:
+    """One line for a failed collective: who, where in the script, and what the back end said."""
+    torch_itself = str(Path(torch.__file__).parent)
+    frames = traceback.extract_tb(error.__traceback__)
+    own = [frame for frame in frames if not frame.filename.startswith(torch_itself)]
+    where = f"{Path(own[-1].filename).name}:{own[-1].lineno}"
+    said = re.sub(r"^\[\S+\]\s*", "", str(error).splitlines()[0])
+    return (
+        f"rank {runtime.rank} of {runtime.world_size} lost the others at {where}: a rank is gone, "
+        f"or did not come within {timeout_s:g} s ({said})"
+    )

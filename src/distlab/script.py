@@ -15,8 +15,10 @@ import argparse
 import errno
 import os
 import re
+import select
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from itertools import pairwise
 from typing import Any, NoReturn
 
 from distlab.errors import RunError, Skipped, UsageError
@@ -49,15 +51,18 @@ class Parser(OneLineParser):
             formatter_class=argparse.RawDescriptionHelpFormatter,
             allow_abbrev=False,
         )
+        if missing := set(PRESET_NAMES) - presets.keys():
+            raise ValueError(f"no values for the preset {', '.join(sorted(missing))}")
         self.presets = presets
         _add_common_flags(self, default=None)
 
     def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
         """Parse, filling in the preset's values; `args.preset` is always set afterwards."""
         preset = self._chosen_preset(sys.argv[1:] if args is None else args)
-        known = {action.dest for action in self._all_actions()}
-        if unknown := self.presets[preset].keys() - known:
-            raise ValueError(f"the preset {preset} sets flags that do not exist: {unknown}")
+        known = {action.dest for parser in self._all_parsers() for action in parser._actions}
+        for name, values in self.presets.items():
+            if unknown := values.keys() - known:
+                raise ValueError(f"the preset {name} sets flags that do not exist: {unknown}")
         for parser in self._all_parsers():
             own = {action.dest for action in parser._actions}
             parser.set_defaults(**{k: v for k, v in self.presets[preset].items() if k in own})
@@ -71,7 +76,7 @@ class Parser(OneLineParser):
 
     def _chosen_preset(self, argv: Sequence[str]) -> str:
         chosen = None
-        for word, following in zip(argv, [*argv[1:], ""], strict=True):
+        for word, following in pairwise([*argv, ""]):
             if word == "--preset":
                 chosen = following
             elif word.startswith("--preset="):
@@ -95,9 +100,6 @@ class Parser(OneLineParser):
             for parser in action.choices.values()
         ]
         return [self, *subparsers]
-
-    def _all_actions(self) -> list[argparse.Action]:
-        return [action for parser in self._all_parsers() for action in parser._actions]
 
 
 class _Subcommand(OneLineParser):
@@ -176,7 +178,9 @@ def status_of(main: Callable[[], int]) -> int:
         return SKIPPED
     except KeyboardInterrupt:
         return _fail("interrupted", INTERRUPTED)
-    except BrokenPipeError:  # the reader of our output left, as in `script | head`
+    except BrokenPipeError:
+        if not _output_is_unwanted():
+            raise
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return CHECK_FAILED
     except OSError as failure:
@@ -186,6 +190,13 @@ def status_of(main: Callable[[], int]) -> int:
         if failure.errno in (errno.EACCES, errno.EROFS, errno.EPERM) and failure.filename:
             return _fail(f"{failure.filename}: {failure.strerror}", CHECK_FAILED)
         raise
+
+
+def _output_is_unwanted() -> bool:
+    """Whether the reader of our output left, as in `script | head`."""
+    output = select.poll()
+    output.register(sys.stdout, 0)  # an error and a hang-up are always reported
+    return bool(output.poll(0))
 
 
 def _fail(message: object, status: int) -> int:

@@ -5,11 +5,11 @@ import os
 import subprocess
 import sys
 import time
-import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from http.client import HTTPException
 from pathlib import Path
 from typing import Any, Self
 
@@ -21,6 +21,7 @@ from distlab.lab.process import Completed, Job, job, run_command
 from distlab.script import SKIPPED
 
 READY_TIMEOUT_S = 120.0
+RECORDS = "[!.]*.json"  # without the temporary file of a script that was killed while writing
 
 
 @dataclass
@@ -73,7 +74,7 @@ def run_block(
     if (need := unmet_need(block, backend, gpu_count())) is not None:
         return Outcome(block, backend, "skipped", need)
     records.mkdir(parents=True, exist_ok=True)
-    for stale in records.glob("*.json"):
+    for stale in records.glob(RECORDS):
         stale.unlink()
     completed = run_command(
         ["bash", "-euo", "pipefail", "-c", block.text],
@@ -82,7 +83,7 @@ def run_block(
         timeout_s=timeout_s,
         echo=echo,
     )
-    made = [record.load(path) for path in sorted(records.glob("*.json"))]
+    made = [record.load(path) for path in sorted(records.glob(RECORDS))]
     result, reason = judge(block, completed, made)
     return Outcome(
         block, backend, result, reason, completed.seconds, completed.stdout, completed.stderr, made
@@ -99,12 +100,15 @@ def judge(block: Block, completed: Completed, records: list[dict[str, Any]]) -> 
     if completed.status != block.exit:
         tail = "\n".join((completed.stdout + completed.stderr).splitlines()[-25:])
         return "failed", f"exit status {completed.status}, expected {block.exit}\n{tail}"
-    if block.exit == 0 and not _proves_something(completed, records):
+    if block.exit == 0 and not _proves_something(block, completed, records):
         return "failed", "it ended with status 0 but printed no check and no measurement"
     return "ran", ""
 
 
-def _proves_something(completed: Completed, records: list[dict[str, Any]]) -> bool:
+def _proves_something(block: Block, completed: Completed, records: list[dict[str, Any]]) -> bool:
+    """A chapter's script must check or measure something; the lab's own commands must answer."""
+    if not block.scripts:
+        return bool(completed.stdout.strip())
     measured = any(made["checks"] or made["metrics"] or made["comparisons"] for made in records)
     return measured or "check: " in completed.stdout
 
@@ -167,6 +171,10 @@ class Servers:
 
     @contextmanager
     def _serve(self, block: Block) -> Iterator[Job]:
+        if _answers(block):
+            raise RunError(
+                f"{block.id}: {block.ready} answers before the server is started; end it"
+            )
         env = block_environment(block, self.preset, self.records, "gloo")
         with job(["bash", "-euo", "pipefail", "-c", block.text], env, repo_root()) as server:
             _await_ready(block, server)
@@ -174,15 +182,23 @@ class Servers:
 
 
 def _await_ready(block: Block, server: Job) -> None:
-    assert block.ready is not None
     deadline = time.monotonic() + READY_TIMEOUT_S
     while time.monotonic() < deadline:
         if server.process.poll() is not None:
             tail = "".join(server.texts["stderr"][-10:])
             raise RunError(f"{block.id}: the server ended before it was ready: {tail}")
-        try:
-            with urllib.request.urlopen(block.ready, timeout=2):
-                return
-        except (urllib.error.URLError, OSError):
-            time.sleep(0.2)
+        if _answers(block):
+            return
+        time.sleep(0.2)
     raise RunError(f"{block.id}: {block.ready} did not answer within {READY_TIMEOUT_S:g} s")
+
+
+def _answers(block: Block) -> bool:
+    """Whether the server's address answers 200; a proxy of the user's has no say in that."""
+    assert block.ready is not None
+    direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    try:
+        with direct.open(block.ready, timeout=2) as answer:
+            return answer.status == 200
+    except (OSError, HTTPException):  # a URLError is an OSError
+        return False

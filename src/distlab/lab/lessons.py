@@ -26,7 +26,7 @@ from markdown_it.token import Token
 from distlab.errors import RunError, UsageError
 from distlab.files import repo_root
 
-SCRIPT = re.compile(r"chapter\d\d-[\w-]+/(?:code|exercises)/[\w/]+\.(?:py|sh)")
+SCRIPT = re.compile(r"chapter\d\d-[\w-]+/(?:code|exercises)/[\w/-]+\.(?:py|sh)")
 RANKS = re.compile(r"--nproc[_-]per[_-]node[= ](\d+)")
 _FLAGS = {"background", "norun"}
 _SETTINGS = {"env", "gpus", "ready", "exit", "record"}
@@ -173,7 +173,7 @@ def _blocks(lesson: Path, tokens: list[Token]) -> Iterator[Block]:
             settings["output"] = following.content
             settings["output_lines"] = (following.map[0] + 1, following.map[1] - 1)
         block = Block(lesson, line, section, token.content, **settings)
-        if block.norun and not block.text.startswith("#"):
+        if block.norun and not (block.text.startswith("#") and block.reason):
             raise RunError(f"{lesson}:{line}: a norun block begins with a comment: the reason")
         if block.background and not block.ready:
             raise RunError(f"{lesson}:{line}: a background block says ready=URL")
@@ -187,5 +187,7 @@ def _settings(lesson: Path, line: int, words: list[str]) -> dict:
         if key not in (_SETTINGS if has_value else _FLAGS):
             known = ", ".join(sorted(_FLAGS) + [f"{name}=…" for name in sorted(_SETTINGS)])
             raise RunError(f"{lesson}:{line}: unknown word {word!r}; known: {known}")
+        if key in ("gpus", "exit") and not value.isdecimal():
+            raise RunError(f"{lesson}:{line}: {word} is no number")
         settings[key] = (int(value) if key in ("gpus", "exit") else value) if has_value else True
     return settings

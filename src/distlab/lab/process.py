@@ -16,6 +16,10 @@ import psutil
 
 MARKER = "LAB_RUN_ID"
 GRACE_S = 5.0
+# Else setproctitle, which vLLM and SGLang call, writes its title over the environment and its mark.
+KEEP_ENVIRON = {"SPT_NOENV": "1"}
+# A process may start another between being seen and being killed, so kill more than once.
+SIGNALS = (signal.SIGINT, signal.SIGTERM, *[signal.SIGKILL] * 5)
 
 
 @dataclass(frozen=True)
@@ -33,7 +37,7 @@ class Job:
     """A running command, marked by an environment variable that all its descendants inherit.
 
     A process that changed its session or lost its parent is still found by the mark, so none
-    outlives the job.
+    outlives the job. A job within a job carries both marks: the outer one ends it too.
     """
 
     def __init__(
@@ -42,7 +46,7 @@ class Job:
         self.mark = uuid.uuid4().hex
         self.process = subprocess.Popen(
             command,
-            env={**env, MARKER: self.mark},
+            env={**env, **KEEP_ENVIRON, MARKER: f"{os.environ.get(MARKER, '')} {self.mark}"},
             cwd=cwd,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
@@ -87,7 +91,8 @@ class Job:
             self.process.wait(GRACE_S)
         for reader in self._readers:
             reader.join(GRACE_S)
-        self._guardian.communicate(timeout=2 * GRACE_S)
+        with suppress(subprocess.TimeoutExpired):  # it has its word: it ends by itself
+            self._guardian.communicate(timeout=GRACE_S)
         return names
 
 
@@ -95,7 +100,7 @@ def end_marked(mark: str) -> tuple[str, ...]:
     """End every process that carries `mark`: by SIGINT, after 5 s SIGTERM, after 5 more SIGKILL."""
     left = marked(mark)
     names = tuple(_describe(process) for process in left)
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGKILL):
+    for number in SIGNALS:
         for process in left:
             with suppress(psutil.NoSuchProcess):
                 process.send_signal(number)
@@ -113,7 +118,8 @@ def marked(mark: str) -> list[psutil.Process]:
 
 def _has_mark(process: psutil.Process, mark: str) -> bool:
     try:
-        return process.environ().get(MARKER) == mark and process.status() != psutil.STATUS_ZOMBIE
+        carried = mark in process.environ().get(MARKER, "").split()
+        return carried and process.status() != psutil.STATUS_ZOMBIE
     except (psutil.Error, OSError):
         return False
 

@@ -7,10 +7,10 @@ a line of the same shape is repeated (a table has more rows at another preset).
 import difflib
 import re
 
-_UNIT = r"(?:[KMGTPE]?(?:B|FLOP)(?:/s)?|[nµm]?s|min|h|%|[KMGT]?(?:tok|params))"
-_NUMBER = re.compile(
-    rf"(?<![\w])[-+−]?(?:\d[\d,]*\.?\d*(?:e[-+]?\d+)?|nan|inf|unknown)(?:\s?{_UNIT}(?![\w/]))?"
-)
+_UNIT = r"(?:[KMGTPE]?(?:B|FLOP|bit|params|tok)(?:/s)?|[nµm]?s|min|h|%)"
+_DIGITS = r"\d[\d,]*\.?\d*(?:e[-+]?\d+)?"
+_NONE = r"(?:nan|inf|unknown)(?!\w)|(?<!\S)—(?!\S)"  # how `distlab.display` shows what is no number
+_NUMBER = re.compile(rf"(?<!\w)[-+−]?(?:{_DIGITS}|{_NONE})(?:\s?{_UNIT}(?![\w/]))?")
 
 
 def shape(text: str) -> list[str]:

@@ -9,11 +9,10 @@ import os
 import subprocess
 import sys
 
-from distlab.lab.needs import install_line, missing_system_packages
-
 from distlab.errors import RunError
 from distlab.files import repo_root
 from distlab.lab.lessons import chapter
+from distlab.lab.needs import install_line, missing_system_packages
 from distlab.script import OneLineParser
 
 INSTALL_LIMIT_S = 900

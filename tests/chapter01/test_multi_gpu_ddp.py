@@ -11,8 +11,9 @@ import psutil
 import pytest
 import torch.distributed as dist
 
-from distlab import runtime, script
+from distlab import script
 from distlab.files import repo_root
+from distlab.spawning import spawn
 
 CODE = repo_root() / "chapter01-introduction" / "code"
 SCRIPT = CODE / "multi_gpu_ddp.py"
@@ -22,7 +23,7 @@ TIMEOUT_S = 20
 
 @pytest.mark.parametrize("world_size", [1, 2, 4])
 def test_losses_and_parameters_equal_one_process_at_the_same_global_batch(world_size):
-    checks, tables = runtime.spawn(run_script, world_size, SMOKE, timeout_s=120)[0]
+    checks, tables = spawn(run_script, world_size, SMOKE, timeout_s=120)[0]
     assert [name for name, ok in checks if not ok] == []
     assert len(checks) == 5
     *parts, step = tables["step"]["rows"]
@@ -32,12 +33,12 @@ def test_losses_and_parameters_equal_one_process_at_the_same_global_batch(world_
 
 def test_three_sequences_a_rank_of_an_odd_length_agree_too():
     odd = [*SMOKE, "--batch-size", "6", "--seq-len", "17", "--heads", "2", "--kv-heads", "1"]
-    checks, _ = runtime.spawn(run_script, 2, odd, timeout_s=120)[0]
+    checks, _ = spawn(run_script, 2, odd, timeout_s=120)[0]
     assert [name for name, ok in checks if not ok] == []
 
 
 def test_a_gradient_summed_where_a_mean_belongs_is_noticed():
-    checks, _ = runtime.spawn(run_script, 2, SMOKE, summed_gradients, timeout_s=120)[0]
+    checks, _ = spawn(run_script, 2, SMOKE, summed_gradients, timeout_s=120)[0]
     assert [name for name, ok in checks if not ok] == [
         "losses equal one process's",
         "final parameters equal one process's",

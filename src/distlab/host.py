@@ -1,0 +1,86 @@
+"""What the kernel tells of this machine, as far as this process may use it."""
+
+import os
+import platform
+import re
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path, PurePosixPath
+
+
+def cpu_name() -> str:
+    """The processor's name without its decoration; an ARM board's name; else the architecture."""
+    for file, pattern in (
+        ("/proc/cpuinfo", r"^model name\s*: (.+)$"),
+        ("/proc/device-tree/model", r"^([^\0]+)"),  # ARM boards have no model name
+    ):
+        if match := re.search(pattern, read(file), re.MULTILINE):
+            name = re.sub(r"\((?:R|TM)\)| CPU(?= @)| \d+-Core Processor", "", match[1])
+            return " ".join(name.split())
+    if platform.system() == "Darwin":
+        asked = ["sysctl", "-n", "machdep.cpu.brand_string"]
+        return subprocess.run(asked, capture_output=True, text=True, timeout=5).stdout.strip()
+    return platform.processor() or platform.machine()
+
+
+def usable_cores() -> int:
+    """Cores that this process may use: its affinity, and whole cores of its cgroup's quota."""
+    affinity = getattr(os, "sched_getaffinity", None)  # macOS has none
+    cores = len(affinity(0)) if affinity else os.cpu_count() or 1
+    for text in _cgroup_files("cpu", "cpu.max"):  # "150000 100000", or "max 100000"
+        quota, period = text.split()
+        if quota != "max":
+            cores = min(cores, int(quota) // int(period))
+    quotas = _cgroup_files("cpu", "cpu.cfs_quota_us")
+    periods = _cgroup_files("cpu", "cpu.cfs_period_us")
+    for quota, period in zip(quotas, periods, strict=False):
+        if int(quota) > 0:
+            cores = min(cores, int(quota) // int(period))
+    return max(1, cores)
+
+
+def usable_memory() -> int:
+    """Bytes that this process may use: the machine's, or its cgroup's limit if that is lower."""
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    for file in ("memory.max", "memory.limit_in_bytes"):
+        limits = [int(text) for text in _cgroup_files("memory", file) if text != "max"]
+        memory = min([memory, *limits])
+    return memory
+
+
+def _cgroup_files(controller: str, file: str) -> Iterator[str]:
+    """The contents of `file` in this process's control group and the groups that hold it.
+
+    Version 2 has one tree, version 1 one for each controller; see cgroups(7).
+    """
+    for line in read("/proc/self/cgroup").splitlines():
+        _, controllers, group = line.split(":", 2)
+        if controllers and controller not in controllers.split(","):
+            continue
+        root = Path("/sys/fs/cgroup", controller if controllers else "")
+        path = PurePosixPath(group)
+        for folder in (path, *path.parents):
+            if text := read(root / str(folder).lstrip("/") / file).strip():
+                yield text
+
+
+def last_level_cache() -> int:
+    """Bytes of the largest cache of the first core; 0 where the kernel does not tell."""
+    caches = Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")
+    sizes = [text.strip() for text in map(read, caches)]  # "32768K"
+    return max((int(size[:-1]) * 2**10 for size in sizes if size.endswith("K")), default=0)
+
+
+def operating_system() -> str:
+    """The distribution's name, if it tells one, and the kernel's."""
+    pretty = re.search(r'^PRETTY_NAME="?([^"\n]+)', read("/etc/os-release"), re.MULTILINE)
+    kernel = f"{platform.system()} {platform.release()}"
+    return f"{pretty[1]}, {kernel}" if pretty else kernel
+
+
+def read(path: str | Path) -> str:
+    """The text of a file of the system; empty where there is none."""
+    try:
+        return Path(path).read_text(errors="replace")
+    except OSError:
+        return ""

@@ -1,0 +1,231 @@
+"""What the chapters need of a machine, whether it is here, and the command that mends it."""
+
+import importlib.metadata
+import os
+import platform
+import re
+import shutil
+import subprocess
+import sysconfig
+import tomllib
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from distlab import hardware
+from distlab.files import repo_root
+from distlab.lab.lessons import chapters
+
+ALL = tuple(range(1, 12))
+CHROMIUM = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
+PROBE_LIMIT_S = 10
+NVIDIA_PCI_VENDOR = "0x10de"
+
+
+@dataclass(frozen=True)
+class Need:
+    """Something that `chapters` use `purpose` for.
+
+    `probe` returns what it found in a few words, None where it is missing; `remedy` is the command
+    line that mends that, empty where none can. `packages` are the system packages, by their Debian
+    names, that hold it.
+    """
+
+    chapters: tuple[int, ...]
+    what: str
+    purpose: str
+    probe: Callable[[], str | None]
+    remedy: str
+    packages: tuple[str, ...] = ()
+
+
+def needs() -> list[Need]:
+    """All that the eleven chapters need beyond Python itself, in the order of the chapters."""
+    return [
+        Need(ALL, "Python packages", "every script", _core_packages, _env("core")),
+        Need(ALL, "NVIDIA driver", "GPUs; without one all runs on the CPU", _driver, _get_driver()),
+        *_system_needs(),
+        Need(
+            (2, 3, 4, 5, 6, 7, 8, 10),
+            "user namespaces",
+            "the virtual cluster, without root",
+            _user_namespaces,
+            _allow_user_namespaces(),
+        ),
+        *(
+            Need(who, f"environment {name}", why, partial(_environment, name), _env(name))
+            for name, who, why in (
+                ("vllm", (6, 9), "the vLLM engine"),
+                ("sglang", (7, 9), "the SGLang engine and router"),
+                ("tracing", (9,), "Phoenix, which shows traces"),
+                ("bench", (10,), "genai-bench and LoadGen"),
+                ("flower", (11,), "Flower's simulation and deployment"),
+            )
+        ),
+    ]
+
+
+def _system_needs() -> list[Need]:
+    def system(who: Iterable[int], what: str, why: str, probe: Callable, *packages: str) -> Need:
+        return Need(tuple(who), what, why, probe, install_line(packages), packages)
+
+    python = f"python{'.'.join(platform.python_version_tuple()[:2])}-dev"
+    clustered = (2, 3, 4, 5, 6, 7, 8, 10)
+    return [
+        system(ALL, "chromium", "the test of lab report", partial(_one_of, CHROMIUM), "chromium"),
+        system(
+            (1, 3, 5), "C++ compiler", "torch.compile, DeepSpeed", partial(_one_of, ["g++"]), "g++"
+        ),
+        system((1, 3, 5), "Python headers", "torch.compile, DeepSpeed", _python_headers, python),
+        system(clustered, "ip and tc", "nodes and shaped links", _iproute2, "iproute2"),
+        system(
+            (3, 4, 5),
+            "Slurm",
+            "jobs on the virtual cluster",
+            partial(_all_of, ["slurmctld", "slurmd", "srun", "munged"]),
+            *("munge", "slurmctld", "slurmd", "slurm-client"),
+        ),
+        system((5,), "libaio", "offload to NVMe", _libaio, "libaio-dev"),
+    ]
+
+
+def chapter_rows(wanted: list[Need], found: list[str | None]) -> list[list[str]]:
+    """A row for each chapter: its number, its title, and what it lacks of what can be had here."""
+    lacking = [n for n, what in zip(wanted, found, strict=True) if what is None and n.remedy]
+    rows = []
+    for chapter in chapters():
+        missing = [need.what for need in lacking if chapter.number in need.chapters]
+        rows.append([str(chapter.number), chapter.title, ", ".join(missing) or "✓"])
+    return rows
+
+
+def remedies(wanted: list[Need], found: list[str | None]) -> list[list[str]]:
+    """A row for each missing thing that can be had: what, for which chapters, by which command."""
+    return [
+        [need.what, in_words(need.chapters), need.remedy]
+        for need, what in zip(wanted, found, strict=True)
+        if what is None and need.remedy
+    ]
+
+
+def in_words(numbers: Iterable[int]) -> str:
+    """Chapter numbers, runs joined: (1, 2, 3, 5) is `1-3, 5`."""
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and runs[-1][-1] == number - 1:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    return ", ".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs)
+
+
+def missing_system_packages() -> list[str]:
+    """The system packages that the chapters written so far need and this machine lacks."""
+    written = {chapter.number for chapter in chapters() if chapter.written}
+    wanted = [need for need in needs() if need.packages and written & set(need.chapters)]
+    missing = [need.packages for need in wanted if need.probe() is None]
+    return list(dict.fromkeys(package for packages in missing for package in packages))
+
+
+def install_line(packages: Iterable[str]) -> str:
+    """The command line that installs system packages, given by their Debian names."""
+    names = " ".join(packages)
+    if not _is_debian():
+        return f"install with this system's package manager: {names}"
+    root = "" if os.geteuid() == 0 else "sudo "
+    return f"{root}apt-get install -y --no-install-recommends {names}"
+
+
+def _is_debian() -> bool:
+    try:
+        release = platform.freedesktop_os_release()
+    except OSError:
+        return False
+    return "debian" in (release.get("ID", ""), *release.get("ID_LIKE", "").split())
+
+
+def _env(name: str) -> str:
+    return f"python3 scripts/lab.py env {name}"
+
+
+def _core_packages() -> str | None:
+    """How many packages of pyproject.toml's extra `core` there are, if none is missing."""
+    project = tomllib.loads((repo_root() / "pyproject.toml").read_text())["project"]
+    wanted = [re.split(r"[^\w.-]", line)[0] for line in project["optional-dependencies"]["core"]]
+    try:
+        for name in wanted:
+            importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+    return f"all {len(wanted)}"
+
+
+def _environment(name: str) -> str | None:
+    folder = Path(os.environ.get("LAB_VENV_DIR") or repo_root() / ".venv", name)
+    return "built" if (folder / ".lab-stamp.json").is_file() else None
+
+
+def _driver() -> str | None:
+    if not hardware.driver_present():
+        return None
+    return hardware.machine().driver or "loaded"
+
+
+def _get_driver() -> str:
+    vendors = Path("/sys/bus/pci/devices").glob("*/vendor")
+    if any(vendor.read_text().strip() == NVIDIA_PCI_VENDOR for vendor in vendors):
+        return install_line(["nvidia-driver"])
+    return ""  # there is no GPU to drive
+
+
+def _one_of(programs: Iterable[str]) -> str | None:
+    return next(filter(None, map(shutil.which, programs)), None)
+
+
+def _all_of(programs: Iterable[str]) -> str | None:
+    """The first program's path, if all are there; daemons stand in /usr/sbin."""
+    path = f"{os.environ.get('PATH', os.defpath)}:/usr/sbin:/sbin"
+    found = [shutil.which(program, path=path) for program in programs]
+    return found[0] if all(found) else None
+
+
+def _iproute2() -> str | None:
+    return _all_of(["ip", "tc"])
+
+
+def _python_headers() -> str | None:
+    header = Path(sysconfig.get_paths()["include"], "Python.h")
+    return str(header.parent) if header.is_file() else None
+
+
+def _libaio() -> str | None:
+    for folder in ("/usr/include", "/usr/local/include"):
+        if (header := Path(folder, "libaio.h")).is_file():
+            return str(header)
+    return None
+
+
+def _user_namespaces() -> str | None:
+    """Whether the kernel lets this user make the namespaces of the virtual cluster."""
+    command = "unshare --user --map-root-user --net --mount --uts --pid --fork true"
+    try:
+        done = subprocess.run(command.split(), capture_output=True, timeout=PROBE_LIMIT_S)
+    except (FileNotFoundError, subprocess.TimeoutExpired):
+        return None
+    return "allowed" if done.returncode == 0 else None
+
+
+def _allow_user_namespaces() -> str:
+    """The setting that forbids them, to be changed; root needs none of them."""
+    for setting, forbidding, allowing in (
+        ("kernel/apparmor_restrict_unprivileged_userns", "1", "0"),
+        ("kernel/unprivileged_userns_clone", "0", "1"),
+        ("user/max_user_namespaces", "0", "15000"),
+    ):
+        file = Path("/proc/sys", setting)
+        if file.is_file() and file.read_text().strip() == forbidding:
+            return f"sudo sysctl -w {setting.replace('/', '.')}={allowing}"
+    return (
+        "run the cluster's commands as root, on the machine itself or in a --privileged container"
+    )

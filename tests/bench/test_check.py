@@ -1,0 +1,198 @@
+"""Checks hold exactly when they should: a false `ok` is the worst bug that the bench can have."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import array_shapes, arrays
+
+from distlab import check
+
+finite = st.floats(-1e6, 1e6)
+matrices = arrays(np.float64, array_shapes(max_dims=3, max_side=4), elements=finite)
+
+
+@given(expected=matrices, tolerance=st.floats(1e-9, 1e3), data=st.data())
+def test_close_is_decided_by_the_one_largest_difference(expected, tolerance, data):
+    index = data.draw(st.integers(0, expected.size - 1))
+    for factor, ok in ((0.5, True), (2.0, False)):
+        actual = expected.copy()
+        actual.flat[index] += factor * tolerance
+        # Adding to a number of up to 1e6 rounds by up to 1.2e-10: far less than half of 1e-9.
+        assert check.close("x", actual, expected, tolerance).ok is ok
+        assert check.close("x", expected, actual, tolerance).ok is ok
+
+
+@given(expected=matrices)
+def test_anything_is_close_and_equal_to_itself(expected):
+    assert check.close("x", expected, expected.copy(), 0.0).ok
+    assert check.equal("x", expected, expected.copy()).ok
+    assert check.close("x", {"a": [expected]}, {"a": (expected,)}, 0.0).ok
+    assert check.close("x", torch.from_numpy(expected), expected, 0.0).ok
+
+
+@given(expected=matrices, data=st.data())
+def test_one_nan_fails_wherever_it_stands(expected, data):
+    index = data.draw(st.integers(0, expected.size - 1))
+    wrong = expected.copy()
+    wrong.flat[index] = math.nan
+    for relative in (False, True):
+        assert not check.close("x", wrong, expected, math.inf, relative).ok
+        assert not check.close("x", expected, wrong, math.inf, relative).ok
+        assert not check.close("x", wrong, wrong, math.inf, relative).ok
+        assert not check.close("x", [expected, wrong], [expected, expected], 1.0, relative).ok
+    assert not check.equal("x", wrong, wrong).ok
+
+
+@given(value=st.floats(1e-6, 1e6), scale=st.floats(1e-6, 1e6))
+def test_relative_close_does_not_change_with_the_scale(value, scale):
+    expected = np.array([value, -value / 2]) * scale
+    assert check.close("x", expected * 1.0005, expected, 1e-3, relative=True).ok
+    assert not check.close("x", expected * 1.002, expected, 1e-3, relative=True).ok
+
+
+def test_relative_close_divides_by_the_largest_magnitude_of_each_array():
+    expected = {"big": np.array([1e6, 1.0]), "small": np.array([1e-6])}
+    near = {"big": np.array([1e6, 2.0]), "small": np.array([1e-6])}
+    far = {"big": np.array([1e6, 1.0]), "small": np.array([2e-6])}
+    assert check.close("x", near, expected, 1e-5, relative=True).ok
+    failed = check.close("x", far, expected, 1e-5, relative=True)
+    assert not failed.ok and "at small" in failed.detail
+    assert check.close("x", [0.0], [0.0], 0.0, relative=True).ok
+    assert not check.close("x", [1e-300], [0.0], 1.0, relative=True).ok
+
+
+def test_equal_infinities_are_close_and_hide_nothing_else():
+    mask = np.array([-np.inf, 0.0, 1.0])
+    assert check.close("x", mask, mask.copy(), 1e-9).ok
+    assert check.close("x", mask, mask.copy(), 1e-9, relative=True).ok
+    for relative in (False, True):
+        assert not check.close("x", [-np.inf, 0.5, 1.0], list(mask), 1e-3, relative).ok
+        assert not check.close("x", mask + np.array([0, 0.5, 0]), mask, 1e-3, relative).ok
+        assert not check.close("x", np.array([np.inf, 0, 1]), mask, 1e9, relative).ok
+        assert not check.close("x", np.array([1.0, 0, 1]), mask, 1e9, relative).ok
+
+
+@given(value=st.integers(-(2**62), 2**62), step=st.sampled_from([-1, 1]))
+def test_integers_are_compared_exactly(value, step):
+    for make in (int, np.int64, lambda v: np.array([v]), lambda v: torch.tensor([v])):
+        assert check.equal("x", make(value), make(value)).ok
+        assert not check.equal("x", make(value + step), make(value)).ok
+        assert check.close("x", make(value), make(value), 0).ok
+        assert not check.close("x", make(value + step), make(value), 0).ok
+    assert check.close("x", value + step, value, 1).ok
+
+
+def test_integers_beyond_64_bits_and_unsigned_ones():
+    assert not check.close("x", np.uint8([3]), np.uint8([5]), 1).ok
+    assert check.close("x", np.uint8([3]), np.uint8([5]), 2).ok
+    assert not check.equal("x", 2**70 + 1, 2**70).ok
+    assert not check.close("x", 2**70 + 1, 2**70, 0).ok
+
+
+def test_the_imaginary_part_counts():
+    assert not check.close("x", np.array([1 + 1j]), np.array([1 + 0j]), 0.5).ok
+    assert check.close("x", np.array([1 + 1j]), np.array([1 + 1j]), 0.0).ok
+    assert not check.close("x", torch.tensor([1 + 1j]), torch.tensor([1 + 0j]), 0.5).ok
+
+
+@pytest.mark.parametrize(
+    ("actual", "expected", "words"),
+    [
+        (np.zeros(3), np.zeros((3, 1)), "value has shape (3,), expected (3, 1)"),
+        (np.zeros(1), 0.0, "value has shape (1,), expected ()"),
+        (0.0, np.zeros(1), "value has shape (), expected (1,)"),
+        ([1.0, 2.0], [1.0], "value has another length than the 1 expected"),
+        ([1.0], [1.0, 2.0], "value has another length than the 2 expected"),
+        (1.0, [1.0], "value has another length than the 1 expected"),
+        ({"a": 1.0}, {"b": 1.0}, "value has other names than expected"),
+        ({"a": 1.0, "b": 1.0}, {"a": 1.0}, "value has other names than expected"),
+        (
+            {"w": [np.zeros(2), np.zeros(2)]},
+            {"w": [np.zeros(2), np.zeros(3)]},
+            "w.[1] has shape (2,), expected (3,)",
+        ),
+    ],
+)
+def test_another_form_fails_and_says_where(actual, expected, words):
+    for made in (check.close("x", actual, expected, 1e9), check.equal("x", actual, expected)):
+        assert (made.ok, made.detail) == (False, words)
+
+
+def test_comparing_nothing_proves_nothing():
+    for nothing in ([], {}, {"a": []}, np.zeros((0, 3)), [np.zeros(0)]):
+        made = check.close("x", nothing, nothing, 1.0)
+        assert (made.ok, made.detail) == (False, "there is nothing to compare")
+    some = [np.zeros(0), np.zeros(2)]
+    assert check.close("x", some, some, 0.0).ok  # an empty shard beside others is no fault
+
+
+def test_close_says_where_the_worst_difference_is():
+    made = check.close(
+        "gradients", {"a": [1.0, 2.0], "b": 3.0}, {"a": [1.0, 2.5], "b": 3.1}, tolerance=1.5e-3
+    )
+    assert str(made) == ("check: gradients … FAILED (max diff 5.0e-01 at a.[1], tolerance 0.0015)")
+    assert made.as_json() == {
+        "name": "gradients",
+        "ok": False,
+        "detail": "max diff 5.0e-01 at a.[1], tolerance 0.0015",
+    }
+
+
+@pytest.mark.parametrize("tolerance", [math.nan, -1e-9])
+def test_a_tolerance_that_nothing_meets_fails(tolerance):
+    assert not check.close("x", 1.0, 1.0, tolerance).ok
+
+
+def test_parameters_and_low_precision_tensors_are_compared_in_float64():
+    weight = torch.nn.Parameter(torch.ones(3, dtype=torch.bfloat16))
+    assert check.close("x", {"w": weight}, {"w": np.ones(3)}, 0.0).ok
+    half = torch.tensor([65504.0], dtype=torch.float16)
+    assert check.close("x", half, -half, 131008.0).ok  # the difference itself overflows float16
+    assert not check.close("x", half, -half, 131007.0).ok
+
+
+@pytest.mark.parametrize(
+    ("actual", "expected", "ok"),
+    [
+        ("a", "a", True),
+        ("a", "b", False),
+        (None, None, True),
+        (None, 0, False),
+        (True, True, True),
+        ([], [], True),
+        (["a", None, 1], ["a", None, 1], True),
+        (["a", None, 1], ["a", None, 2], False),
+        ({1, 2}, {2, 1}, True),
+        (0.1 + 0.2, 0.3, False),
+        (torch.tensor(3), 3, True),
+        (torch.tensor(4), 3, False),
+        (np.float32([0.1]), np.float64([0.1]), False),
+    ],
+)
+def test_equal(actual, expected, ok):
+    made = check.equal("x", actual, expected)
+    assert made.ok is ok
+
+
+def test_equal_shows_both_values_or_where_they_differ():
+    assert check.equal("x", 2, 3).detail == "2, expected 3"
+    assert check.equal("x", torch.tensor(2), 3).detail == "2, expected 3"
+    assert check.equal("x", {"a": [1, 2]}, {"a": [1, 3]}).detail == "differs: a.[1]"
+    assert check.equal("x", np.arange(1200), np.arange(1200)).detail == "1,200 values identical"
+
+
+def test_below_and_above_hold_at_the_limit_and_fail_for_nan():
+    assert check.below("x", 1.0, 1.0).ok and check.above("x", 1.0, 1.0).ok
+    assert not check.below("x", 1.1, 1.0).ok and not check.above("x", 0.9, 1.0).ok
+    assert not check.below("x", math.nan, 1.0).ok and not check.above("x", math.nan, 1.0).ok
+    assert check.below("x", torch.tensor(0.5), 1.0, "nats").detail == "0.5 nats, limit 1 nats"
+
+
+@pytest.mark.parametrize("value", [np.bool_(True), torch.tensor(True), 1])
+def test_every_verdict_is_a_plain_bool(value):
+    assert check.true("x", value, "").ok is True
+    assert check.below("x", np.float32(1), 2).ok is True
