@@ -123,4 +123,4 @@ def show_sample(run: Run, model: Llama, tokens: data.Tokens, prompt: str = "impo
     start = torch.tensor([tokens.tokenizer.encode(prompt).ids], device=device)
     generator = torch.Generator(device).manual_seed(0)
     written = model.generate(start, 40, temperature=0.8, generator=generator)
-    run.print(f"machine: continues {prompt!r} so: {tokens.tokenizer.decode(written[0].tolist())!r}")
+    run.print(f"sample: {prompt!r} goes on as {tokens.tokenizer.decode(written[0].tolist())!r}")

@@ -103,7 +103,7 @@ def say_how_crowded(run: Run, job: Runtime) -> None:
     wanted = job.local_world_size * threads
     crowded = f"; over-subscribed: {wanted} threads take turns on them" if wanted > cores else ""
     run.print(
-        f"machine: {job.world_size} rank(s) of {threads} thread(s), {job.backend} on "
+        f"job: {job.world_size} rank(s) of {threads} thread(s), {job.backend} on "
         f"{job.device.type}, {cores} core(s){crowded if job.device.type == 'cpu' else ''}"
     )
 

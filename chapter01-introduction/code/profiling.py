@@ -36,7 +36,7 @@ from _verdict import BOUND, Evidence, bottleneck, read_profile
 from torch.profiler import ProfilerActivity, profile
 
 from distlab import data, files, hardware, measure, predict, runtime, script
-from distlab.display import quantity, text_table
+from distlab.display import quantity
 from distlab.model import Llama, ModelConfig, add_model_flags, config_from_args
 from distlab.script import Run, UsageError
 
@@ -144,13 +144,11 @@ def report_profile(run: Run, trainer: Trainer, trace: Path) -> Evidence:
         for one in busiest[:SHOWN_OPERATORS]
     ]  # fmt: skip
     columns = ["operator", "calls per step", "ms per step", "% of operators"]
-    run.extra(operators={"columns": columns, "rows": rows})
-    for line in text_table(columns, rows).splitlines():
-        run.print(f"machine: {line}")  # which operators these are differs from machine to machine
+    run.table("operators", columns, rows)
     with files.atomic_write(trace) as temporary:
         profiler.export_chrome_trace(str(temporary))
     run.metric("trace_size", trace.stat().st_size, "B")
-    run.print(f"machine: trace in {os.path.relpath(trace)}")
+    run.print(f"trace: {os.path.relpath(trace)}")
     return read_profile(profiler.events(), profiled.blocked_seconds)
 
 
@@ -234,7 +232,7 @@ def report_verdict(
         run.metric(f"least time of {name} operators", limit, "s")
     verdict = bottleneck(evidence, least)
     run.extra(verdict=verdict)
-    run.print(f"machine: the step is {verdict}")
+    run.print(f"verdict: the step is {verdict}")
     expected = (PLANTS[args.plant],) if args.plant else ("compute-bound", "memory-bound")
     name = "the verdict names what was planted" if args.plant else "no wait is the bottleneck"
     run.check_true(name, verdict in expected, f"threshold {100 * BOUND:.0f} % of the step")

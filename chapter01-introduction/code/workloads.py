@@ -116,7 +116,7 @@ def compare_phases(run: Run, model: Llama, args: Namespace) -> None:
         caption=f"One run of each at {args.context} tokens of context",
     )  # fmt: skip
     limits = [f"{name} {batch} by {limit(*other)}" for name, batch, _, *other in rows]
-    run.print(f"machine: limits {', '.join(limits)}")
+    run.print(f"verdict: {', '.join(limits)}")
     draw_roofline(run, workloads, seconds, peak, bandwidth)
 
     run.check_above(

@@ -1,12 +1,15 @@
 """Compare what a command prints with what the lesson shows, by shape: same lines, numbers free.
 
-Free are numbers with their units, everything after `machine:`, the width of columns, and how often
-a line of the same shape is repeated (a table has more rows at another preset).
+Free are numbers with their units, the width of columns, how often a line of the same shape is
+repeated (a table has more rows at another preset), the names of torch's operators, and what stands
+after one of the words in FREE at the beginning of a line, since it depends on the machine.
 """
 
 import difflib
 import re
 
+FREE = re.compile(r"(machine|job|verdict|sample|trace|figure): ")
+_OPERATOR = re.compile(r"\baten::\w+")
 _UNIT = r"(?:[KMGTPE]?(?:B|FLOP|bit|params|tok)(?:/s)?|[nµm]?s|min|h|%)"
 _DIGITS = r"\d[\d,]*\.?\d*(?:e[-+]?\d+)?"
 _NONE = r"(?:nan|inf|unknown)(?!\w)|(?<!\S)—(?!\S)"  # how `distlab.display` shows what is no number
@@ -24,9 +27,9 @@ def shape(text: str) -> list[str]:
 
 
 def _line_shape(line: str) -> str:
-    if line.startswith("machine:"):
-        return "machine: …"
-    line = _NUMBER.sub("#", line)
+    if (free := FREE.match(line)) is not None:
+        return f"{free[1]}: …"
+    line = _NUMBER.sub("#", _OPERATOR.sub("aten::…", line))
     line = re.sub(r"[─━]+", "─", line)
     return re.sub(r"\s+", " ", line).strip()
 
