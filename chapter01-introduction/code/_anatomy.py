@@ -1,16 +1,13 @@
 """One step, operator by operator: its FLOPs, the bytes it moves, and the memory alive after it."""
 
-import weakref
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
-from distlab.measure import measure
+from distlab.measure import LiveBytes, measure, tensors_in
 
 BURST = 200
 CPU_ATTENTION = "_scaled_dot_product_flash_attention_for_cpu"  # not in torch's flop_registry
@@ -26,7 +23,7 @@ class Operator:
     bytes_moved: int
 
 
-class StepAnatomy(TorchDispatchMode):
+class StepAnatomy(LiveBytes):
     """While it is entered, every operator is noted, those of the backward pass too.
 
     `operators` in the order of their calls; `gradients` and `activations`: bytes alive after each
@@ -34,14 +31,13 @@ class StepAnatomy(TorchDispatchMode):
     """
 
     def __init__(self, parameters: Iterable[torch.Tensor], device: torch.device) -> None:
-        super().__init__()
+        super().__init__(device)
         self.parameters = list(parameters)
         self.device = device
         self.operators: list[Operator] = []
         self.gradients: list[int] = []
         self.activations: list[int] = []
         self.marks: dict[str, int] = {}
-        self._alive: dict[int, int] = {}
         if device.type == "cuda":
             self._before = torch.cuda.memory_allocated(device)
 
@@ -53,13 +49,9 @@ class StepAnatomy(TorchDispatchMode):
         self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        out = func(*args, **kwargs)
-        read, made = _tensors((args, kwargs)), _tensors(out)
-        seen = {_storage(tensor) for tensor in read}
-        fresh = [tensor for tensor in made if _storage(tensor) not in seen]
-        for tensor in fresh:
-            self._watch(tensor)
-        written = fresh + _written(func, args, kwargs)
+        out = super().__torch_dispatch__(func, types, args, kwargs)
+        read, made = tensors_in((args, kwargs)), tensors_in(out)
+        written = self.made + _written(func, args, kwargs)
         if written and "empty" not in func.__name__:  # a view moves nothing, nor does an allocation
             name = func._overloadpacket.__name__
             # A lookup reads the rows that it gives, not the whole table.
@@ -69,20 +61,12 @@ class StepAnatomy(TorchDispatchMode):
             self._sample()
         return out
 
-    def _watch(self, tensor: torch.Tensor) -> None:
-        """Count a new storage until it is freed."""
-        storage = tensor.untyped_storage()
-        key = storage._cdata
-        if key not in self._alive and tensor.device.type == self.device.type:
-            self._alive[key] = storage.nbytes()
-            weakref.finalize(storage, self._alive.pop, key, None)
-
     def _sample(self) -> None:
         gradients = sum(p.grad.nbytes for p in self.parameters if p.grad is not None)
         if self.device.type == "cuda":  # the allocator knows the kernels' own work space too
             alive = torch.cuda.memory_allocated(self.device) - self._before
         else:
-            alive = sum(self._alive.values())
+            alive = self.bytes
         self.gradients.append(gradients)
         self.activations.append(max(0, alive - gradients))
 
@@ -129,15 +113,7 @@ def _written(func: Any, args: tuple, kwargs: dict) -> list[torch.Tensor]:
     declared = func._schema.arguments
     changed = {a.name for a in declared if a.alias_info is not None and a.alias_info.is_write}
     named = {a.name: value for a, value in zip(declared, args, strict=False)} | kwargs
-    return _tensors([value for name, value in named.items() if name in changed])
-
-
-def _tensors(values: Any) -> list[torch.Tensor]:
-    return [leaf for leaf in tree_leaves(values) if isinstance(leaf, torch.Tensor)]
-
-
-def _storage(tensor: torch.Tensor) -> int:
-    return tensor.untyped_storage()._cdata
+    return tensors_in([value for name, value in named.items() if name in changed])
 
 
 def _nbytes(tensors: Iterable[torch.Tensor]) -> int:

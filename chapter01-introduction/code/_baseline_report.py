@@ -23,6 +23,7 @@ class Training:
     seconds: list[float]
     peak_bytes: int
     state_bytes: int
+    resident_bytes: int | None = None  # by which the process grew, on a CPU
 
     @property
     def step_seconds(self) -> float:
@@ -77,7 +78,7 @@ def report_speed(
 
 
 def report_memory(run: Run, args: Namespace, config: ModelConfig, training: Training) -> None:
-    """The model's state is exact; the peak adds activations (resident memory on a CPU).
+    """The model's state, and the peak, which adds activations.
 
     The formula is that of the eager model: torch.compile fuses, and keeps fewer activations.
     """
@@ -91,6 +92,9 @@ def report_memory(run: Run, args: Namespace, config: ModelConfig, training: Trai
     activations -= logits * (1 - 1 / args.loss_chunks)
     run.compare("weights, gradients and optimizer", state, training.state_bytes, "B")
     run.compare("peak memory of training", state + activations, training.peak_bytes, "B")
+    if training.resident_bytes is not None:
+        grown = training.resident_bytes
+        run.metric("growth_of_the_process", grown, "B", "with what the C library keeps in reserve")
     run.check_close(
         "state is 16 bytes a parameter", training.state_bytes, state, tolerance=0.01, relative=True
     )

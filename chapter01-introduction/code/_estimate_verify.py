@@ -1,22 +1,18 @@
 """Trains small models here and compares memory and FLOPs with the formulas of distlab.predict."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from itertools import product
-from typing import Any
-from weakref import ref
 
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import set_checkpoint_early_stop
 from torch.utils.flop_counter import FlopCounterMode
 
 from distlab import predict
 from distlab.hardware import has_cuda
-from distlab.measure import PeakMemory, tensor_bytes
+from distlab.measure import LiveBytes, PeakMemory, tensor_bytes
 from distlab.model import SIZES, Llama, ModelConfig
 from distlab.run import Run
 
@@ -101,7 +97,7 @@ def _compared(case: Case) -> Iterator[Compared]:
     state = predict.model_state(predict.total_parameters(a), precision, "adamw")
     yield Compared("model state", state.total, tensor_bytes(step.state()))
 
-    with LiveBytes([*step.state(), step.tokens]) as live:
+    with LiveBytes() as live:
         loss = step.forward()
         saved = live.bytes
         loss.backward()
@@ -154,35 +150,3 @@ class Step:
         with counter, sdpa_kernel(SDPBackend.MATH), set_checkpoint_early_stop(False):
             self.forward().backward()
         return counter.get_total_flops()
-
-
-class LiveBytes(TorchDispatchMode):
-    """Bytes of the storages made inside the block that still live, and their peak.
-
-    Every operator's outputs pass through here; a weak reference tells when a storage is freed.
-    """
-
-    def __init__(self, known: Iterable[torch.Tensor]) -> None:
-        super().__init__()
-        self.bytes = self.peak = 0
-        self._known = {tensor.untyped_storage().data_ptr() for tensor in known}
-        self._alive: dict[int, Any] = {}
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        outputs = func(*args, **(kwargs or {}))
-        for tensor in tree_leaves(outputs):
-            if isinstance(tensor, torch.Tensor):
-                self._watch(tensor.untyped_storage())
-        self.peak = max(self.peak, self.bytes)
-        return outputs
-
-    def _watch(self, storage: torch.UntypedStorage) -> None:
-        key, size = id(storage), storage.nbytes()
-        if key in self._alive or storage.data_ptr() in self._known:
-            return
-        self._alive[key] = ref(storage, lambda _: self._forget(key, size))
-        self.bytes += size
-
-    def _forget(self, key: int, size: int) -> None:
-        del self._alive[key]
-        self.bytes -= size

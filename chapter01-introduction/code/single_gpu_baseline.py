@@ -42,8 +42,8 @@ from distlab.script import Run, RunError, UsageError
 PRESETS = {
     "smoke": {"model": "smoke", "seq_len": 64, "batch_size": 16, "corpus_mb": 1.0, "steps": 100,
               "learning_rate": 1e-2},
-    "laptop": {"model": "laptop", "seq_len": 128, "batch_size": 4, "corpus_mb": 4.0, "steps": 120,
-               "learning_rate": 2e-3},
+    "laptop": {"model": "laptop", "seq_len": 64, "batch_size": 8, "corpus_mb": 4.0, "steps": 120,
+               "learning_rate": 1e-3},
     "gpu": {"model": "gpu", "seq_len": 1024, "batch_size": 32, "steps": 300,
             "learning_rate": 6e-4, "dtype": "bfloat16"},
 }  # fmt: skip
@@ -131,7 +131,23 @@ def train(run: Run, args: Namespace, model: Llama, tokens: data.Tokens, job: Run
         seconds = clock.seconds()
     state = [*model.parameters(), *(p.grad for p in model.parameters() if p.grad is not None)]
     state += [t for held in optimizer.state.values() for t in held.values() if t.dim() > 0]
-    return Training(losses.tolist(), seconds, memory.bytes, measure.tensor_bytes(state))
+    held = measure.tensor_bytes(state)
+    if job.device.type == "cuda":
+        return Training(losses.tolist(), seconds, memory.bytes, held)
+    peak = held + activation_peak(model, next(batches), args.dtype)
+    return Training(losses.tolist(), seconds, peak, held, resident_bytes=memory.bytes)
+
+
+def activation_peak(model: Llama, batch: tuple[Tensor, Tensor], dtype: str) -> int:
+    """Bytes that one more forward and backward need beside the state, counted tensor by tensor.
+
+    A CPU has no allocator to ask: what the process grew by has the C library's reserves in it.
+    """
+    with measure.LiveBytes() as live:
+        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bfloat16"):
+            loss = model.loss(*batch)
+        loss.backward()
+    return live.peak
 
 
 def make_step(model: Llama, optimizer: torch.optim.Optimizer, dtype: str, compiled: bool) -> Step:

@@ -115,8 +115,11 @@ def compare_phases(run: Run, model: Llama, args: Namespace) -> None:
         rows,
         caption=f"One run of each at {args.context} tokens of context",
     )  # fmt: skip
-    limits = [f"{name} {batch} by {limit(*other)}" for name, batch, _, *other in rows]
-    run.print(f"verdict: {', '.join(limits)}")
+    limited: dict[str, list[str]] = {}
+    for name, batch, _, *other in rows:
+        limited.setdefault(limit(*other), []).append(f"{name} of {batch}")
+    limits = [f"limited by {what}: {', '.join(names)}" for what, names in limited.items()]
+    run.print(f"verdict: {'; '.join(limits)}")
     draw_roofline(run, workloads, seconds, peak, bandwidth)
 
     run.check_above(

@@ -3,14 +3,17 @@
 import os
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 import numpy as np
 import psutil
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from distlab.display import quantity
 
@@ -147,3 +150,47 @@ class PeakMemory:
 
     def _sample_once(self) -> None:
         self._peak = max(self._peak, self._process.memory_info().rss)
+
+
+class LiveBytes(TorchDispatchMode):
+    """Bytes of the tensors made inside a `with` block that still live, and their peak: exact.
+
+    Every operator's outputs pass through here, those of the backward pass too, and a finalizer
+    tells when a storage is freed. What a kernel allocates for itself is not seen, nor what compiled
+    code allocates. `device` leaves out other devices' tensors.
+    """
+
+    def __init__(self, device: torch.device | str | None = None) -> None:
+        super().__init__()
+        self.bytes = self.peak = 0
+        self.made: list[torch.Tensor] = []  # by the last operator, views left out
+        self._kind = None if device is None else torch.device(device).type
+        self._alive: set[int] = set()
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        outputs = func(*args, **(kwargs or {}))
+        read = {tensor.untyped_storage()._cdata for tensor in tensors_in((args, kwargs))}
+        self.made = [t for t in tensors_in(outputs) if t.untyped_storage()._cdata not in read]
+        for tensor in self.made:
+            self._watch(tensor)
+        self.peak = max(self.peak, self.bytes)
+        return outputs
+
+    def _watch(self, tensor: torch.Tensor) -> None:
+        storage = tensor.untyped_storage()
+        if storage._cdata in self._alive or self._kind not in (None, tensor.device.type):
+            return
+        self._alive.add(storage._cdata)
+        self.bytes += storage.nbytes()
+        weakref.finalize(storage, self._forget, storage._cdata, storage.nbytes())
+
+    def _forget(self, key: int, size: int) -> None:
+        self._alive.discard(key)
+        self.bytes -= size
+
+
+def tensors_in(values: Any) -> list[torch.Tensor]:
+    """The tensors in nested lists, tuples and dicts."""
+    return [leaf for leaf in tree_leaves(values) if isinstance(leaf, torch.Tensor)]
