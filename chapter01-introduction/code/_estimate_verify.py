@@ -17,7 +17,7 @@ from distlab.model import SIZES, Llama, ModelConfig
 from distlab.run import Run
 
 BATCH = 2
-SEQ_LEN = {"smoke": 128, "laptop": 128, "gpu": 1024}
+SEQ_LEN = {"smoke": 128, "laptop": 64, "gpu": 1024}
 LIMITS = {  # percent; the state is exact but for a step counter per parameter tensor
     "model state": 1.0,
     "saved activations": 15.0,

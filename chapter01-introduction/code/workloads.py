@@ -31,7 +31,7 @@ PRESETS = {
     "smoke": {"model": "smoke", "train_batch_size": 4, "batch_sizes": [1, 4, 16], "context": 64,
               "repeats": 9, "requests": 60, "prompt_tokens": 16, "output_tokens": 4},
     "laptop": {"model": "laptop", "train_batch_size": 4, "batch_sizes": [1, 2, 4, 8, 16],
-               "context": 128, "repeats": 9, "requests": 100, "prompt_tokens": 32,
+               "context": 128, "repeats": 9, "requests": 60, "prompt_tokens": 32,
                "output_tokens": 8},
     "gpu": {"model": "gpu", "train_batch_size": 16, "batch_sizes": [1, 4, 16, 64, 256],
             "context": 1024, "repeats": 20, "requests": 200, "prompt_tokens": 512,
@@ -233,11 +233,12 @@ def endless_wait(server: Server, load: float) -> float:
 
 
 def draw_queue(run: Run, loads: list[float], servers: list[Server]) -> None:
+    """The knee: the mean latency that theory gives an endless queue, and what was measured."""
     services = np.concatenate([server.services for server in servers])
     curve = np.linspace(0.02, 0.97, 64)
     predicted = [services.mean() + mean_wait(load / services.mean(), services) for load in curve]
     series = [
-        {"label": "mean, predicted (M/G/1)", "x": curve.tolist(), "y": predicted},
+        {"label": "mean of an endless queue (M/G/1)", "x": curve.tolist(), "y": predicted},
         {"label": "mean, measured", "x": loads, "y": [s.latency.mean() for s in servers]},
         {"label": "99th percentile, measured", "x": loads,
          "y": [np.percentile(s.latency, 99) for s in servers]},

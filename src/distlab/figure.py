@@ -36,11 +36,10 @@ def draw(spec: Mapping[str, Any], path: Path) -> None:
     try:
         _DRAWERS[spec["kind"]](axes, spec)
         _marks(axes, spec)
-        axes.set(
-            title=_plain(spec["title"]),
-            xlabel=_plain(spec["x_label"]),
-            ylabel=_plain(spec["y_label"]),
-        )
+        across, up = _plain(spec["x_label"]), _plain(spec["y_label"])
+        if axes.yaxis_inverted():  # lying bars
+            across, up = up, across
+        axes.set(title=_plain(spec["title"]), xlabel=across, ylabel=up)
         if spec["log_x"]:
             axes.set_xscale("log", base=2)
             if axes.get_xlim()[1] < 10_000:  # 64 reads better than a power of two
@@ -95,15 +94,21 @@ def _scatter(axes: Axes, spec: Mapping[str, Any]) -> None:
 
 
 def _bars(axes: Axes, spec: Mapping[str, Any]) -> None:
-    """Groups of bars: every series has one bar at each x, which is a label."""
-    labels = [str(x) for x in spec["series"][0]["x"]]
+    """Groups of bars: every series has one bar at each x, which is a label; long ones lie down."""
+    labels = [_plain(str(x)) for x in spec["series"][0]["x"]]
+    lying = sum(map(len, labels)) > 60
+    draw_bars = axes.barh if lying else axes.bar
     width = 0.8 / len(spec["series"])
     for index, series in enumerate(spec["series"]):
         shift = (index - (len(spec["series"]) - 1) / 2) * width
         places = [position + shift for position in range(len(labels))]
         colour = COLOURS[index % len(COLOURS)]
-        axes.bar(places, _heights(series), width, label=_plain(series["label"]), color=colour)
-    axes.set_xticks(range(len(labels)), labels)
+        draw_bars(places, _heights(series), width, label=_plain(series["label"]), color=colour)
+    if lying:
+        axes.set_yticks(range(len(labels)), labels)
+        axes.invert_yaxis()  # the first on top
+    else:
+        axes.set_xticks(range(len(labels)), labels)
 
 
 def _area(axes: Axes, spec: Mapping[str, Any]) -> None:

@@ -2,9 +2,9 @@
 
 In a lesson, between markers that a reader of the rendered page does not see:
 
-    <!-- table: RECORD [RECORD …] NAME -->    the table NAME of those records, one below another
-    <!-- value: RECORD METRIC -->             one number of a record
-    <!-- chapters -->                         README's table of chapters
+    <!-- table: RECORD NAME -->      the table NAME of results/RECORD.json
+    <!-- value: RECORD METRIC -->    one number of that record
+    <!-- chapters -->                README's table of chapters
 
 each ends at `<!-- end -->`. `lab record` rewrites them; a test fails where they differ.
 """
@@ -31,7 +31,7 @@ def regenerate(lesson: Path) -> str:
         opening = f"<!-- {kind}{': ' + arguments if arguments else ''} -->"
         if kind == "value":
             return f"{opening}{_value(lesson, words[0], ' '.join(words[1:]))}<!-- end -->"
-        body = _chapters() if kind == "chapters" else _table(lesson, words[:-1], words[-1])
+        body = _chapters() if kind == "chapters" else _table(lesson, *words)
         return f"{opening}\n{body}\n<!-- end -->"
 
     return MARKED.sub(replace, lesson.read_text(encoding="utf-8"))
@@ -45,16 +45,13 @@ def load_result(lesson: Path, name: str) -> dict[str, Any]:
     return record.load(path)
 
 
-def _table(lesson: Path, names: list[str], table: str) -> str:
-    records = [load_result(lesson, name) for name in names]
-    for name, made in zip(names, records, strict=True):
-        if table not in made["tables"]:
-            raise RunError(f"{lesson}: the record {name} has no table {table!r}")
-    parts = [made["tables"][table] for made in records]
-    rows = [row for part in parts for row in part["rows"]]
-    commands = dict.fromkeys(f"`{made['command']}`" for made in records)
-    source = f"*{_machine(records[0]['machine'])}, {records[0]['date'][:10]}:* "
-    return f"{markdown_table(parts[0]['columns'], rows)}\n\n{source}{', '.join(commands)}"
+def _table(lesson: Path, name: str, table: str) -> str:
+    made = load_result(lesson, name)
+    if table not in made["tables"]:
+        raise RunError(f"{lesson}: the record {name} has no table {table!r}")
+    body = markdown_table(made["tables"][table]["columns"], made["tables"][table]["rows"])
+    machine, date = _machine(made["machine"]), made["date"][:10]
+    return f"{body}\n\n*{machine}, {date}:* `{made['command']}`"
 
 
 def _machine(machine: dict[str, Any]) -> str:

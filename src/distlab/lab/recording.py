@@ -6,10 +6,12 @@ and README's table of chapters anew. Without a chapter it only makes the tables 
 """
 
 import argparse
+import re
+from typing import Any
 
 from distlab import record
 from distlab.errors import RunError, UsageError
-from distlab.figure import draw_all
+from distlab.figure import draw
 from distlab.files import repo_root, write_text
 from distlab.lab.blocks import Outcome, Servers, gpu_count, run_block
 from distlab.lab.generated import regenerate
@@ -56,9 +58,7 @@ def keep(one: Chapter, block: Block, outcome: Outcome) -> None:
                 "a kept block runs one script once"
             )
         record.save(outcome.records[0], results / f"{block.record}.json")
-        for stale in results.glob(f"{block.record}.*.png"):
-            stale.unlink()
-        draw_all(outcome.records[0], results, prefix=f"{block.record}.")
+        draw_shown(one, block.record, outcome.records[0])
     if block.output is not None:
         show(block, outcome.stdout + (outcome.stderr if block.exit else ""))
 
@@ -77,11 +77,17 @@ def show(block: Block, printed: str) -> None:
     write_text(block.lesson, "\n".join(lines) + "\n")
 
 
-def figures_of(one: Chapter) -> list[str]:
-    """The names of the figures that the chapter's records have."""
-    return [
-        f"{path.stem}.{name}.png" for path in one.records() for name in record.load(path)["figures"]
-    ]
+def draw_shown(one: Chapter, name: str, made: dict[str, Any]) -> None:
+    """Draw those figures of the record results/NAME.json that the lesson shows, and no others."""
+    for shown in figures_shown(one):
+        of_record, figure, _ = shown.split(".")
+        if of_record == name:
+            draw(made["figures"][figure], one.folder / "results" / shown)
+
+
+def figures_shown(one: Chapter) -> list[str]:
+    """The figures that the lesson shows: results/RECORD.FIGURE.png."""
+    return re.findall(r"\]\(results/([^)]+\.png)\)", one.lesson.read_text(encoding="utf-8"))
 
 
 def _parse(argv: list[str]) -> argparse.Namespace:

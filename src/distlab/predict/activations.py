@@ -69,7 +69,8 @@ def peak_activations(
     A 1F1B pipeline holds min(p - stage, m) micro-batches of its layers at once (Narayanan et al.,
     arXiv 2104.04473, section 2.2). With checkpointing (Chen et al., arXiv 1604.06174) a layer keeps
     only its input, b·H, and one layer at a time is computed again. On top comes the larger of what
-    the loss and what the backward pass of one layer need.
+    the loss and what the backward pass of one layer need. With few tokens the end of the backward
+    pass can need more: see `table_gradients`.
     """
     layers = stage_layers(a.num_hidden_layers, pp, stage)
     last = stage == pp - 1
@@ -80,7 +81,36 @@ def peak_activations(
     copies = _weight_copies(a, layers[-1:] if checkpointing else layers, precision, head=last)
     tokens = batch * seq_len
     tables = _rope_tables(a, seq_len, precision)
-    return tokens * (kept + max(loss, backward)) + tables + copies.per_rank(tp)
+    output, waiting, final = (g.per_rank(tp) for g in table_gradients(a, precision, pp, stage))
+    product = _logits_gradient(a, precision).per_rank(tp) if last else 0.0
+    highest = max(
+        tokens * (kept + loss),
+        tokens * (kept + product) + output,
+        tokens * (kept + backward) + waiting,
+    )
+    return max(highest + tables + copies.per_rank(tp), final)
+
+
+def table_gradients(
+    a: Architecture, precision: str, pp: int = 1, stage: int = 0
+) -> tuple[Split, Split, Split]:
+    """Bytes of new gradients of the output matrix and the embedding, V·H each, at three moments.
+
+    A new gradient exists beside the one that it is added to. The output matrix's is made first. If
+    it is tied to the embedding (on one GPU), it waits through the backward pass for the
+    embedding's, the last; then both and their sum exist together. With few tokens per step these
+    outweigh the activations. Found with `distlab.measure.LiveBytes`.
+    """
+    one = Split(PRECISIONS[precision].gradient * a.vocab_size * a.hidden_size)
+    if a.tie_word_embeddings and pp == 1:
+        return one, one, one * 3
+    first, last = stage == 0, stage == pp - 1
+    return one * last, Split(0), one * first
+
+
+def _logits_gradient(a: Architecture, precision: str) -> Split:
+    """Bytes per token that the output product's backward finds: its gradient, the final norm."""
+    return Split(4 * a.vocab_size, _norm(a, a.hidden_size, precision))
 
 
 def gpt_block_activations(
