@@ -35,7 +35,7 @@ def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Servers]:
 
 
 @pytest.mark.timeout(SMOKE_LIMIT_S + 60)
-@pytest.mark.parametrize(("block", "backend"), _cases())
+@pytest.mark.parametrize(("block", "backend"), list(_cases()))
 def test_command(block: Block, backend: str, servers: Servers, ledger, tmp_path: Path) -> None:
     if not block.norun:
         servers.start_for(block)

@@ -260,6 +260,7 @@ def skip_on_rank_1(rt, seconds):
         dist.all_reduce(torch.ones(1))
 
 
+@pytest.mark.slow
 def test_a_collective_has_the_timeout_of_its_group():
     waited, message = spawn(wait_in_vain, 2, timeout_s=20)[0]
     assert 2.9 <= waited < 10
@@ -279,6 +280,7 @@ def wait_in_vain(rt):
         return time.monotonic() - started, str(error.value)
 
 
+@pytest.mark.slow
 def test_a_killed_rank_is_named_and_the_others_do_not_outlive_it():
     with pytest.raises(RunError, match="rank 1 died without a result"):
         spawn(kill_rank_1, 3, timeout_s=20)
@@ -327,6 +329,7 @@ def free_port() -> str:
         return str(chosen.getsockname()[1])
 
 
+@pytest.mark.slow
 def test_torchrun_starts_the_ranks(tmp_path):
     path = tmp_path / "sum.py"
     path.write_text(ALL_REDUCE)
@@ -337,6 +340,7 @@ def test_torchrun_starts_the_ranks(tmp_path):
     assert sorted(done.stdout.splitlines()) == expected
 
 
+@pytest.mark.slow
 def test_slurms_variables_start_the_ranks_on_two_nodes():
     common = {**SLURM, "SLURM_NTASKS": "2", "SLURM_STEP_TASKS_PER_NODE": "1(x2)"}
     common |= {"SLURM_STEP_NODELIST": "localhost,elsewhere", "MASTER_PORT": free_port()}
@@ -354,6 +358,7 @@ def meet() -> int:
         return 0
 
 
+@pytest.mark.slow
 def test_ranks_that_do_not_meet_say_so_in_one_line_within_the_timeout():
     common = {**TORCHRUN, "WORLD_SIZE": "3", "MASTER_ADDR": "127.0.0.1", "LOCAL_RANK": "0"}
     first = {**common, "RANK": "0", "MASTER_PORT": free_port()}  # its peers never come

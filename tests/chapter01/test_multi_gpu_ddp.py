@@ -21,7 +21,7 @@ SMOKE = ["--preset", "smoke", "--device", "cpu"]
 TIMEOUT_S = 20
 
 
-@pytest.mark.parametrize("world_size", [1, 2, 4])
+@pytest.mark.parametrize("world_size", [1, 2, pytest.param(4, marks=pytest.mark.slow)])
 def test_losses_and_parameters_equal_one_process_at_the_same_global_batch(world_size):
     checks, tables = spawn(run_script, world_size, SMOKE, timeout_s=120)[0]
     assert [name for name, ok in checks if not ok] == []
@@ -31,6 +31,7 @@ def test_losses_and_parameters_equal_one_process_at_the_same_global_batch(world_
     assert sum(milliseconds for _, milliseconds, _ in parts) == pytest.approx(step[1], rel=1e-9)
 
 
+@pytest.mark.slow
 def test_three_sequences_a_rank_of_an_odd_length_agree_too():
     odd = [*SMOKE, "--batch-size", "6", "--seq-len", "17", "--heads", "2", "--kv-heads", "1"]
     checks, _ = spawn(run_script, 2, odd, timeout_s=120)[0]
@@ -45,6 +46,7 @@ def test_a_gradient_summed_where_a_mean_belongs_is_noticed():
     ]
 
 
+@pytest.mark.slow
 def test_a_batch_that_does_not_divide_is_one_line_with_status_2():
     ranks = start_ranks(2, ["--batch-size", "7"])
     for process in ranks:
@@ -61,6 +63,7 @@ def test_too_few_steps_for_a_median_are_refused(monkeypatch):
         multi_gpu_ddp.parse_args(["--preset", "smoke", "--steps", "3"])
 
 
+@pytest.mark.slow
 def test_when_a_rank_is_killed_the_others_end_in_time_and_leave_nothing():
     ranks = start_ranks(3, ["--batch-size", "6", "--steps", "100000"])
     wait_for_line(ranks[0], "check: DDP gives all of them rank 0's")

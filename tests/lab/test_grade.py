@@ -108,6 +108,7 @@ def test_correct_code_may_print_what_it_likes(fooled):
     assert fooled(garbage + CORRECT) == (0, 4, "")
 
 
+@pytest.mark.slow
 def test_endless_loop_is_stopped_with_all_its_processes(fooled, tmp_path):
     pid_file = tmp_path / "pid"
     child = "subprocess.Popen(['sleep', '300'], start_new_session=True)"

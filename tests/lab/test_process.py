@@ -14,6 +14,8 @@ import pytest
 from distlab.lab import process
 from distlab.lab.process import marked, run_command
 
+pytestmark = pytest.mark.slow  # most wait for a limit to pass
+
 # Each writes the ids of what it starts into the file PIDS, so that a test can look for them.
 TREE = """
 import os, subprocess, sys, time

@@ -20,6 +20,8 @@ from tiny_repo import SCRIPTS, TinyRepo, is_alive, stop, wait_until
 sys.path.insert(0, str(SCRIPTS))
 import lab_install
 
+pytestmark = pytest.mark.slow  # each builds an environment
+
 
 @pytest.fixture
 def repo(tmp_path: Path) -> TinyRepo:

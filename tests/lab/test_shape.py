@@ -29,6 +29,7 @@ from distlab.lab.shape import difference, shape
         ("at 127.0.0.1:8000", "at 127.0.0.1:51234"),
         ("[1, 2, 3]", "[4, 5, 6]"),
         ("machine: a laptop, 8 cores", "machine: a server with 2 GPUs"),
+        ("(2955, at least 361 wanted)", "(8.5e+04, at least 1,361.5 wanted)"),
         ("verdict: the step is compute-bound", "verdict: the step is memory-bound"),
         ("aten::mm 3 1.2", "aten::add 1 0.1"),
         ("a\nx: 1\nx: 2\nb", "a\nx: 3\nb"),

@@ -15,6 +15,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import psutil
+
 SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
 PYPROJECT = """
 [build-system]
@@ -191,8 +193,10 @@ def wait_until(condition: Callable[[], object], seconds: float = 20) -> None:
 
 def is_alive(pid: int) -> bool:
     """Whether a process runs; a zombie, which only awaits its parent, does not."""
-    state = subprocess.run(["ps", "-o", "stat=", "-p", str(pid)], capture_output=True, text=True)
-    return state.stdout.strip()[:1] not in ("", "Z")
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
 
 
 def stop(*pids: int) -> None:

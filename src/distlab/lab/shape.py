@@ -11,7 +11,7 @@ import re
 FREE = re.compile(r"(machine|job|verdict|sample|trace|figure): ")
 _OPERATOR = re.compile(r"\baten::\w+")
 _UNIT = r"(?:[KMGTPE]?(?:B|FLOP|bit|params|tok)(?:/s)?|[nµm]?s|min|h|%)"
-_DIGITS = r"\d[\d,]*\.?\d*(?:e[-+]?\d+)?"
+_DIGITS = r"\d+(?:,\d{3})*\.?\d*(?:e[-+]?\d+)?"
 _NONE = r"(?:nan|inf|unknown)(?!\w)|(?<!\S)—(?!\S)"  # how `distlab.display` shows what is no number
 _NUMBER = re.compile(rf"(?<!\w)[-+−]?(?:{_DIGITS}|{_NONE})(?:\s?{_UNIT}(?![\w/]))?")
 
