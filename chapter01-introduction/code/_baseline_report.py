@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from distlab import data, hardware, predict
+from distlab import data, hardware, measure, predict
 from distlab.model import Llama, ModelConfig
 from distlab.runtime import Runtime
 from distlab.script import Run
@@ -98,6 +98,18 @@ def report_memory(run: Run, args: Namespace, config: ModelConfig, training: Trai
     run.check_close(
         "state is 16 bytes a parameter", training.state_bytes, state, tolerance=0.01, relative=True
     )
+
+
+def activation_peak(model: Llama, batch: tuple[torch.Tensor, torch.Tensor], dtype: str) -> int:
+    """Bytes that one more forward and backward need beside the state, counted tensor by tensor.
+
+    A CPU has no allocator to ask: what the process grew by has the C library's reserves in it.
+    """
+    with measure.LiveBytes() as live:
+        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bfloat16"):
+            loss = model.loss(*batch)
+        loss.backward()
+    return live.peak
 
 
 def report_loss(run: Run, tokens: data.Tokens, training: Training, held_out: float) -> None:

@@ -27,6 +27,7 @@ from _baseline_report import (
     WARMUP_STEPS,
     StepClock,
     Training,
+    activation_peak,
     report_loss,
     report_memory,
     report_speed,
@@ -136,18 +137,6 @@ def train(run: Run, args: Namespace, model: Llama, tokens: data.Tokens, job: Run
         return Training(losses.tolist(), seconds, memory.bytes, held)
     peak = held + activation_peak(model, next(batches), args.dtype)
     return Training(losses.tolist(), seconds, peak, held, resident_bytes=memory.bytes)
-
-
-def activation_peak(model: Llama, batch: tuple[Tensor, Tensor], dtype: str) -> int:
-    """Bytes that one more forward and backward need beside the state, counted tensor by tensor.
-
-    A CPU has no allocator to ask: what the process grew by has the C library's reserves in it.
-    """
-    with measure.LiveBytes() as live:
-        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bfloat16"):
-            loss = model.loss(*batch)
-        loss.backward()
-    return live.peak
 
 
 def make_step(model: Llama, optimizer: torch.optim.Optimizer, dtype: str, compiled: bool) -> Step:
