@@ -53,9 +53,14 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
         choices=["auto", "cpu", "cuda"],
         help="torch's build from now on; auto, at first: cuda where an NVIDIA driver is, else cpu",
     )
-    parser.add_argument("command", nargs="?", help="env, or a command of the lab: try list")
-    parser.add_argument("arguments", nargs=argparse.REMAINDER, help="what the command takes")
+    parser.add_argument(
+        "words",
+        nargs=argparse.REMAINDER,  # one for all, since a positional before it would swallow a `--`
+        metavar="COMMAND ...",
+        help="env, or a command of the lab: try list; then what the command takes",
+    )
     args = parser.parse_args(argv)
+    args.command, *args.arguments = args.words or [None]
     if args.command == "env" and len(args.arguments) != 1:
         parser.error("env takes one name, for example: lab.py env core")
     return args
