@@ -10,6 +10,7 @@ from typing import Any
 
 from distlab.errors import RunError, UsageError
 from distlab.predict import Architecture
+from distlab.predict.plan import divisors
 from distlab.script import positive_int
 
 OVERRIDES = {
@@ -228,9 +229,3 @@ def _rope_scaling(rope: Mapping[str, Any], source: object) -> Llama3Rope | None:
     if kind != "llama3":
         raise RunError(f"{source}: rope_type {kind!r} is not supported, only default and llama3")
     return Llama3Rope(**{name: rope[name] for name in Llama3Rope.__dataclass_fields__})
-
-
-def divisors(number: int) -> str:
-    """The divisors of `number` in words: `1, 2 or 4`."""
-    found = [str(d) for d in range(1, number + 1) if number % d == 0]
-    return " or ".join([", ".join(found[:-1]), found[-1]] if len(found) > 1 else found)

@@ -130,7 +130,7 @@ def check_degrees(a: Architecture, gpus: int, tp: int, pp: int) -> None:
     }
     for name, count in parts.items():
         if count % tp:
-            usable = _divisors(math.gcd(*parts.values()))
+            usable = divisors(math.gcd(*parts.values()))
             raise UsageError(f"--tp {tp} does not divide {count} {name}; use {usable}")
     if pp > a.num_hidden_layers:
         raise UsageError(
@@ -190,7 +190,7 @@ def _parameters_read(a: Architecture, tokens: int) -> float:
     return read
 
 
-def _divisors(count: int) -> str:
+def divisors(count: int) -> str:
     """The numbers that divide `count`, as words: 1, 2, 4 or 8."""
     found = [str(n) for n in range(1, count + 1) if count % n == 0]
     return found[0] if len(found) == 1 else ", ".join(found[:-1]) + " or " + found[-1]
