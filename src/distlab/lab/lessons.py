@@ -17,7 +17,7 @@ An `output` block right after it shows a real run.
 
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from markdown_it import MarkdownIt
@@ -77,7 +77,7 @@ class Chapter:
     number: int
     folder: Path
     title: str
-    written: bool = field(default=False)
+    written: bool = False
 
     @property
     def lesson(self) -> Path:

@@ -1,6 +1,7 @@
 """`lab run CH [SCRIPT]`: type a chapter's commands for the reader, and say what came out."""
 
 import argparse
+import sys
 from pathlib import Path
 
 from distlab.display import quantity, text_table
@@ -85,8 +86,6 @@ def _shown(block: Block) -> str:
 
 
 def _colour() -> bool:
-    import sys
-
     return sys.stdout.isatty()
 
 
