@@ -1,6 +1,7 @@
 """Numbers, quantities and tables as people read them: on the terminal and in main.md."""
 
 import math
+import sys
 from collections.abc import Sequence
 from io import StringIO
 from typing import Any
@@ -97,3 +98,9 @@ def markdown_table(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> str
     return "\n".join(
         "| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines
     )
+
+
+def write_line(text: str) -> None:
+    """Print `text` in one piece: print() writes twice under torchrun, and ranks may mix."""
+    sys.stdout.write(f"{text}\n")
+    sys.stdout.flush()

@@ -10,7 +10,7 @@ from types import TracebackType
 from typing import Any, Self, TypeVar
 
 from distlab import check, record
-from distlab.display import quantity, text_table
+from distlab.display import quantity, text_table, write_line
 from distlab.errors import UsageError
 
 Item = TypeVar("Item")
@@ -90,7 +90,7 @@ class Run:
     def print(self, text: str = "") -> None:
         """Print on rank 0."""
         if self.is_main:
-            print(text, flush=True)
+            write_line(text)
 
     def metric(self, name: str, value: float | None, unit: str = "", note: str = "") -> None:
         """Record and print one measured number; None is shown as unknown."""
@@ -186,7 +186,7 @@ class Run:
         if self.is_main:
             self.print(str(item))
         elif not item.ok:
-            print(f"[rank {self.rank}] {item}", flush=True)
+            write_line(f"[rank {self.rank}] {item}")
         return item.ok
 
     def progress(

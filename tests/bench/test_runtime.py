@@ -38,12 +38,13 @@ SLURM = {
     "SLURM_STEP_NODELIST": "gpu[07-09]",
 }
 ALL_REDUCE = """
-import torch, torch.distributed as dist
+import sys, torch, torch.distributed as dist
 from distlab import runtime
-with runtime.distributed(timeout_s=20) as rt:
+with runtime.distributed(timeout_s=60) as rt:
     total = torch.tensor([rt.rank + 1.0])
     dist.all_reduce(total)
-    print(f"rank {rt.rank} of {rt.world_size}, local {rt.local_rank}: {total.item():g}", flush=True)
+    line = f"rank {rt.rank} of {rt.world_size}, local {rt.local_rank}: {total.item():g}\\n"
+    sys.stdout.write(line)  # torchrun's ranks are unbuffered, where print writes twice
     rt.barrier()
 assert not dist.is_initialized()
 """
@@ -226,7 +227,7 @@ def test_an_error_in_a_rank_is_told_with_its_traceback_and_ends_the_others():
     with pytest.raises(
         RunError, match=r"rank 1 failed:(?s:.*)fail_on_rank_1(?s:.*)planted"
     ) as error:
-        spawn(fail_on_rank_1, 3, timeout_s=20)
+        spawn(fail_on_rank_1, 3, timeout_s=60)
     assert "rank 0 failed" not in str(error.value)
     assert ranks_running() == []
 
@@ -248,7 +249,7 @@ def test_a_collective_that_one_rank_skips_ends_in_time_and_names_who_waited():
 def test_a_rank_that_leaves_before_a_collective_fails_the_others_at_once():
     started = time.monotonic()
     with pytest.raises(RunError, match="rank [02] failed:(?s:.*)skip_on_rank_1(?s:.*)RuntimeError"):
-        spawn(skip_on_rank_1, 3, 0, timeout_s=20)
+        spawn(skip_on_rank_1, 3, 0, timeout_s=60)
     assert time.monotonic() - started < 10
     assert ranks_running() == []
 
@@ -261,29 +262,9 @@ def skip_on_rank_1(rt, seconds):
 
 
 @pytest.mark.slow
-def test_a_collective_has_the_timeout_of_its_group():
-    waited, message = spawn(wait_in_vain, 2, timeout_s=20)[0]
-    assert 2.9 <= waited < 10
-    assert "imed out" in message
-
-
-def wait_in_vain(rt):
-    """Leave the group that spawn made, and join one of a second."""
-    dist.destroy_process_group()
-    with runtime.distributed(timeout_s=3) as again:  # a busy machine needs a second to join
-        if again.rank == 1:
-            time.sleep(3.5)
-            return None
-        started = time.monotonic()
-        with pytest.raises(RuntimeError) as error:
-            dist.all_reduce(torch.ones(1))
-        return time.monotonic() - started, str(error.value)
-
-
-@pytest.mark.slow
 def test_a_killed_rank_is_named_and_the_others_do_not_outlive_it():
     with pytest.raises(RunError, match="rank 1 died without a result"):
-        spawn(kill_rank_1, 3, timeout_s=20)
+        spawn(kill_rank_1, 3, timeout_s=60)
     assert ranks_running() == []
 
 
@@ -295,7 +276,7 @@ def kill_rank_1(rt):
 
 def test_a_result_that_cannot_be_sent_says_so():
     with pytest.raises(RunError, match="rank 0 failed:(?s:.*)pickle"):
-        spawn(return_a_lock, 1, timeout_s=20)
+        spawn(return_a_lock, 1, timeout_s=60)
     assert ranks_running() == []
 
 
@@ -312,7 +293,7 @@ def launched(function, *variables: dict[str, str]) -> list[tuple[int, str, str]]
     context = multiprocessing.get_context("forkserver")
     with context.Pool(len(variables)) as pool:
         started = [pool.apply_async(as_a_script, (function, one)) for one in variables]
-        return [one.get(timeout=60) for one in started]
+        return [one.get(timeout=120) for one in started]
 
 
 def as_a_script(function, variables: dict[str, str]) -> tuple[int, str, str]:
@@ -374,6 +355,34 @@ def test_ranks_that_do_not_meet_say_so_in_one_line_within_the_timeout():
         )
         assert told.count("\n") == 1
     assert time.monotonic() - started < 20
+
+
+@pytest.mark.slow
+def test_a_collective_has_the_timeout_of_its_group():
+    common = {**TORCHRUN, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "LOCAL_RANK": "0"}
+    variables = [{**common, "RANK": "0", "MASTER_PORT": (port := free_port())}]
+    variables.append({**common, "RANK": "1", "MASTER_PORT": port})
+    (status, waited, told), _ = launched(wait_in_vain, *variables)
+    assert status == 1
+    assert float(waited) >= GROUP_TIMEOUT_S - 0.1
+    assert f"did not come within {GROUP_TIMEOUT_S:g} s" in told and told.count("\n") == 1
+
+
+GROUP_TIMEOUT_S = 6.0  # joining has the same limit, and a busy machine needs seconds for it
+
+
+def wait_in_vain() -> int:
+    """Rank 0 waits in a collective for rank 1, which lives but never comes; it prints how long."""
+    with runtime.distributed(timeout_s=GROUP_TIMEOUT_S) as rt:
+        started = time.monotonic()
+        if rt.rank == 1:
+            time.sleep(GROUP_TIMEOUT_S + 2)
+            return 0
+        try:
+            dist.all_reduce(torch.ones(1))
+        finally:
+            print(time.monotonic() - started)
+    return 0
 
 
 def test_a_port_that_is_taken_is_named_in_one_line():

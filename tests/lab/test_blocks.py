@@ -15,7 +15,7 @@ from distlab.errors import RunError
 from distlab.lab import blocks, lessons
 from distlab.lab.blocks import Servers, judge, run_block, unmet_need
 from distlab.lab.lessons import Block, read_blocks
-from distlab.lab.process import Completed
+from distlab.process import Completed
 
 SCRIPT = "chapter01-introduction/code/x.py"
 CHECKED = {"checks": [{"ok": True}], "metrics": {}, "comparisons": {}}
@@ -30,7 +30,7 @@ def checkout(tmp_path, monkeypatch):
         monkeypatch.setattr(module, "repo_root", lambda: tmp_path)
     monkeypatch.setattr(blocks, "gpu_count", lambda: 0)
     monkeypatch.setattr(blocks, "READY_TIMEOUT_S", 10.0)
-    monkeypatch.setattr("distlab.lab.process.GRACE_S", 0.5)
+    monkeypatch.setattr("distlab.process.GRACE_S", 0.5)
     return tmp_path
 
 

@@ -17,7 +17,7 @@ from distlab import record
 from distlab.errors import RunError
 from distlab.files import repo_root
 from distlab.lab.lessons import Block, read_blocks
-from distlab.lab.process import Completed, Job, job, run_command
+from distlab.process import Completed, Job, job, run_command
 from distlab.script import SKIPPED
 
 READY_TIMEOUT_S = 120.0

@@ -11,8 +11,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from distlab.lab import process
-from distlab.lab.process import marked, run_command
+from distlab import process
+from distlab.process import marked, run_command
 
 pytestmark = pytest.mark.slow  # most wait for a limit to pass
 
@@ -179,7 +179,7 @@ def test_a_job_ends_when_its_block_is_left_by_an_error(pids):
 
 PARENT = """
 import sys
-from distlab.lab import process
+from distlab import process
 process.GRACE_S = 0.5
 process.run_command([sys.executable, "-c", sys.argv[1]], timeout_s=60)
 """
@@ -231,5 +231,5 @@ def guardians() -> list[int]:
     return [
         child.pid
         for child in psutil.Process().children(recursive=True)
-        if "distlab.lab.guardian" in child.cmdline()
+        if "distlab.guardian" in child.cmdline()
     ]

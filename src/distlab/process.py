@@ -63,7 +63,7 @@ class Job:
         for reader in self._readers:
             reader.start()
         self._guardian = subprocess.Popen(
-            [sys.executable, "-m", "distlab.lab.guardian", self.mark],
+            [sys.executable, "-m", "distlab.guardian", self.mark],
             stdin=subprocess.PIPE,
             start_new_session=True,  # a Ctrl-C is for the job, not for its guardian
         )
