@@ -1,0 +1,28 @@
+"""Task 1, ring-all-reduce: the sum of every worker's buffer, on every worker."""
+
+from collections.abc import Callable
+
+import numpy as np
+
+
+def ring_all_reduce(
+    buffer: np.ndarray,
+    rank: int,
+    world_size: int,
+    send: Callable[[int, np.ndarray], None],
+    receive: Callable[[int], np.ndarray],
+) -> None:
+    """Replace `buffer` [n], in place, by the element-wise sum over all workers' buffers.
+
+    Every worker calls this at once, with its own `rank` from 0 to world_size - 1.
+
+    send(to, array): sends a copy of `array` to the worker `to`; returns at once.
+    receive(source): waits for the next array that `source` sent to this worker, and returns it.
+
+    The workers stand in a ring: send to (rank + 1) % world_size only, receive from the one before
+    only. Cut the buffer into world_size chunks whose sizes differ by at most one; n may be smaller
+    than world_size, and 0. In world_size - 1 steps the sums of the chunks are collected (a
+    reduce-scatter), in as many steps they are handed round (an all-gather). Together the workers
+    send 2 * (world_size - 1) * n elements, and no more.
+    """
+    raise NotImplementedError("ring_all_reduce.ring_all_reduce is yours to write")
