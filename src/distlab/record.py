@@ -36,7 +36,15 @@ def describe_run(preset: str) -> dict[str, Any]:
 
 
 def command_line() -> str:
-    """The line that started this process: `python …`, `torchrun …` or `srun … python …`."""
+    """The line that started this process: `python …`, `torchrun …` or `srun … python …`.
+
+    On the virtual cluster (`lab cluster` says so in $LAB_CLUSTER) with the line that made it.
+    """
+    cluster = os.environ.get("LAB_CLUSTER")
+    return f"{cluster} -- {_typed()}" if cluster else _typed()
+
+
+def _typed() -> str:
     script = Path(sys.argv[0]).resolve()
     root = repo_root()
     shown = script.relative_to(root) if script.is_relative_to(root) else Path(script.name)

@@ -77,6 +77,13 @@ def test_world_size_is_that_of_the_launcher(variables, world, monkeypatch):
     assert record.describe_run("smoke")["world_size"] == world
 
 
+def test_command_line_on_the_virtual_cluster_begins_with_the_line_that_made_it(monkeypatch):
+    monkeypatch.setattr("sys.argv", ["train.py"])
+    monkeypatch.setenv("LAB_CLUSTER", "python3 scripts/lab.py cluster --nodes 2")
+    expected = "python3 scripts/lab.py cluster --nodes 2 -- python train.py"
+    assert record.command_line() == expected
+
+
 def test_command_line_of_srun(monkeypatch):
     monkeypatch.setenv("SLURM_NTASKS", "4")
     argv(monkeypatch, "train.py", "--steps", "3")

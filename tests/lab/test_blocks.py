@@ -1,20 +1,16 @@
-"""Running a block: what it amounts to, and servers that live as long as their section."""
+"""Running a block: the command line it becomes, and what its end amounts to."""
 
 import json
 import os
-import socket
 import sys
-import threading
 from pathlib import Path
 
-import psutil
 import pytest
 
 from distlab import record
-from distlab.errors import RunError
 from distlab.lab import blocks, lessons
-from distlab.lab.blocks import Servers, judge, run_block, unmet_need
-from distlab.lab.lessons import Block, read_blocks
+from distlab.lab.blocks import command_line, judge, run_block, unmet_need
+from distlab.lab.lessons import Block
 from distlab.process import Completed
 
 SCRIPT = "chapter01-introduction/code/x.py"
@@ -29,7 +25,6 @@ def checkout(tmp_path, monkeypatch):
     for module in (blocks, lessons):
         monkeypatch.setattr(module, "repo_root", lambda: tmp_path)
     monkeypatch.setattr(blocks, "gpu_count", lambda: 0)
-    monkeypatch.setattr(blocks, "READY_TIMEOUT_S", 10.0)
     monkeypatch.setattr("distlab.process.GRACE_S", 0.5)
     return tmp_path
 
@@ -95,11 +90,31 @@ def test_a_failure_shows_the_end_of_what_was_printed():
         ({"text": "torchrun --nproc_per_node=4 x.py"}, "gloo", 0, None),
         ({"text": "torchrun --nproc_per_node=4 x.py"}, "nccl", 2, "needs 4 GPU(s), 2 here"),
         ({"text": "torchrun --nproc_per_node=4 x.py"}, "nccl", 4, None),
+        (
+            {"text": "torchrun --nproc_per_node=2 x.py", "nodes": 2},
+            "nccl",
+            2,
+            "needs 4 GPU(s), 2 here",
+        ),
+        ({"nodes": 2}, "gloo", 0, "no cluster here"),
+        ({"nodes": 2, "slurm": True}, "gloo", 0, "no Slurm here"),
         ({"text": "# eight machines\nx", "norun": True}, "gloo", 8, "norun: eight machines"),
     ],
 )
-def test_unmet_need(words, backend, gpus, need):
-    assert unmet_need(block(**words), backend, gpus) == need
+def test_unmet_need(words, backend, gpus, need, monkeypatch):
+    lacking = {False: "no cluster here", True: "no Slurm here"}
+    monkeypatch.setattr(blocks.cluster, "unavailable", lambda slurm: lacking[slurm])
+    told = unmet_need(block(**words), backend, gpus)
+    assert told == need or told.startswith(need)
+
+
+def test_a_block_of_nodes_is_run_on_each_and_one_of_slurm_on_the_head():
+    shell = ["bash", "-euo", "pipefail", "-c", "hostname"]
+    lab = [sys.executable, "-m", "distlab.lab", "cluster", "--nodes"]
+    assert command_line(block("hostname")) == shell
+    assert command_line(block("hostname", nodes=3)) == [*lab, "3", "--", *shell]
+    with_slurm = block("hostname", nodes=2, slurm=True)
+    assert command_line(with_slurm) == [*lab, "2", "--slurm", "--", *shell]
 
 
 def test_a_block_runs_in_the_checkout_with_its_preset_and_folder(checkout):
@@ -141,118 +156,6 @@ def test_a_block_that_needs_what_is_not_here_is_not_started(checkout):
 def test_a_block_past_its_limit_fails_and_is_ended(checkout):
     outcome = run_block(block("sleep 60 | cat"), "smoke", checkout / "records", timeout_s=0.5)
     assert outcome.result == "failed" and "exit status 124" in outcome.reason
-
-
-LESSON = """# One
-
-```bash background ready=http://127.0.0.1:{port}/page.txt
-echo x >> starts
-python -m http.server {port} --bind 127.0.0.1
-```
-
-```bash
-python -c "from urllib.request import urlopen as get; \\
-    print(get('http://127.0.0.1:{port}/page.txt').read().decode())"
-```
-
-# Two
-
-```bash
-echo alone
-```
-"""
-
-
-@pytest.fixture
-def lesson(checkout):
-    (checkout / "page.txt").write_text("hello\n")
-    with socket.socket() as chosen:
-        chosen.bind(("127.0.0.1", 0))
-        port = chosen.getsockname()[1]
-    path = checkout / "main.md"
-    path.write_text(LESSON.format(port=port))
-    return read_blocks(path)
-
-
-def servers_running() -> list[int]:
-    return [
-        process.pid
-        for process in psutil.Process().children(recursive=True)
-        if "http.server" in process.cmdline()
-    ]
-
-
-def test_a_server_lives_from_its_block_to_the_end_of_its_section(lesson, checkout, monkeypatch):
-    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")  # a user's proxy has no say in it
-    monkeypatch.setenv("no_proxy", "127.0.0.1")
-    server, asks, alone = lesson
-    with Servers("smoke", checkout / "records") as servers:
-        servers.start_for(asks)  # it starts what its section needs
-        assert run_block(asks, "smoke", checkout / "records").stdout.strip() == "hello"
-        servers.start_for(server)
-        servers.start_for(asks)
-        assert len(servers_running()) == 1
-        assert (checkout / "starts").read_text() == "x\n"
-        servers.start_for(alone)
-        assert servers_running() == []
-
-
-def test_a_server_ends_with_the_lesson_and_after_an_error(lesson, checkout):
-    with pytest.raises(ZeroDivisionError), Servers("smoke", checkout / "records") as servers:
-        servers.start_for(lesson[0])
-        assert len(servers_running()) == 1
-        raise ZeroDivisionError
-    assert servers_running() == []
-
-
-def test_a_server_that_ends_before_it_is_ready_says_why(checkout):
-    broken = 'echo "no such model" >&2; exit 3'
-    path = checkout / "main.md"
-    path.write_text(f"```bash background ready=http://127.0.0.1:9/\n{broken}\n```\n")
-    with (
-        Servers("smoke", checkout / "records") as servers,
-        pytest.raises(RunError, match="main.md:1: the server ended before.*no such model"),
-    ):
-        servers.start_for(read_blocks(path)[0])
-
-
-def test_a_server_that_never_answers_is_ended(checkout, monkeypatch):
-    monkeypatch.setattr(blocks, "READY_TIMEOUT_S", 0.5)
-    path = checkout / "main.md"
-    path.write_text("```bash background ready=http://127.0.0.1:9/\nexec sleep 321\n```\n")
-    with Servers("smoke", checkout / "records") as servers:
-        with pytest.raises(RunError, match="http://127.0.0.1:9/ did not answer within 0.5 s"):
-            servers.start_for(read_blocks(path)[0])
-        assert not any("321" in p.cmdline() for p in psutil.Process().children(recursive=True))
-
-
-def test_a_stranger_at_the_servers_address_is_not_taken_for_it(lesson, checkout):
-    with Servers("smoke", checkout / "records") as first:
-        first.start_for(lesson[0])
-        with (
-            Servers("smoke", checkout / "records") as second,
-            pytest.raises(RunError, match="answers before the server is started; end it"),
-        ):
-            second.start_for(lesson[0])
-        assert len(servers_running()) == 1
-
-
-def test_an_answer_that_is_no_http_is_no_answer(checkout):
-    with socket.socket() as stranger:
-        stranger.bind(("127.0.0.1", 0))
-        stranger.listen()
-        one = block(ready=f"http://127.0.0.1:{stranger.getsockname()[1]}/", background=True)
-
-        def babble() -> None:
-            connection, _ = stranger.accept()
-            connection.recv(1000)
-            connection.sendall(b"220 mail ready\r\n")
-            connection.close()
-
-        thread = threading.Thread(target=babble)
-        thread.start()
-        assert not blocks._answers(one)
-        thread.join(5)
 
 
 def test_core_is_the_python_that_runs_the_lab():

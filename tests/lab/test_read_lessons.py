@@ -120,7 +120,7 @@ def test_the_lines_of_an_output_are_those_of_its_text(lesson):
 @pytest.mark.parametrize(
     ("words", "told"),
     [
-        ("gpu=2", r"unknown word 'gpu=2'; known: background, norun, env=…, exit=…, gpus=…"),
+        ("gpu=2", r"unknown word 'gpu=2'; known: background, norun, slurm, env=…, exit=…, gpus=…"),
         ("gpus", "unknown word 'gpus'"),
         ("background=yes", "unknown word 'background=yes'"),
         ("Norun", "unknown word 'Norun'"),
@@ -136,6 +136,15 @@ def test_a_malformed_block_is_refused_with_its_line(words, told, lesson):
     with pytest.raises(RunError) as error:
         read_blocks(path)
     assert str(error.value).startswith(f"{path}:3: {told}")
+
+
+@pytest.mark.parametrize(
+    ("words", "nodes", "slurm"),
+    [("", 0, False), ("nodes=4", 4, False), ("slurm", 2, True), ("slurm nodes=3", 3, True)],
+)
+def test_a_block_may_ask_for_nodes_and_for_slurm(words, nodes, slurm, lesson):
+    (block,) = read_blocks(lesson(f"```bash {words}\ntrue\n```\n"))
+    assert (block.nodes, block.slurm) == (nodes, slurm)
 
 
 @pytest.mark.parametrize("text", ["", "#\nsbatch x", "#  \n"])

@@ -36,6 +36,8 @@ from distlab.lab.shape import difference, shape
         ("a  \n\n b", "a\nb"),
         ("ring 3.2 —", "ring 3.2 4.5"),
         ("(1.2 ms)", "(3 s)"),
+        ("node0| machine: a laptop", "node0| machine: a server"),
+        ("node0| a\nnode1| b\nnode0| c", "node1| b\nnode0| a\nnode0| c"),
         ("2x faster", "13x faster"),
     ],
 )
@@ -54,6 +56,8 @@ def test_the_same_shape(shown, printed):
         ("information", "3ormation"),
         ("unknowns: 3", "3s: 3"),
         ("a\nb", "a"),
+        ("node0| a\nnode0| b", "node0| b\nnode0| a"),
+        ("node0| a", "node1| a"),
         ("a\nb", "b\na"),
         ("a\nb\na\nb", "a\nb"),  # only neighbours are one line
         ("the machine: x", "the machine: y"),

@@ -9,6 +9,7 @@ COMMANDS = {
     "list": ("listing:main", "every script: its chapter, what it shows, what it needs"),
     "run": ("running:main", "run a chapter, or one script of it: run CH [SCRIPT] [--preset …]"),
     "test": ("testing:main", "run the tests: test [--fast] [CH]"),
+    "cluster": ("clustering:main", "several nodes on this machine: cluster --nodes N -- CMD …"),
     "doctor": ("doctor:doctor", "what this machine has, what is missing, and what mends it"),
     "report": ("report:report", "one HTML page of what ran here"),
     "record": ("recording:main", "run a chapter and rewrite its results and its lesson's tables"),

@@ -4,23 +4,17 @@ import functools
 import os
 import subprocess
 import sys
-import time
-import urllib.request
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from http.client import HTTPException
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
-from distlab import record
+from distlab import cluster, record
 from distlab.errors import RunError
 from distlab.files import repo_root
-from distlab.lab.lessons import Block, read_blocks
-from distlab.process import Completed, Job, job, run_command
+from distlab.lab.lessons import Block
+from distlab.process import Completed, run_command
 from distlab.script import SKIPPED
 
-READY_TIMEOUT_S = 120.0
 RECORDS = "[!.]*.json"  # without the temporary file of a script that was killed while writing
 
 
@@ -53,9 +47,12 @@ def unmet_need(block: Block, backend: str, gpus: int) -> str | None:
     """Why this machine cannot run `block` with `backend`, or None."""
     if block.norun:
         return f"norun: {block.reason}"
-    wanted = max(block.gpus, block.ranks) if backend == "nccl" else block.gpus
+    ranks = block.ranks * max(1, block.nodes)
+    wanted = max(block.gpus, ranks) if backend == "nccl" else block.gpus
     if wanted > gpus:
         return f"needs {wanted} GPU(s), {gpus} here"
+    if block.nodes:
+        return cluster.unavailable(slurm=block.slurm)
     return None
 
 
@@ -77,7 +74,7 @@ def run_block(
     for stale in records.glob(RECORDS):
         stale.unlink()
     completed = run_command(
-        ["bash", "-euo", "pipefail", "-c", block.text],
+        command_line(block),
         env=block_environment(block, preset, records, backend),
         cwd=repo_root(),
         timeout_s=timeout_s,
@@ -88,6 +85,17 @@ def run_block(
     return Outcome(
         block, backend, result, reason, completed.seconds, completed.stdout, completed.stderr, made
     )
+
+
+def command_line(block: Block) -> list[str]:
+    """What runs `block`: a shell, on each node of a virtual cluster where it asks for nodes, and
+    once, with Slurm's commands at hand, where it asks for Slurm."""
+    shell = ["bash", "-euo", "pipefail", "-c", block.text]
+    if not block.nodes:
+        return shell
+    slurm = ["--slurm"] if block.slurm else []
+    lab = [sys.executable, "-m", "distlab.lab"]
+    return [*lab, "cluster", "--nodes", str(block.nodes), *slurm, "--", *shell]
 
 
 def judge(block: Block, completed: Completed, records: list[dict[str, Any]]) -> tuple[str, str]:
@@ -139,66 +147,3 @@ def environment_python(env: str) -> Path:
     if done.returncode:
         raise RunError(f"the environment {env} could not be set up; see the lines above")
     return Path(done.stdout.strip().splitlines()[-1])
-
-
-class Servers:
-    """The background blocks of a lesson: each is started when a later block of its section is run,
-    and lives until a block of another section is."""
-
-    def __init__(self, preset: str, records: Path) -> None:
-        self.preset, self.records = preset, records
-        self._stack = ExitStack()
-        self._section: tuple[Path, int] | None = None
-        self._started: set[str] = set()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self._stack.close()
-
-    def start_for(self, block: Block) -> None:
-        """Have every server running that stands before `block` in its section, or is `block`."""
-        section = (block.lesson, block.section)
-        if section != self._section:
-            self._stack.close()
-            self._stack, self._section, self._started = ExitStack(), section, set()
-        for other in read_blocks(block.lesson):
-            wanted = other.section == block.section and other.line <= block.line
-            if other.background and wanted and other.id not in self._started:
-                self._stack.enter_context(self._serve(other))
-                self._started.add(other.id)
-
-    @contextmanager
-    def _serve(self, block: Block) -> Iterator[Job]:
-        if _answers(block):
-            raise RunError(
-                f"{block.id}: {block.ready} answers before the server is started; end it"
-            )
-        env = block_environment(block, self.preset, self.records, "gloo")
-        with job(["bash", "-euo", "pipefail", "-c", block.text], env, repo_root()) as server:
-            _await_ready(block, server)
-            yield server
-
-
-def _await_ready(block: Block, server: Job) -> None:
-    deadline = time.monotonic() + READY_TIMEOUT_S
-    while time.monotonic() < deadline:
-        if server.process.poll() is not None:
-            tail = "".join(server.texts["stderr"][-10:])
-            raise RunError(f"{block.id}: the server ended before it was ready: {tail}")
-        if _answers(block):
-            return
-        time.sleep(0.2)
-    raise RunError(f"{block.id}: {block.ready} did not answer within {READY_TIMEOUT_S:g} s")
-
-
-def _answers(block: Block) -> bool:
-    """Whether the server's address answers 200; a proxy of the user's has no say in that."""
-    assert block.ready is not None
-    direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-    try:
-        with direct.open(block.ready, timeout=2) as answer:
-            return answer.status == 200
-    except (OSError, HTTPException):  # a URLError is an OSError
-        return False

@@ -11,8 +11,9 @@ from pathlib import Path
 from distlab import record
 from distlab.display import text_table
 from distlab.errors import Skipped
-from distlab.lab.blocks import Outcome, Servers, gpu_count, run_block
+from distlab.lab.blocks import Outcome, gpu_count
 from distlab.lab.lessons import RANKS, SCRIPT, Block, chapters
+from distlab.lab.playing import play
 from distlab.lab.running import block_folder, summary
 from distlab.script import OneLineParser, exit
 
@@ -23,15 +24,14 @@ def main(argv: list[str] | None = None) -> int:
     args = _parse(argv)
     if gpu_count() == 0:
         raise Skipped("torch sees no GPU on this machine")
-    blocks = [b for one in chapters() for b in one.blocks() if b.env == "core" and not b.norun]
+    typed = [b for one in chapters() for b in one.blocks() if b.env == "core" and not b.norun]
+    blocks = [b for b in typed if not b.background]
     outcomes: list[Outcome] = []
-    with Servers("smoke", args.out / "servers") as servers:
-        for block in [b for b in blocks if not b.background]:
-            servers.start_for(block)
-            if "smoke" in args.steps:
-                outcomes += [run_one(each, "smoke", args.out) for each in variants(block)]
-            if "record" in args.steps and block.record:
-                outcomes.append(keep(run_one(on_gpus(block), "gpu", args.out), args.out))
+    if "smoke" in args.steps:
+        outcomes += run([each for b in blocks for each in variants(b)], "smoke", args.out)
+    if "record" in args.steps:
+        kept = run([on_gpus(b) for b in blocks if b.record], "gpu", args.out)
+        outcomes += [keep(outcome, args.out) for outcome in kept]
     print(summary(outcomes))
     failures = [[o.block.text.strip(), o.reason] for o in outcomes if o.result == "failed"]
     if failures:
@@ -51,13 +51,9 @@ def on_gpus(block: Block) -> Block:
     return replace(block, text=RANKS.sub(_ranks(count), block.text), gpus=max(1, block.gpus))
 
 
-def run_one(block: Block, preset: str, out: Path) -> Outcome:
-    folder = out / preset / block_folder(block)
-    print(f"\n$ {block.text.strip()}", flush=True)
-    outcome = run_block(block, preset, folder, "nccl", BLOCK_LIMIT_S, echo=True)
-    if outcome.result != "ran":
-        print(f"{outcome.result}: {outcome.reason}", flush=True)
-    return outcome
+def run(blocks: list[Block], preset: str, out: Path) -> list[Outcome]:
+    folders = [(block, out / preset / block_folder(block)) for block in blocks]
+    return list(play(folders, preset, "nccl", BLOCK_LIMIT_S, out / "servers"))
 
 
 def keep(outcome: Outcome, out: Path) -> Outcome:

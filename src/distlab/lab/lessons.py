@@ -6,6 +6,8 @@ info string says what the block needs:
 
     env=vllm           the environment it runs in (default core)
     gpus=2             GPUs it cannot do without
+    nodes=2            run on each node of a virtual cluster, as on so many machines
+    slurm              run once, on the head of a cluster (of nodes=…, else 2) with a real Slurm
     background         a server that the later blocks of its section use; with
     ready=URL          the address that answers 200 when the server is ready
     exit=2             the status it is meant to end with (default 0)
@@ -28,8 +30,10 @@ from distlab.files import repo_root
 
 SCRIPT = re.compile(r"chapter\d\d-[\w-]+/(?:code|exercises)/[\w/-]+\.(?:py|sh)")
 RANKS = re.compile(r"--nproc[_-]per[_-]node[= ](\d+)")
-_FLAGS = {"background", "norun"}
-_SETTINGS = {"env", "gpus", "ready", "exit", "record"}
+_FLAGS = {"background", "norun", "slurm"}
+_SETTINGS = {"env", "gpus", "nodes", "ready", "exit", "record"}
+_COUNTS = ("gpus", "nodes", "exit")
+_SLURM_NODES = 2
 
 
 @dataclass(frozen=True)
@@ -42,6 +46,8 @@ class Block:
     text: str
     env: str = "core"
     gpus: int = 0
+    nodes: int = 0
+    slurm: bool = False
     background: bool = False
     ready: str | None = None
     exit: int = 0
@@ -187,7 +193,9 @@ def _settings(lesson: Path, line: int, words: list[str]) -> dict:
         if key not in (_SETTINGS if has_value else _FLAGS):
             known = ", ".join(sorted(_FLAGS) + [f"{name}=…" for name in sorted(_SETTINGS)])
             raise RunError(f"{lesson}:{line}: unknown word {word!r}; known: {known}")
-        if key in ("gpus", "exit") and not value.isdecimal():
+        if key in _COUNTS and not value.isdecimal():
             raise RunError(f"{lesson}:{line}: {word} is no number")
-        settings[key] = (int(value) if key in ("gpus", "exit") else value) if has_value else True
+        settings[key] = (int(value) if key in _COUNTS else value) if has_value else True
+    if settings.get("slurm"):
+        settings.setdefault("nodes", _SLURM_NODES)
     return settings

@@ -67,11 +67,14 @@ def summary(path: Path) -> str:
 
 
 def needs(blocks: list[Block]) -> str:
-    """What the blocks that run a script need beside Python: ranks and GPUs."""
+    """What the blocks that run a script need beside Python: ranks, GPUs, nodes, Slurm."""
     ranks = sorted({block.ranks for block in blocks} - {1})
     gpus = max([0, *(block.gpus for block in blocks)])
     parts = [f"{'/'.join(map(str, ranks))} processes"] if ranks else []
     parts += [f"{gpus} GPU(s)"] if gpus else []
+    nodes = max([0, *(block.nodes for block in blocks)])
+    parts += [f"{nodes} nodes"] if nodes else []
+    parts += ["Slurm"] if any(block.slurm for block in blocks) else []
     return ", ".join(parts) or "—"
 
 

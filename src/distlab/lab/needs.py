@@ -5,7 +5,6 @@ import os
 import platform
 import re
 import shutil
-import subprocess
 import sysconfig
 import tomllib
 from collections.abc import Callable, Iterable
@@ -14,12 +13,17 @@ from functools import partial
 from pathlib import Path
 
 from distlab import hardware
+from distlab.cluster.availability import (
+    allow_namespaces,
+    find_program,
+    install_line,
+    namespace_flags,
+)
 from distlab.files import repo_root
 from distlab.lab.lessons import chapters
 
 ALL = tuple(range(1, 12))
 CHROMIUM = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
-PROBE_LIMIT_S = 10
 NVIDIA_PCI_VENDOR = "0x10de"
 
 
@@ -50,8 +54,8 @@ def needs() -> list[Need]:
             (2, 3, 4, 5, 6, 7, 8, 10),
             "user namespaces",
             "the virtual cluster, without root",
-            _user_namespaces,
-            _allow_user_namespaces(),
+            _namespaces,
+            allow_namespaces(),
         ),
         *(
             Need(who, f"environment {name}", why, partial(_environment, name), _env(name))
@@ -80,7 +84,7 @@ def _system_needs() -> list[Need]:
         system((1, 3, 5), "Python headers", "torch.compile, DeepSpeed", _python_headers, python),
         system(clustered, "ip and tc", "nodes and shaped links", _iproute2, "iproute2"),
         system(
-            (3, 4, 5),
+            (2, 3, 4, 5),
             "Slurm",
             "jobs on the virtual cluster",
             partial(_all_of, ["slurmctld", "slurmd", "srun", "munged"]),
@@ -128,23 +132,6 @@ def missing_system_packages() -> list[str]:
     return list(dict.fromkeys(package for packages in missing for package in packages))
 
 
-def install_line(packages: Iterable[str]) -> str:
-    """The command line that installs system packages, given by their Debian names."""
-    names = " ".join(packages)
-    if not _is_debian():
-        return f"install with this system's package manager: {names}"
-    root = "" if os.geteuid() == 0 else "sudo "
-    return f"{root}apt-get install -y --no-install-recommends {names}"
-
-
-def _is_debian() -> bool:
-    try:
-        release = platform.freedesktop_os_release()
-    except OSError:
-        return False
-    return "debian" in (release.get("ID", ""), *release.get("ID_LIKE", "").split())
-
-
 def _env(name: str) -> str:
     return f"python3 scripts/lab.py env {name}"
 
@@ -184,9 +171,8 @@ def _one_of(programs: Iterable[str]) -> str | None:
 
 
 def _all_of(programs: Iterable[str]) -> str | None:
-    """The first program's path, if all are there; daemons stand in /usr/sbin."""
-    path = f"{os.environ.get('PATH', os.defpath)}:/usr/sbin:/sbin"
-    found = [shutil.which(program, path=path) for program in programs]
+    """The first program's path, if all are there."""
+    found = [find_program(program) for program in programs]
     return found[0] if all(found) else None
 
 
@@ -206,26 +192,9 @@ def _libaio() -> str | None:
     return None
 
 
-def _user_namespaces() -> str | None:
+def _namespaces() -> str | None:
     """Whether the kernel lets this user make the namespaces of the virtual cluster."""
-    command = "unshare --user --map-root-user --net --mount --uts --pid --fork true"
-    try:
-        done = subprocess.run(command.split(), capture_output=True, timeout=PROBE_LIMIT_S)
-    except (FileNotFoundError, subprocess.TimeoutExpired):
+    flags = namespace_flags()
+    if flags is None:
         return None
-    return "allowed" if done.returncode == 0 else None
-
-
-def _allow_user_namespaces() -> str:
-    """The setting that forbids them, to be changed; root needs none of them."""
-    for setting, forbidding, allowing in (
-        ("kernel/apparmor_restrict_unprivileged_userns", "1", "0"),
-        ("kernel/unprivileged_userns_clone", "0", "1"),
-        ("user/max_user_namespaces", "0", "15000"),
-    ):
-        file = Path("/proc/sys", setting)
-        if file.is_file() and file.read_text().strip() == forbidding:
-            return f"sudo sysctl -w {setting.replace('/', '.')}={allowing}"
-    return (
-        "run the cluster's commands as root, on the machine itself or in a --privileged container"
-    )
+    return "allowed" if "--user" in flags else "not needed by root"

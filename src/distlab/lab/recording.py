@@ -13,9 +13,10 @@ from distlab import record
 from distlab.errors import RunError, UsageError
 from distlab.figure import draw
 from distlab.files import repo_root, write_text
-from distlab.lab.blocks import Outcome, Servers, gpu_count, run_block
+from distlab.lab.blocks import Outcome, gpu_count
 from distlab.lab.generated import regenerate
 from distlab.lab.lessons import Block, Chapter, chapter, chapters, read_blocks
+from distlab.lab.playing import play
 from distlab.lab.running import BLOCK_LIMIT_S, block_folder, blocks_of_script, runs_folder
 from distlab.script import PRESET_NAMES, OneLineParser
 
@@ -37,15 +38,12 @@ def record_chapter(one: Chapter, script: str | None, preset: str) -> None:
     if script:
         blocks = blocks_of_script(one, blocks, script)
     backend = "nccl" if gpu_count() else "gloo"
-    with Servers(preset, runs_folder(one) / "servers") as servers:
-        for block in blocks:
-            print(f"\n$ {block.text.strip()}", flush=True)
-            servers.start_for(block)
-            folder = runs_folder(one) / block_folder(block)
-            outcome = run_block(block, preset, folder, backend, BLOCK_LIMIT_S, echo=True)
-            if outcome.result != "ran":
-                raise RunError(f"{block.id} {outcome.result}: {outcome.reason}")
-            keep(one, block, outcome)
+    runs = runs_folder(one)
+    folders = [(block, runs / block_folder(block)) for block in blocks]
+    for outcome in play(folders, preset, backend, BLOCK_LIMIT_S, runs / "servers"):
+        if outcome.result != "ran":
+            raise RunError(f"{outcome.block.id} {outcome.result}: {outcome.reason}")
+        keep(one, outcome.block, outcome)
 
 
 def keep(one: Chapter, block: Block, outcome: Outcome) -> None:

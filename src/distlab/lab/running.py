@@ -1,14 +1,14 @@
 """`lab run CH [SCRIPT]`: type a chapter's commands for the reader, and say what came out."""
 
 import argparse
-import sys
 from pathlib import Path
 
 from distlab.display import quantity, text_table
 from distlab.errors import UsageError
 from distlab.files import repo_root
-from distlab.lab.blocks import Outcome, Servers, gpu_count, run_block
+from distlab.lab.blocks import Outcome, gpu_count
 from distlab.lab.lessons import Block, Chapter, chapter
+from distlab.lab.playing import play
 from distlab.script import CHECK_FAILED, PRESET_NAMES, Parser
 
 BLOCK_LIMIT_S = 3600.0
@@ -22,17 +22,8 @@ def main(argv: list[str]) -> int:
         blocks = blocks_of_script(one, blocks, args.script)
     records = runs_folder(one)
     backend = "nccl" if gpu_count() else "gloo"
-    outcomes = []
-    with Servers(args.preset, records / "servers") as servers:
-        for block in blocks:
-            print(f"\n\033[1m$ {_shown(block)}\033[0m" if _colour() else f"\n$ {_shown(block)}")
-            servers.start_for(block)
-            outcome = run_block(
-                block, args.preset, records / block_folder(block), backend, BLOCK_LIMIT_S, echo=True
-            )
-            if outcome.result != "ran":
-                print(f"{outcome.result}: {outcome.reason.splitlines()[0]}", flush=True)
-            outcomes.append(outcome)
+    folders = [(block, records / block_folder(block)) for block in blocks]
+    outcomes = list(play(folders, args.preset, backend, BLOCK_LIMIT_S, records / "servers"))
     print("\n" + summary(outcomes))
     print("a page of these results: python3 scripts/lab.py report")
     return CHECK_FAILED if any(outcome.result == "failed" for outcome in outcomes) else 0
@@ -79,14 +70,6 @@ def _checks(outcome: Outcome) -> str:
 def _first_command(block: Block) -> str:
     lines = [line for line in block.text.splitlines() if line and not line.startswith("#")]
     return lines[0] if lines else block.text.strip()
-
-
-def _shown(block: Block) -> str:
-    return block.text.strip().replace("\n", "\n  ")
-
-
-def _colour() -> bool:
-    return sys.stdout.isatty()
 
 
 def _parse(argv: list[str]) -> argparse.Namespace:

@@ -2,13 +2,15 @@
 
 Free are numbers with their units, the width of columns, how often a line of the same shape is
 repeated (a table has more rows at another preset), the names of torch's operators, and what stands
-after one of the words in FREE at the beginning of a line, since it depends on the machine.
+after one of the words in FREE at the beginning of a line, since it depends on the machine. What
+the nodes of a cluster print at once is compared node by node.
 """
 
 import difflib
 import re
 
-FREE = re.compile(r"(machine|job|verdict|sample|trace|figure): ")
+NODE = re.compile(r"(node\d+)\| ")
+FREE = re.compile(r"((?:node\d+\| )?(?:machine|job|verdict|sample|trace|figure)): ")
 _OPERATOR = re.compile(r"\baten::\w+")
 _UNIT = r"(?:[KMGTPE]?(?:B|FLOP|bit|params|tok)(?:/s)?|[nµm]?s|min|h|%)"
 _DIGITS = r"\d+(?:,\d{3})*\.?\d*(?:e[-+]?\d+)?"
@@ -19,11 +21,16 @@ _NUMBER = re.compile(rf"(?<!\w)[-+−]?(?:{_DIGITS}|{_NONE})(?:\s?{_UNIT}(?![\w/
 def shape(text: str) -> list[str]:
     """The shape of a text, a line each."""
     lines: list[str] = []
-    for line in text.splitlines():
+    for line in sorted(text.splitlines(), key=_node):
         line = _line_shape(line)
         if line and (not lines or lines[-1] != line):
             lines.append(line)
     return lines
+
+
+def _node(line: str) -> str:
+    """The node that printed the line, empty for a line of no node."""
+    return node[1] if (node := NODE.match(line)) else ""
 
 
 def _line_shape(line: str) -> str:
