@@ -6,17 +6,20 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib
+import numpy as np
 
 matplotlib.use("Agg")  # before pyplot is imported: no display is needed
 
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
-from matplotlib.ticker import ScalarFormatter
+from matplotlib.ticker import FuncFormatter, ScalarFormatter
 
+from distlab.display import number
 from distlab.files import atomic_write
 
 # Okabe and Ito's palette, told apart by colour-blind readers too (jfly.uni-koeln.de/color, 2008).
 COLOURS = ["#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#F0E442", "#000000"]
+MOST_NAMES = 24  # on an axis of a matrix
 MARKERS = ["o", "s", "^", "D", "v", "P", "X", "*"]
 
 
@@ -43,14 +46,17 @@ def draw(spec: Mapping[str, Any], path: Path) -> None:
         if spec["log_x"]:
             axes.set_xscale("log", base=2)
             if axes.get_xlim()[1] < 10_000:  # 64 reads better than a power of two
-                axes.xaxis.set_major_formatter(ScalarFormatter())
+                small = axes.get_xlim()[0] < 1  # a fraction, which ScalarFormatter rounds to 0
+                plain = FuncFormatter(lambda x, _: f"{x:g}") if small else ScalarFormatter()
+                axes.xaxis.set_major_formatter(plain)
         if spec["log_y"]:
             axes.set_yscale("log")
-        axes.grid(alpha=0.25)
+        if spec["kind"] != "matrix":
+            axes.grid(alpha=0.25)
         axes.set_axisbelow(True)
         for side in ("top", "right"):
             axes.spines[side].set_visible(False)
-        if len(spec["series"]) > 1 or spec["lines"]:
+        if axes.get_legend_handles_labels()[0] and (len(spec["series"]) > 1 or spec["lines"]):
             axes.legend(frameon=False)
         with atomic_write(path) as temporary, plt.rc_context({"svg.hashsalt": "distlab"}):
             figure.savefig(temporary, dpi=150, metadata=_no_date(path))
@@ -77,7 +83,7 @@ def _lines(axes: Axes, spec: Mapping[str, Any]) -> None:
             label=_plain(series["label"]),
             color=COLOURS[index % len(COLOURS)],
             marker=MARKERS[index % len(MARKERS)] if few else None,
-            linewidth=1.8,
+            linewidth=0 if series.get("points") else 1.8,
         )
 
 
@@ -122,6 +128,32 @@ def _area(axes: Axes, spec: Mapping[str, Any]) -> None:
     )
 
 
+def _matrix(axes: Axes, spec: Mapping[str, Any]) -> None:
+    """A cell for each number, darker where it is larger; the first series is the top row."""
+    rows = spec["series"][::-1]
+    values = np.array([_heights(row) for row in rows])
+    words = [row.get("text") or [number(y) for y in row["y"]] for row in rows]
+    image = axes.imshow(values, cmap="Blues", origin="lower", aspect="auto")
+    columns = [_plain(str(x)) for x in rows[0]["x"]]
+    for axis, names in ((axes.xaxis, columns), (axes.yaxis, [_plain(r["label"]) for r in rows])):
+        step = math.ceil(len(names) / MOST_NAMES)
+        axis.set_ticks(range(0, len(names), step), names[::step])
+    axes.tick_params(labelsize=7 if len(columns) > 8 else 9)
+    if len(columns) > MOST_NAMES:  # too small to be written in
+        meaning = dict(zip(values.flat, (word for row in words for word in row), strict=True))
+        ticks = sorted(meaning) if "text" in rows[0] else None
+        bar = plt.colorbar(image, ax=axes, ticks=ticks)
+        if ticks:
+            bar.set_ticklabels([_plain(meaning[value]) for value in ticks])
+        return
+    low, high = image.get_clim()
+    middle = (low + high) / 2 if np.isfinite(values).any() else 0.0
+    style: dict[str, Any] = {"ha": "center", "va": "center", "size": 6 if len(columns) > 12 else 8}
+    for (row, column), value in np.ndenumerate(values):
+        colour = "white" if value > middle else "black"
+        axes.text(column, row, _plain(words[row][column]), color=colour, **style)
+
+
 def _heights(series: Mapping[str, Any]) -> list[float]:
     """A series' y; what a record holds as null, as JSON has no NaN, leaves a gap."""
     return [math.nan if y is None else y for y in series["y"]]
@@ -140,4 +172,4 @@ def _marks(axes: Axes, spec: Mapping[str, Any]) -> None:
             axes.axvline(mark["x"], **style)
 
 
-_DRAWERS = {"line": _lines, "scatter": _scatter, "bar": _bars, "area": _area}
+_DRAWERS = {"line": _lines, "scatter": _scatter, "bar": _bars, "area": _area, "matrix": _matrix}

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from distlab.catalog import GpuSpec
 
 WARMUP, REPEATS = 1, 3
-LONGEST_MEASUREMENT = 1.5  # seconds for one size of a matrix product
+LONGEST_MEASUREMENT = 1.5  # seconds for all runs of one size of a matrix product
 DRIVER_FILES = ("/proc/driver/nvidia/version", "/dev/nvidiactl", "/dev/nvhost-gpu", "/dev/dxg")
 
 
@@ -115,16 +115,19 @@ def memory_bandwidth(device: "torch.device") -> float | None:
     return None if spec is None else spec.memory_bandwidth
 
 
-def measured_peak_flops(device: "torch.device", dtype: "torch.dtype") -> float:
+def measured_peak_flops(
+    device: "torch.device", dtype: "torch.dtype", limit_s: float = LONGEST_MEASUREMENT
+) -> float:
     """The rate in FLOP/s of the best square matrix product here, sizes up to 2048 (GPU: 8192).
 
-    The median of the repeats of each size counts; a size that a slow machine would need seconds
-    for is left out. Kept for the life of the process.
+    The median of the repeats of each size counts; a size that would take longer than `limit_s`, as
+    it does on a slow machine, is left out. Kept for the life of the process.
     """
     import torch
 
     key = torch.device(device)
-    return _measure_matmul(key, dtype, torch.get_num_threads() if key.type == "cpu" else 0)
+    threads = torch.get_num_threads() if key.type == "cpu" else 0
+    return _measure_matmul(key, dtype, threads, limit_s)
 
 
 def measured_bandwidth(device: "torch.device") -> float:
@@ -137,6 +140,16 @@ def measured_bandwidth(device: "torch.device") -> float:
 
     key = torch.device(device)
     return _measure_copy(key, torch.get_num_threads() if key.type == "cpu" else 0)
+
+
+def beyond_cache_bytes(device: "torch.device") -> int:
+    """Bytes of which next to nothing stays in a cache: four times the last level, as STREAM asks.
+
+    At least 64 MiB and at most 256 MiB on a CPU, whatever its cache; 1 GiB on a GPU.
+    """
+    if device.type == "cuda":
+        return 2**30
+    return min(max(4 * host.last_level_cache(), 2**26), 2**28)
 
 
 def _spec(device: "torch.device") -> "GpuSpec | None":
@@ -161,16 +174,18 @@ def _arithmetic(dtype: "torch.dtype") -> str:
 
 
 @functools.lru_cache
-def _measure_matmul(device: "torch.device", dtype: "torch.dtype", threads: int) -> float:
+def _measure_matmul(
+    device: "torch.device", dtype: "torch.dtype", threads: int, limit_s: float
+) -> float:
     import torch
 
     from distlab.measure import measure
 
-    sizes = (512, 1024, 2048) if device.type == "cpu" else (1024, 2048, 4096, 8192)
+    sizes = (256, 512, 1024, 2048) if device.type == "cpu" else (1024, 2048, 4096, 8192)
     best = 0.0
     for size in sizes:
         flops = 2.0 * size**3
-        if best and (WARMUP + REPEATS) * flops / best > LONGEST_MEASUREMENT:
+        if best and (WARMUP + REPEATS) * flops / best > limit_s:
             break
         a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
         product = torch.empty_like(a)
@@ -185,7 +200,7 @@ def _measure_copy(device: "torch.device", threads: int) -> float:
 
     from distlab.measure import measure
 
-    size = 2**30 if device.type == "cuda" else min(max(4 * host.last_level_cache(), 2**26), 2**28)
+    size = beyond_cache_bytes(device)
     source = torch.ones(size // 4, dtype=torch.float32, device=device)
     target = torch.empty_like(source)
     return 2 * size / measure(lambda: target.copy_(source), WARMUP, REPEATS, device).median

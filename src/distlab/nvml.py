@@ -5,11 +5,16 @@ Source: NVML API Reference Guide, https://docs.nvidia.com/deploy/nvml-api/
 
 import ctypes
 import os
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import combinations
 
 NVML_SUCCESS = 0
+NVML_NVLINK_MAX_LINKS = 18
+NVML_NVLINK_DEVICE_TYPE_SWITCH = 2
+TOPOLOGY_LEVELS = {10: "PIX", 20: "PXB", 30: "PHB", 40: "NODE", 50: "SYS"}  # nvmlGpuTopologyLevel_t
 
 
 @dataclass(frozen=True)
@@ -20,6 +25,14 @@ class Gpu:
     memory_bytes: int | None
     uuid: str
     compute_capability: str | None  # as in 9.0
+
+
+@dataclass(frozen=True)
+class GpuLinks:
+    """Where the GPUs that this process may use are plugged in, and what joins each pair."""
+
+    addresses: tuple[str | None, ...]  # on the PCI bus, as the kernel writes them: 0000:1b:00.0
+    links: dict[tuple[int, int], str]  # by nvidia-smi's names: NV18, PIX, SYS; ? where not told
 
 
 class NvmlError(Exception):
@@ -40,6 +53,64 @@ def visible_gpus() -> tuple[str, list[Gpu]]:
         if wanted is not None:
             gpus = list(_selected(call, gpus, wanted))
     return driver, gpus
+
+
+def gpu_links() -> GpuLinks:
+    """The GPUs' PCI addresses and the link of each pair (i < j), as `nvidia-smi topo -m` has them.
+
+    Raises `NvmlError` where NVML cannot be used.
+    """
+    _, gpus = visible_gpus()
+    with _library() as call:
+        handles = [_handle_by_uuid(call, gpu.uuid) for gpu in gpus]
+        return _links(call, handles)
+
+
+def _links(call: Callable, handles: list[ctypes.c_void_p]) -> GpuLinks:
+    addresses = [_pci_address(call, handle) for handle in handles]
+    joined = [_nvlinks(call, handle) for handle in handles]
+    links = {}
+    for i, j in combinations(range(len(handles)), 2):
+        direct = joined[i].get(addresses[j] or "", 0)
+        switched = min(joined[i]["switch"], joined[j]["switch"])
+        bonded = direct or switched
+        links[i, j] = f"NV{bonded}" if bonded else _common_ancestor(call, handles[i], handles[j])
+    return GpuLinks(tuple(addresses), links)
+
+
+def _nvlinks(call: Callable, handle: ctypes.c_void_p) -> Counter[str]:
+    """How many of a GPU's active NVLinks lead to which PCI address, or to a "switch"."""
+    ends: Counter[str] = Counter()
+    for link in map(ctypes.c_uint, range(NVML_NVLINK_MAX_LINKS)):
+        active, kind, pci = ctypes.c_uint(), ctypes.c_uint(), _Pci()
+        state = ("nvmlDeviceGetNvLinkState", handle, link, ctypes.byref(active))
+        if not _supported(call, *state) or not active.value:
+            continue
+        remote = ("nvmlDeviceGetNvLinkRemoteDeviceType", handle, link, ctypes.byref(kind))
+        if _supported(call, *remote) and kind.value == NVML_NVLINK_DEVICE_TYPE_SWITCH:
+            ends["switch"] += 1
+        elif _supported(
+            call, "nvmlDeviceGetNvLinkRemotePciInfo_v2", handle, link, ctypes.byref(pci)
+        ):
+            ends[_as_kernel_writes(pci)] += 1
+    return ends
+
+
+def _common_ancestor(call: Callable, a: ctypes.c_void_p, b: ctypes.c_void_p) -> str:
+    level = ctypes.c_uint()
+    if not _supported(call, "nvmlDeviceGetTopologyCommonAncestor", a, b, ctypes.byref(level)):
+        return "?"
+    return TOPOLOGY_LEVELS.get(level.value, "PIX")  # 0: two GPUs on one board
+
+
+def _pci_address(call: Callable, handle: ctypes.c_void_p) -> str | None:
+    pci = _Pci()
+    told = _supported(call, "nvmlDeviceGetPciInfo_v3", handle, ctypes.byref(pci))
+    return _as_kernel_writes(pci) if told else None
+
+
+def _as_kernel_writes(pci: "_Pci") -> str:
+    return f"{pci.domain:04x}:{pci.bus:02x}:{pci.device:02x}.0"
 
 
 def _selected(call: Callable, gpus: list[Gpu], wanted: str) -> Iterator[Gpu]:
@@ -87,6 +158,16 @@ def _handle_by_uuid(call: Callable, uuid: str) -> ctypes.c_void_p:
     handle = ctypes.c_void_p()
     call("nvmlDeviceGetHandleByUUID", ctypes.c_char_p(uuid.encode()), ctypes.byref(handle))
     return handle
+
+
+class _Pci(ctypes.Structure):
+    """nvmlPciInfo_t: where a device is on the PCI bus."""
+
+    _fields_ = [
+        ("busIdLegacy", ctypes.c_char * 16),
+        *((name, ctypes.c_uint) for name in ("domain", "bus", "device", "id", "subsystem")),
+        ("busId", ctypes.c_char * 32),
+    ]
 
 
 class _Memory(ctypes.Structure):

@@ -45,6 +45,38 @@ def test_bars_that_go_below_zero_are_seen(monkeypatch, tmp_path):
     plt.close("all")
 
 
+@pytest.mark.parametrize("size", [1, 8, 40])  # 40: too many to write in
+@pytest.mark.parametrize("text", [True, False])
+def test_a_matrix_is_drawn_with_its_first_row_on_top(monkeypatch, tmp_path, size, text):
+    drawn = []
+    monkeypatch.setattr(plt, "close", drawn.append)
+    names = [f"GPU{i}" for i in range(size)]
+    rows = [{"label": a, "x": names, "y": [None if a == b else 5 for b in names]} for a in names]
+    for row in rows if text else []:
+        row["text"] = ["—" if y is None else "NV5" for y in row["y"]]
+    figure.draw({**SPEC, "kind": "matrix", "series": rows, "lines": []}, tmp_path / "a.png")
+    axes = drawn[0].axes[0]
+    assert axes.get_yticklabels()[0].get_text().startswith("GPU")
+    assert axes.get_yticklabels()[-1].get_text() == ("GPU0" if size < 40 else "GPU1")
+    assert len(axes.texts) == (size * size if size < 40 else 0)
+    assert axes.get_xlabel() == SPEC["x_label"] and axes.get_legend() is None
+    monkeypatch.undo()
+    plt.close("all")
+
+
+def test_points_have_no_line(monkeypatch, tmp_path):
+    drawn = []
+    monkeypatch.setattr(plt, "close", drawn.append)
+    series = [{"label": "roof", "x": [0.25, 4], "y": [1, 2]},
+              {"label": "kernel", "x": [1], "y": [1], "points": True}]  # fmt: skip
+    figure.draw({**SPEC, "log_x": True, "series": series, "lines": []}, tmp_path / "a.png")
+    axes = drawn[0].axes[0]
+    assert [line.get_linewidth() > 0 for line in axes.lines] == [True, False]
+    assert "0.5" in [label.get_text() for label in axes.get_xticklabels()]  # not 0
+    monkeypatch.undo()
+    plt.close("all")
+
+
 def test_arrays_and_long_series_are_drawn(tmp_path):
     long = {"label": "loss", "x": np.arange(500), "y": np.linspace(6, 2, 500)}
     figure.draw({**SPEC, "series": [long], "log_x": True, "log_y": True}, tmp_path / "a.png")

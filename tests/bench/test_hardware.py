@@ -112,6 +112,46 @@ def test_cuda_visible_devices_is_read_as_cuda_reads_it(wanted, uuids):
     assert [gpu.uuid for gpu in chosen] == uuids
 
 
+class FakeNvml:
+    """Three GPUs: 0 and 1 are joined by `direct` NVLinks, or by `switched` through a switch.
+
+    GPU 2 has no NVLink, shares a PCIe switch with GPU 1, and is on the other socket of GPU 0.
+    """
+
+    def __init__(self, direct: int = 0, switched: int = 0) -> None:
+        self.ends = [1] * direct + ["switch"] * switched
+
+    def __call__(self, function: str, *arguments) -> None:
+        getattr(self, function)(*(getattr(each, "_obj", each) for each in arguments))
+
+    def nvmlDeviceGetPciInfo_v3(self, gpu, pci):
+        pci.bus = 0x1B + gpu
+
+    def nvmlDeviceGetNvLinkState(self, gpu, link, active):
+        if gpu == 2:
+            raise nvml.NvmlError("not supported")
+        active.value = link.value < len(self.ends)
+
+    def nvmlDeviceGetNvLinkRemoteDeviceType(self, gpu, link, kind):
+        kind.value = 2 if self.ends[link.value] == "switch" else 0
+
+    def nvmlDeviceGetNvLinkRemotePciInfo_v2(self, gpu, link, pci):
+        pci.bus = 0x1B + (1 - gpu)
+
+    def nvmlDeviceGetTopologyCommonAncestor(self, a, b, level):
+        level.value = {(0, 2): 50, (1, 2): 10, (0, 1): 30}[a, b]
+
+
+@pytest.mark.parametrize(
+    ("nvml_of", "between_0_and_1"),
+    [(FakeNvml(direct=4), "NV4"), (FakeNvml(switched=18), "NV18"), (FakeNvml(), "PHB")],
+)
+def test_links_between_gpus_are_named_as_nvidia_smi_names_them(nvml_of, between_0_and_1):
+    found = nvml._links(nvml_of, [0, 1, 2])
+    assert found.addresses == ("0000:1b:00.0", "0000:1c:00.0", "0000:1d:00.0")
+    assert found.links == {(0, 1): between_0_and_1, (0, 2): "SYS", (1, 2): "PIX"}
+
+
 def test_a_gpu_that_is_not_named_has_no_specified_peak(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "NVIDIA H200")
     cuda = torch.device("cuda", 0)
@@ -136,5 +176,6 @@ def test_a_cpu_has_measured_peaks_only():
     assert hardware.memory_bandwidth(CPU) is None
     assert 1e8 < hardware.measured_peak_flops(CPU, torch.float32) < 1e14
     assert 1e8 < hardware.measured_bandwidth(CPU) < 1e13
+    assert 2**26 <= hardware.beyond_cache_bytes(CPU) <= 2**28
     first, again = (hardware.measured_peak_flops(CPU, torch.float32) for _ in range(2))
     assert first == again  # kept: measured again it would differ in some digit

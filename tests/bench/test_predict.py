@@ -252,15 +252,26 @@ def test_collectives_by_hand() -> None:
     assert predict.recursive_doubling_all_reduce(*cost, gamma) == 2 * (1 + 512 + 256)
     assert predict.rabenseifner_all_reduce(*cost, gamma) == 4 + 2 * 0.75 * 512 + 0.75 * 256
     assert predict.pairwise_all_to_all(*cost) == 3 + 0.75 * 512
+    assert predict.chain_broadcast(*cost) == 3 + 512
     # 2·3/4 of 1024 bytes in a second
     assert predict.bus_bandwidth("all_reduce", n, 1.0, k) == 1536
     assert predict.data_parallel_bytes(n, k) == 1536
     assert predict.data_parallel_bytes(n, k, zero=3) == 2304
 
 
+def test_tcp_headers_take_their_part_of_a_link() -> None:
+    assert predict.tcp_goodput(8e9) == pytest.approx(1e9 * 1448 / 1514)
+    assert predict.tcp_goodput(8e9, mtu=9000) == pytest.approx(1e9 * 8948 / 9014)
+    alpha, beta = predict.tcp_link(100e6, 2e-3)
+    assert (alpha, 1 / beta) == (2e-3, pytest.approx(11_955_086, abs=1))
+
+
 @given(n=st.floats(1, 1e12), alpha=st.floats(0, 1), beta=st.floats(0, 1e-6))
 def test_one_worker_sends_nothing(n: float, alpha: float, beta: float) -> None:
-    for collective in (predict.ring_all_reduce, predict.tree_all_reduce, predict.tree_broadcast):
+    for collective in (
+        predict.ring_all_reduce, predict.tree_all_reduce, predict.tree_broadcast,
+        predict.chain_broadcast,
+    ):  # fmt: skip
         assert collective(n, 1, alpha, beta) == 0
 
 
@@ -350,3 +361,68 @@ def test_gpus_are_dense_and_found_by_their_driver_name() -> None:
 def test_the_catalog_is_plain_data() -> None:
     sources = {name: spec.source for name, spec in MODELS.items()}
     assert json.loads(json.dumps(sources)) == sources and all(sources.values())
+
+
+def test_expert_and_context_parallelism_divide_what_they_should() -> None:
+    mixtral = MODELS["mixtral-8x7b"].architecture
+    experts = 32 * 8 * 3 * 4096 * 14336  # layers, experts, matrices
+    assert predict.expert_parameters(mixtral) == experts
+    assert predict.expert_parameters(LLAMA_8B) == 0
+    plan = TrainingPlan(gpus=8, seq_len=8192)
+    whole, parted = (predict.training_memory(mixtral, replace(plan, ep=ep)) for ep in (1, 8))
+    assert whole.weights - parted.weights == 2 * experts * 7 / 8
+    # ZeRO-3 leaves 1/8 of all state on each GPU, with experts divided or not
+    whole, parted = (
+        predict.training_memory(mixtral, replace(plan, ep=ep, zero=3)) for ep in (1, 8)
+    )
+    assert parted.weights == pytest.approx(whole.weights)
+    assert parted.workspace < whole.workspace / 4
+
+    one, two = (predict.training_memory(LLAMA_8B, replace(plan, cp=cp, zero=1)) for cp in (1, 2))
+    assert one.optimizer == two.optimizer  # context-parallel ranks are shards too
+    assert two.activations == pytest.approx(one.activations / 2, rel=0.02)
+    assert replace(plan, cp=2).data_parallel == 4
+
+
+def test_sequence_parallelism_leaves_nothing_whole() -> None:
+    plan = TrainingPlan(gpus=8, tp=8)
+    alone, with_it = (
+        predict.training_memory(LLAMA_8B, replace(plan, sequence_parallel=on))
+        for on in (False, True)
+    )
+    none = predict.training_memory(LLAMA_8B, TrainingPlan())
+    assert none.activations / 8 < with_it.activations < alone.activations
+    assert with_it.activations == pytest.approx(none.activations / 8, rel=0.02)
+
+
+def test_micro_batches_in_flight() -> None:
+    assert [predict.micro_batches_in_flight(4, stage, 8) for stage in range(4)] == [4, 3, 2, 1]
+    assert predict.micro_batches_in_flight(4, 0, 2) == 2
+    # Korthikanti et al.: interleaving holds 1 + (p - 1)/(p·v) times as much on the first stage
+    assert predict.micro_batches_in_flight(4, 0, 8, chunks=2) == 4 * (1 + 3 / 8)
+    assert predict.micro_batches_in_flight(4, 0, 4, chunks=2) == 4  # there are no more
+
+
+@pytest.mark.parametrize(
+    ("degrees", "words"),
+    [
+        ({"cp": 3}, "--gpus 8 is no multiple of --tp 1 x --pp 1 x --cp 3 = 3"),
+        ({"ep": 3}, "--ep 3 does not divide 8 experts and 8 data-parallel ranks; use 1, 2, 4 or 8"),
+    ],
+)
+def test_degrees_of_context_and_experts_are_checked(degrees: dict, words: str) -> None:
+    with pytest.raises(UsageError, match=words):
+        predict.training_memory(
+            MODELS["mixtral-8x7b"].architecture, TrainingPlan(gpus=8, **degrees)
+        )
+
+
+def test_hierarchical_collectives() -> None:
+    inner, outer = (1e-6, 1 / 400e9), (5e-6, 1 / 40e9)
+    # 8 nodes of 8: each GPU carries an eighth of 1 GB between nodes, 7/8 of it inside
+    gather = (7 * 5e-6 + 7 / 8 * 1e9 / 8 / 40e9) + (7 * 1e-6 + 7 / 8 * 1e9 / 400e9)
+    assert predict.hierarchical_all_gather(1e9, 8, 8, inner, outer) == pytest.approx(gather)
+    assert predict.hierarchical_all_reduce(1e9, 8, 8, inner, outer) == pytest.approx(2 * gather)
+    assert predict.hierarchical_all_reduce(1e9, 1, 8, inner, outer) == pytest.approx(
+        predict.ring_all_reduce(1e9, 8, *inner)
+    )

@@ -63,32 +63,54 @@ def peak_activations(
     pp: int = 1,
     stage: int = 0,
     micro_batches: int = 1,
+    chunks: int = 1,
+    sequence_parallel: bool = False,
 ) -> float:
     """The most bytes that forward and backward need on one GPU beside the model's state.
 
     A 1F1B pipeline holds min(p - stage, m) micro-batches of its layers at once (Narayanan et al.,
-    arXiv 2104.04473, section 2.2). With checkpointing (Chen et al., arXiv 1604.06174) a layer keeps
-    only its input, b·H, and one layer at a time is computed again. On top comes the larger of what
-    the loss and what the backward pass of one layer need. With few tokens the end of the backward
-    pass can need more: see `table_gradients`.
+    arXiv 2104.04473, section 2.2); for more `chunks` see `micro_batches_in_flight`. With sequence
+    parallelism tp divides all activations (Korthikanti et al., arXiv 2205.05198, equation 4). With
+    checkpointing (Chen et al., arXiv 1604.06174) a layer keeps only its input, b·H, and one layer
+    at a time is computed again. On top comes the larger of what the loss and what the backward pass
+    of one layer need. With few tokens the end of the backward pass can need more: see
+    `table_gradients`.
     """
     layers = stage_layers(a.num_hidden_layers, pp, stage)
     last = stage == pp - 1
-    in_flight = min(pp - stage, micro_batches)
-    kept = in_flight * _kept(a, layers, precision, checkpointing).per_rank(tp)
-    loss = loss_peak(a, precision).per_rank(tp) if last else 0.0
-    backward = _largest_layer_peak(a, layers, precision, checkpointing, tp)
+    in_flight = micro_batches_in_flight(pp, stage, micro_batches, chunks)
+
+    def per_rank(activations: Split) -> float:
+        return activations.total / tp if sequence_parallel else activations.per_rank(tp)
+
+    kept = in_flight * per_rank(_kept(a, layers, precision, checkpointing))
+    loss = per_rank(loss_peak(a, precision)) if last else 0.0
+    backward = max(per_rank(one) for one in _layer_peaks(a, layers, precision, checkpointing))
     copies = _weight_copies(a, layers[-1:] if checkpointing else layers, precision, head=last)
     tokens = batch * seq_len
     tables = _rope_tables(a, seq_len, precision)
     output, waiting, final = (g.per_rank(tp) for g in table_gradients(a, precision, pp, stage))
-    product = _logits_gradient(a, precision).per_rank(tp) if last else 0.0
+    product = per_rank(_logits_gradient(a, precision)) if last else 0.0
     highest = max(
         tokens * (kept + loss),
         tokens * (kept + product) + output,
         tokens * (kept + backward) + waiting,
     )
     return max(highest + tables + copies.per_rank(tp), final)
+
+
+def micro_batches_in_flight(pp: int, stage: int, micro_batches: int, chunks: int = 1) -> float:
+    """How many micro-batches' activations of all its layers a pipeline stage holds at most.
+
+    1F1B: min(p - stage, m). Interleaved, with v chunks of 1/v of the stage's layers: the warm-up's
+    2·(p - stage - 1) + (v - 1)·p chunks and the one at work, of v·m in all; on stage 0 that is
+    1 + (p - 1)/(p·v) times what 1F1B holds. Source: Narayanan et al. (arXiv 2104.04473), section
+    2.2; Korthikanti et al. (arXiv 2205.05198), section 4.2.3.
+    """
+    if chunks == 1:
+        return min(pp - stage, micro_batches)
+    held = 2 * (pp - stage - 1) + (chunks - 1) * pp + 1
+    return min(held, micro_batches * chunks) / chunks
 
 
 def table_gradients(
@@ -143,10 +165,12 @@ def _kept(a: Architecture, layers: range, precision: str, checkpointing: bool) -
 
 
 @lru_cache(maxsize=4096)
-def _largest_layer_peak(
-    a: Architecture, layers: range, precision: str, checkpointing: bool, tp: int
-) -> float:
-    return max(_layer_peak(a, layer, precision, checkpointing).per_rank(tp) for layer in layers)
+def _layer_peaks(
+    a: Architecture, layers: range, precision: str, checkpointing: bool
+) -> tuple[Split, ...]:
+    """One for each kind of layer: with its experts, or without."""
+    kinds = {a.is_sparse(layer): layer for layer in layers}
+    return tuple(_layer_peak(a, layer, precision, checkpointing) for layer in kinds.values())
 
 
 def _layer_peak(a: Architecture, layer: int, precision: str, checkpointing: bool) -> Split:

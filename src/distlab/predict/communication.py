@@ -12,10 +12,32 @@ MPICH", IJHPCA 19(1), 2005, sections 3 and 4; the ring's optimality: Patarasuk a
 
 import math
 
+IP_TCP_HEADERS = 20 + 20 + 12  # bytes of a segment: IPv4, TCP, and TCP's timestamp option
+ETHERNET_HEADER = 14
+
 
 def point_to_point(n: float, alpha: float, beta: float) -> float:
     """alpha + n·beta seconds."""
     return alpha + n * beta
+
+
+def tcp_goodput(bits_per_second: float, mtu: int = 1500) -> float:
+    """Payload bytes per second of TCP on an Ethernet link of so many bits per second.
+
+    Of a full packet's mtu + 14 bytes, mtu - 52 are payload: 1448 of 1514. It is what a shaper such
+    as tc's tbf counts (the packet with its Ethernet header); on a physical wire there are 24 bytes
+    more for preamble, checksum and gap. Source: RFC 791, RFC 9293, RFC 7323 section 3.2.
+    """
+    return bits_per_second / 8 * (mtu - IP_TCP_HEADERS) / (mtu + ETHERNET_HEADER)
+
+
+def tcp_link(bits_per_second: float, delay: float = 0.0, mtu: int = 1500) -> tuple[float, float]:
+    """(alpha, beta) of a link with so many bits per second, and a delay of so many seconds one way.
+
+    alpha leaves out what the hosts add (some tens of microseconds, more where processes share
+    cores), so short messages take longer.
+    """
+    return delay, 1 / tcp_goodput(bits_per_second, mtu)
 
 
 def tree_broadcast(n: float, workers: int, alpha: float, beta: float) -> float:
@@ -27,6 +49,15 @@ def scatter_allgather_broadcast(n: float, workers: int, alpha: float, beta: floa
     """van de Geijn's, for long ones: (lg K + K - 1)·alpha + 2·(K - 1)/K·n·beta seconds."""
     share = (workers - 1) / workers
     return (_log2(workers) + workers - 1) * alpha + 2 * share * n * beta
+
+
+def chain_broadcast(n: float, workers: int, alpha: float, beta: float) -> float:
+    """Passed on from worker to worker in small pieces: (K - 1)·alpha + n·beta seconds.
+
+    What is left of (pieces + K - 2)·(alpha + n / pieces·beta) for many pieces; a reduction along
+    the chain in the other direction takes as long. NCCL's ring does so.
+    """
+    return (workers - 1) * alpha + (n * beta if workers > 1 else 0.0)
 
 
 def ring_all_gather(n: float, workers: int, alpha: float, beta: float) -> float:
@@ -90,6 +121,32 @@ def pairwise_all_to_all(n: float, workers: int, alpha: float, beta: float) -> fl
     return (workers - 1) * alpha + (workers - 1) / workers * n * beta
 
 
+def hierarchical_all_gather(
+    n: float, nodes: int, local: int, inner: tuple[float, float], outer: tuple[float, float]
+) -> float:
+    """Between `nodes` first, each of `local` workers gathering its n/local; then inside the nodes.
+
+    `inner` and `outer` are (alpha, beta) of a worker's link inside its node and of its share of the
+    node's link to the others. A reduce-scatter is the same in the other order, and takes as long.
+    Seconds: ring_all_gather(n/local, nodes, outer) + ring_all_gather(n, local, inner).
+    """
+    between = ring_all_gather(n / local, nodes, *outer)
+    return between + ring_all_gather(n, local, *inner)
+
+
+def hierarchical_all_reduce(
+    n: float, nodes: int, local: int, inner: tuple[float, float], outer: tuple[float, float]
+) -> float:
+    """Reduce-scatter inside the nodes, all-reduce of n/local between them, all-gather inside.
+
+    Each link between nodes carries 2·(nodes - 1)/nodes·n/local bytes per worker; a flat ring's
+    carries 2·(K - 1)/K·n in all, but takes 2·(K - 1) latencies of the slower link.
+    Source: Cho et al., "BlueConnect", MLSys 2019, section 3.
+    `inner` and `outer`: see `hierarchical_all_gather`.
+    """
+    return 2 * hierarchical_all_gather(n, nodes, local, inner, outer)
+
+
 def data_parallel_bytes(gradient_bytes: float, workers: int, zero: int = 0) -> float:
     """Bytes that each GPU sends per step: 2·(K - 1)/K of the gradients' bytes; ZeRO-3 3·(K - 1)/K.
 
@@ -108,6 +165,7 @@ BUS_FACTORS = {
     "all_to_all": lambda workers: (workers - 1) / workers,
     "broadcast": lambda workers: 1.0,
     "reduce": lambda workers: 1.0,
+    "sendrecv": lambda workers: 1.0,
 }
 
 

@@ -79,6 +79,17 @@ def rank_parameters(a: Architecture, tp: int = 1, pp: int = 1, stage: int = 0) -
     return split.per_rank(tp)
 
 
+@lru_cache(maxsize=4096)
+def expert_parameters(a: Architecture, tp: int = 1, pp: int = 1, stage: int = 0) -> float:
+    """The routed experts' part of `rank_parameters`, which expert parallelism divides further."""
+    if a.experts is None:
+        return 0.0
+    layers = stage_layers(a.num_hidden_layers, pp, stage)
+    matrix = (3 if a.gated_mlp else 2) * a.hidden_size
+    routed = matrix * a.experts.num_experts * a.experts.intermediate_size
+    return routed * sum(a.is_sparse(layer) for layer in layers) / tp
+
+
 def stage_layers(num_layers: int, pp: int, stage: int) -> range:
     """The layers of a pipeline stage; the first stages take one more where pp does not divide."""
     size, extra = divmod(num_layers, pp)

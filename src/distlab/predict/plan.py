@@ -1,6 +1,8 @@
 """A whole training or serving plan on G GPUs: what one GPU of it must hold, and how fast it is.
 
-Replicas of tp·pp GPUs each hold the model once; the rest is data parallelism, G / (tp·pp).
+Replicas of tp·pp·cp GPUs each train on a sequence; the rest is data parallelism, G / (tp·pp·cp).
+Context-parallel ranks hold the same weights, so ZeRO shards over them too; expert parallelism takes
+its ranks from those of data parallelism (Megatron-LM's layout).
 """
 
 import math
@@ -16,6 +18,7 @@ from distlab.predict.compute import (
 )
 from distlab.predict.memory import DTYPE_BYTES, PRECISIONS, kv_bytes_per_token, model_state
 from distlab.predict.params import (
+    expert_parameters,
     layer_parameters,
     mlp_weights,
     rank_parameters,
@@ -26,7 +29,12 @@ from distlab.predict.params import (
 
 @dataclass(frozen=True)
 class TrainingPlan:
-    """How a model is trained: degrees, sharding (ZeRO stage; FSDP is 3), precision, batch."""
+    """How a model is trained: degrees, sharding (ZeRO stage; FSDP is 3), precision, batch.
+
+    `chunks` are the layers' groups per pipeline stage (more than one: the interleaved schedule).
+    `sequence_parallel` divides over tp what tensor parallelism alone leaves whole on every rank
+    (Korthikanti et al., arXiv 2205.05198, section 4.2.2).
+    """
 
     gpus: int = 1
     tp: int = 1
@@ -38,10 +46,19 @@ class TrainingPlan:
     micro_batch: int = 1
     accumulation: int = 1
     checkpointing: bool = False
+    cp: int = 1
+    ep: int = 1
+    chunks: int = 1
+    sequence_parallel: bool = False
 
     @property
     def data_parallel(self) -> int:
-        return self.gpus // (self.tp * self.pp)
+        return self.gpus // (self.tp * self.pp * self.cp)
+
+    @property
+    def shards(self) -> int:
+        """The ranks that hold the same weights: those over which ZeRO shards."""
+        return self.data_parallel * self.cp
 
     @property
     def tokens_per_step(self) -> int:
@@ -70,7 +87,7 @@ class ServingPlan:
 @dataclass(frozen=True)
 class Memory:
     """Bytes on the fullest GPU. `workspace` is what the parallelism itself needs on top of the
-    `total`: with ZeRO-3 two gathered blocks and one block's gradient."""
+    `total`: see `_workspace`."""
 
     weights: float
     gradients: float
@@ -94,9 +111,32 @@ def training_memory(a: Architecture, plan: TrainingPlan) -> Memory:
 
     Raises `UsageError` when the degrees do not fit the model or the number of GPUs.
     """
-    check_degrees(a, plan.gpus, plan.tp, plan.pp)
-    stages = (_training_stage(a, plan, stage) for stage in range(plan.pp))
+    check_degrees(a, plan.gpus, plan.tp, plan.pp, plan.cp, plan.ep)
+    stages = (training_stage_memory(a, plan, stage) for stage in range(plan.pp))
     return max(stages, key=lambda memory: memory.needed)
+
+
+def training_stage_memory(a: Architecture, plan: TrainingPlan, stage: int) -> Memory:
+    """What training needs on a GPU of one pipeline stage."""
+    experts = expert_parameters(a, plan.tp, plan.pp, stage)
+    shared = rank_parameters(a, plan.tp, plan.pp, stage) - experts
+    dense = model_state(shared, plan.precision, plan.optimizer, plan.zero, plan.shards)
+    routed = model_state(
+        experts / plan.ep, plan.precision, plan.optimizer, plan.zero, plan.shards // plan.ep
+    )
+    activations = peak_activations(
+        a, plan.precision, plan.seq_len // plan.cp, plan.micro_batch, plan.checkpointing,
+        plan.tp, plan.pp, stage, plan.accumulation, plan.chunks, plan.sequence_parallel,
+    )  # fmt: skip
+    return Memory(
+        weights=dense.weights + routed.weights,
+        gradients=dense.gradients + routed.gradients,
+        optimizer=dense.optimizer + routed.optimizer,
+        activations=activations,
+        kv_cache=0.0,
+        workspace=_workspace(a, plan, stage),
+        stage=stage,
+    )
 
 
 def serving_memory(a: Architecture, plan: ServingPlan) -> Memory:
@@ -121,7 +161,7 @@ def decode_step(
     return flops, weights + cache, seconds
 
 
-def check_degrees(a: Architecture, gpus: int, tp: int, pp: int) -> None:
+def check_degrees(a: Architecture, gpus: int, tp: int, pp: int, cp: int = 1, ep: int = 1) -> None:
     """Raise `UsageError`, naming the flag and what would do, where a degree cannot be."""
     parts = {
         "heads": a.num_attention_heads,
@@ -137,30 +177,43 @@ def check_degrees(a: Architecture, gpus: int, tp: int, pp: int) -> None:
             f"--pp {pp} is more than the model's {a.num_hidden_layers} layers; "
             f"use {a.num_hidden_layers} or fewer"
         )
-    if gpus % (tp * pp):
-        nearest = math.ceil(gpus / (tp * pp)) * tp * pp
+    replica = tp * pp * cp
+    if gpus % replica:
+        degrees = f"--tp {tp} x --pp {pp}" + (f" x --cp {cp}" if cp > 1 else "")
         raise UsageError(
-            f"--gpus {gpus} is no multiple of --tp {tp} x --pp {pp} = {tp * pp}; "
-            f"use --gpus {nearest} or smaller degrees"
+            f"--gpus {gpus} is no multiple of {degrees} = {replica}; "
+            f"use --gpus {math.ceil(gpus / replica) * replica} or smaller degrees"
+        )
+    experts = a.experts.num_experts if a.experts else 1
+    most = math.gcd(experts, gpus // replica)
+    if most % ep:
+        raise UsageError(
+            f"--ep {ep} does not divide {experts} experts and {gpus // replica} data-parallel "
+            f"ranks; use {divisors(most)}"
         )
 
 
-def _training_stage(a: Architecture, plan: TrainingPlan, stage: int) -> Memory:
-    parameters = rank_parameters(a, plan.tp, plan.pp, stage)
-    state = model_state(parameters, plan.precision, plan.optimizer, plan.zero, plan.data_parallel)
-    activations = peak_activations(
-        a, plan.precision, plan.seq_len, plan.micro_batch, plan.checkpointing,
-        plan.tp, plan.pp, stage, plan.accumulation,
-    )  # fmt: skip
-    workspace = 0.0
-    if plan.zero == 3 and plan.data_parallel > 1:
-        layers = stage_layers(a.num_hidden_layers, plan.pp, stage)
-        block = layer_parameters(a, layers[-1]).per_rank(plan.tp)
-        blocks = min(len(layers), 2) + 1
-        workspace = blocks * block * PRECISIONS[plan.precision].compute
-    return Memory(
-        state.weights, state.gradients, state.optimizer, activations, 0.0, workspace, stage
-    )
+def _workspace(a: Architecture, plan: TrainingPlan, stage: int) -> float:
+    """Bytes that the parallelism itself needs: buffers that hold what other ranks have sent.
+
+    ZeRO-3: two gathered blocks and one block's gradient. Sequence parallelism: the gathered hidden
+    vectors of one block and their gradient. Context parallelism: the keys and values that arrive
+    while those of the rank before are used.
+    """
+    compute = PRECISIONS[plan.precision].compute
+    tokens = plan.micro_batch * plan.seq_len / plan.cp
+    layers = stage_layers(a.num_hidden_layers, plan.pp, stage)
+    needed = 0.0
+    if plan.zero == 3 and plan.shards > 1:
+        kept = expert_parameters(a, plan.tp, plan.pp, stage) * (1 - 1 / plan.ep) / len(layers)
+        block = layer_parameters(a, layers[-1]).per_rank(plan.tp) - kept
+        needed += (min(len(layers), 2) + 1) * block * compute
+    if plan.sequence_parallel and plan.tp > 1:
+        needed += 2 * tokens * a.hidden_size * compute
+    if plan.cp > 1:
+        width = a.query_size + a.value_size if a.latent else 2 * a.key_value_size
+        needed += 2 * tokens * width / plan.tp * compute
+    return needed
 
 
 def _serving_stage(a: Architecture, plan: ServingPlan, stage: int) -> Memory:
