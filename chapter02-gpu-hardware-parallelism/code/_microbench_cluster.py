@@ -1,0 +1,38 @@
+"""Run a script on the nodes of a virtual cluster, a rank on each, and read the record it writes."""
+
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from distlab import record
+from distlab.cluster import VirtualCluster
+from distlab.errors import RunError
+
+CHECK_FAILED = 1
+ONE_THREAD = {"OMP_NUM_THREADS": "1"}  # the nodes share this machine's cores
+
+
+def record_of(
+    cluster: VirtualCluster,
+    script: Path,
+    flags: Sequence[str],
+    timeout_s: float,
+    nodes: Sequence[str] | None = None,
+) -> dict[str, Any]:
+    """Run `script` on the nodes; rank 0's record. A check of its own that fails is in the record.
+
+    Raises `RunError` with the last line that a rank wrote when it fails otherwise.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "record.json"
+        command = [sys.executable, str(script), *flags, "--json", str(file)]
+        ranks = cluster.run_ranks(command, nodes, env=ONE_THREAD, timeout_s=timeout_s)
+        for rank, done in enumerate(ranks):
+            if done.status not in (0, CHECK_FAILED) or not file.exists():
+                words = (done.stderr.strip() or done.stdout.strip() or "nothing").splitlines()
+                raise RunError(
+                    f"rank {rank} of {script.name} ended with status {done.status}: {words[-1]}"
+                )
+        return record.load(file)

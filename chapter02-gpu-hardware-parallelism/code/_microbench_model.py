@@ -1,0 +1,173 @@
+"""What a collective should take: from a link's rate and delay, or from a line fitted to times.
+
+A collective of n bytes on K ranks takes steps·alpha + share·n·beta seconds, where alpha is one
+message's latency and beta the seconds per byte of a link; `distlab.predict` has each formula. Two
+things are known of gloo's own all-reduce (gloo/allreduce.cc, transport/tcp/pair.cc) and matter
+where a link has a delay:
+- it is a ring whose shares are cut into segments, at least two for each rank, of at most 1 MiB;
+- a segment leaves only when its receiver has said that it waits for it, and a rank waits for two at
+  a time. So two segments take at least a round trip, however fast the link is.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from distlab import predict
+from distlab.display import number, quantity
+
+MAX_SEGMENT = 2**20  # bytes; AllreduceOptions::kMaxSegmentSize
+Formula = Callable[[float, int, float, float], float]
+
+
+@dataclass(frozen=True)
+class Link:
+    """Every rank's link: bits per second, and seconds that a message takes besides its bytes.
+
+    These are the link's delay one way, and what the hosts add: system calls, threads that wake up
+    and wait for a core. The hosts' part is measured, by messages of 4 bytes; it does not depend on
+    what is predicted. `burst` is what the link passes at once after a pause, in bytes: the bucket
+    of the shaper that makes it slow (tc-tbf(8)); a real link has none.
+    """
+
+    rate: float
+    delay: float
+    hosts: float = 0.0
+    burst: float = 0.0
+
+    @property
+    def cost(self) -> tuple[float, float]:
+        """(alpha, beta); of the rate, 1448 of 1514 bytes carry data (TCP/IP headers)."""
+        alpha, beta = predict.tcp_link(self.rate, self.delay)
+        return alpha + self.hosts, beta
+
+    def seconds(self, collective: str, n: float, workers: int, backend: str) -> float:
+        if collective == "all_reduce" and backend == "gloo":
+            alpha, beta = self.cost
+            return gloo_all_reduce(n, workers, alpha, beta, min(self.burst * beta, 2 * self.delay))
+        return formula(collective, backend)(n, workers, *self.cost)
+
+
+def gloo_all_reduce(n: float, workers: int, alpha: float, beta: float, saved: float = 0.0) -> float:
+    """Seconds of gloo's segmented ring with its handshake.
+
+    A segment of s seconds arrives s after the one before it, and 2·alpha + s after the last but
+    one: its receiver's word takes alpha, it takes alpha + s. So two take max(2·s, 2·alpha + s), but
+    the last two of a phase 2·alpha + 2·s. Without latency it is the ring's 2·(K - 1)/K·n·beta. For
+    a single number, which each rank hands on, the receivers' words are always there already.
+
+    Nobody sends for 2·alpha at the beginning of a phase. `saved` are the seconds of sending that a
+    shaper's bucket gathers meanwhile.
+    """
+    segments = max(math.ceil(n / MAX_SEGMENT), 2 * workers)
+    segments = math.ceil(segments / workers) * workers
+    if workers == 1 or n < 4 * segments:
+        return predict.ring_all_reduce(n, workers, alpha, beta)
+    passed_on = segments - segments // workers  # by each rank, in each of the two phases
+    segment = n / segments * beta
+    pairs, last = (passed_on - 1) // 2, 2 - passed_on % 2  # the last pair may be a single one
+    phase = 2 * alpha + last * segment + pairs * max(2 * segment, 2 * alpha + segment)
+    return 2 * (phase - min(saved, 2 * alpha))
+
+
+def formula(collective: str, backend: str) -> Formula:
+    """The alpha-beta formula of the algorithm that the back end takes for large messages."""
+    return {**_FORMULAS, **(_GLOO if backend == "gloo" else {})}[collective]
+
+
+def _gloo_reduce(n: float, workers: int, alpha: float, beta: float) -> float:
+    """A ring reduce-scatter, then every rank sends its share to the root, all at once."""
+    share = n / workers * beta if workers > 1 else 0.0
+    first = predict.ring_reduce_scatter(n, workers, alpha, beta)
+    return first + (alpha if workers > 1 else 0.0) + share
+
+
+def _neighbours(n: float, workers: int, alpha: float, beta: float) -> float:
+    return predict.point_to_point(n, alpha, beta) if workers > 1 else 0.0
+
+
+_FORMULAS: dict[str, Formula] = {
+    "all_reduce": predict.ring_all_reduce,
+    "all_gather": predict.ring_all_gather,
+    "reduce_scatter": predict.ring_reduce_scatter,
+    "broadcast": predict.chain_broadcast,
+    "reduce": predict.chain_broadcast,
+    "all_to_all": predict.pairwise_all_to_all,
+    "sendrecv": _neighbours,
+}
+_GLOO: dict[str, Formula] = {
+    "reduce_scatter": predict.ring_all_reduce,  # torch all-reduces all of it and keeps a share
+    "broadcast": predict.tree_broadcast,
+    "reduce": _gloo_reduce,
+}
+
+
+@dataclass(frozen=True)
+class Fit:
+    """seconds = fixed + slope·bytes, each with half its 95 % interval."""
+
+    fixed: float
+    slope: float
+    fixed_range: float
+    slope_range: float
+
+    def seconds(self, n: float) -> float:
+        return self.fixed + self.slope * n
+
+
+def fit_line(sizes: Sequence[float], seconds: Sequence[float]) -> Fit | None:
+    """Least squares over relative errors, so that 4 bytes count as much as 64 MiB.
+
+    None for fewer than four sizes: a line through two points has no error to tell of.
+    """
+    if len(sizes) < 4:
+        return None
+    times = np.array(seconds)
+    # ((fixed + slope·n) - t) / t, squared and summed, is least
+    design = np.stack([1 / times, np.array(sizes) / times], axis=1)
+    solution, *_ = np.linalg.lstsq(design, np.ones(len(times)), rcond=None)
+    freedom = len(times) - 2
+    variance = float(np.sum((design @ solution - 1) ** 2)) / freedom
+    errors = np.sqrt(variance * np.diag(np.linalg.inv(design.T @ design)))
+    half = student_t(freedom) * errors
+    return Fit(float(solution[0]), float(solution[1]), float(half[0]), float(half[1]))
+
+
+def left_out(sizes: Sequence[float], seconds: Sequence[float]) -> list[float | None]:
+    """For each size, what a line fitted to all the others predicts."""
+    predictions: list[float | None] = []
+    for index, n in enumerate(sizes):
+        others = [i for i in range(len(sizes)) if i != index]
+        line = fit_line([sizes[i] for i in others], [seconds[i] for i in others])
+        predictions.append(line.seconds(n) if line else None)
+    return predictions
+
+
+def student_t(freedom: int) -> float:
+    """The 97.5 % quantile of Student's t, within 4 % from 2 degrees of freedom on.
+
+    Source: Abramowitz and Stegun, 26.7.5.
+    """
+    z = 1.959964
+    terms = [
+        z,
+        (z**3 + z) / 4,
+        (5 * z**5 + 16 * z**3 + 3 * z) / 96,
+        (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384,
+    ]
+    return sum(term / freedom**power for power, term in enumerate(terms))
+
+
+def alpha_and_beta(line: Fit, collective: str, workers: int, backend: str) -> str:
+    """The fitted line in terms of one message and one link, in words."""
+    cost = formula(collective, backend)
+    steps, share = cost(0.0, workers, 1.0, 0.0), cost(1.0, workers, 0.0, 1.0)
+    alpha, alpha_range = line.fixed / steps, line.fixed_range / steps
+    beta, beta_range = line.slope / share * 1e9, line.slope_range / share * 1e9
+    return (
+        f"alpha = {quantity(alpha, 's')} ± {quantity(alpha_range, 's')} for each of {steps:g} "
+        f"messages, beta = {number(beta)} ± {number(beta_range)} ns/B, 1/beta = "
+        f"{quantity(share / line.slope, 'B/s')}"
+    )

@@ -1,0 +1,139 @@
+"""Scaling on a slow link: what the network leaves of K nodes' speed, predicted and measured.
+
+Every node computes the gradient of its own batch, then one all-reduce averages it, as in data
+parallel training without overlap. The batch of a node stays the same, so K nodes do K times the
+work: weak scaling. Its efficiency is compute / (compute + all-reduce), and the all-reduce's part
+nears 2·bytes·beta however many nodes there are. Strong scaling splits one batch over the nodes: the
+compute shrinks by K, the all-reduce does not, so the same link hurts K times as much.
+
+The prediction knows the link's rate, what the hosts add to 4 bytes, and how long one node computes;
+never the time of a step with communication. The nodes are namespaces of this machine. Four of them
+on two cores would compute at half speed, which real nodes do not; so each computes its gradient
+before the clock starts, and in its place sleeps as long as one node, alone, has computed.
+
+Run:
+    python chapter02-gpu-hardware-parallelism/code/slow_link_scaling.py --figures build/figures
+    torchrun --nproc_per_node=2 chapter02-gpu-hardware-parallelism/code/slow_link_scaling.py
+
+The first makes a virtual cluster for each number of nodes, the second measures the ranks that it
+has, computing for real; on real nodes, --link-rate tells it their link.
+
+You should see: efficiency falls at once from one node to two, then less and less; on a link of a
+tenth of the rate the all-reduce takes ten times as long; the predicted curves lie on the measured.
+"""
+
+import os
+from argparse import Namespace
+from pathlib import Path
+from typing import Any
+
+from _microbench_cluster import record_of
+from _microbench_model import Link
+from _slow_link_report import report_point, report_scaling
+from _slow_link_training import Replica, measure_steps, message_latency
+
+from distlab import runtime, script
+from distlab.cluster import VirtualCluster, unavailable
+from distlab.cluster.links import parse_rate
+from distlab.errors import Skipped, UsageError
+from distlab.model import add_model_flags, config_from_args, model_from_args
+from distlab.run import Run
+from distlab.runtime import Runtime
+
+PRESETS = {
+    "smoke": {"model": "smoke", "batch_size": 4, "seq_len": 64, "steps": 3,
+              "rates": ["100mbit"], "nodes": [1, 2], "tolerance": 1.0},
+    "laptop": {"model": "laptop", "batch_size": 4, "seq_len": 64, "steps": 3,
+               "rates": ["1gbit", "300mbit", "100mbit"], "nodes": [1, 2, 4], "tolerance": 0.15},
+    "gpu": {"model": "laptop", "batch_size": 4, "seq_len": 64, "steps": 3,
+            "rates": ["1gbit", "300mbit", "100mbit"], "nodes": [1, 2, 4], "tolerance": 0.15},
+}  # fmt: skip
+FOR_THE_NODES = (
+    "preset", "model", "hidden_size", "layers", "heads", "kv_heads", "vocab_size", "batch_size",
+    "seq_len", "steps", "seed", "timeout",
+)  # fmt: skip
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse_args(argv)
+    if "RANK" not in os.environ:
+        if why := unavailable():
+            raise Skipped(why)
+        with script.run(args) as run:
+            compare_links(run, args)
+        return run.status
+    with (
+        script.run(args) as run,
+        runtime.distributed(args.backend, args.timeout, args.seed, args.device) as job,
+    ):
+        measure_point(run, args, job)
+    return run.status
+
+
+def parse_args(argv: list[str] | None) -> Namespace:
+    parser = script.Parser(__doc__, PRESETS)
+    add_model_flags(parser)
+    runtime.add_runtime_flags(parser)
+    add = parser.add_argument
+    add("--batch-size", type=script.positive_int, help="sequences of a node, always the same")
+    add("--seq-len", type=script.positive_int)
+    add("--steps", type=script.positive_int, help="timed steps, after one that is not")
+    add("--tolerance", type=script.fraction, help="of the check of the predicted steps, relative")
+    add("--link-rate", metavar="RATE", help="with torchrun: every rank's link, 25gbit")
+    add("--compute", type=script.positive_float, metavar="S", help="sleep so long instead, seconds")
+    cluster = parser.add_argument_group("the virtual clusters")
+    cluster.add_argument("--rates", nargs="+", metavar="RATE")
+    cluster.add_argument("--nodes", nargs="+", type=script.positive_int, metavar="K")
+    args = parser.parse_args(argv)
+    if args.steps < 3:
+        raise UsageError(f"--steps {args.steps} gives no median; use 3 or more")
+    if not 2 <= max(args.nodes) <= 8:
+        raise UsageError(f"--nodes {max(args.nodes)} is no curve; use 2 to 8, such as 1 2 4")
+    for rate in args.rates:
+        parse_rate(rate, f"--rates {rate}")
+    known_link(args)
+    config_from_args(args)  # a wrong shape is told before anything starts
+    return args
+
+
+def known_link(args: Namespace, latency: float = 0.0) -> Link | None:
+    rate = args.link_rate
+    return Link(parse_rate(rate, f"--link-rate {rate}"), 0.0, latency) if rate else None
+
+
+def measure_point(run: Run, args: Namespace, job: Runtime) -> None:
+    """One point of the curve: the ranks of this job, whatever link they have."""
+    run.print(f"job: {job.world_size} rank(s), {job.backend} on {job.device.type}")
+    link = known_link(args, message_latency(job))
+    measured = measure_steps(run, args, job, Replica(model_from_args(args, job.device)))
+    report_point(run, job, measured, link)
+
+
+def compare_links(run: Run, args: Namespace) -> None:
+    """The whole curve: a virtual cluster for each number of nodes, its links at each rate."""
+    points: list[dict[str, Any]] = []
+    equal: list[bool] = []
+    several = [(k, rate) for k in sorted(set(args.nodes) - {1}) for rate in args.rates]
+    for nodes, rate in run.progress([(1, None), *several], "clusters"):
+        flags = node_flags(args, rate)
+        if points:
+            flags += ["--compute", str(points[0]["step"])]  # one node's step is all compute
+        with VirtualCluster(nodes, rate) as cluster:
+            record = record_of(cluster, Path(__file__), flags, 3 * args.timeout)
+        points.append({"rate": rate, **record["point"]})
+        equal.append(all(check["ok"] for check in record["checks"]))
+    run.check_equal("in every job all ranks hold the same weights", equal, [True] * len(equal))
+    report_scaling(run, args, points)
+
+
+def node_flags(args: Namespace, rate: str | None) -> list[str]:
+    """This script's flags on a node: those given here, its link, and gloo on its CPU."""
+    flags = ["--backend", "gloo", "--device", "cpu", *(["--link-rate", rate] if rate else [])]
+    for name in FOR_THE_NODES:
+        if (value := getattr(args, name)) is not None:
+            flags += [f"--{name.replace('_', '-')}", str(value)]
+    return flags
+
+
+if __name__ == "__main__":
+    script.exit(main)

@@ -1,0 +1,312 @@
+"""The microbenchmark counts wrong elements, fits and predicts as it says, and ends on Ctrl-C."""
+
+import argparse
+import os
+import signal
+import sys
+from itertools import pairwise
+
+import pytest
+import torch
+
+from distlab import predict, script
+from distlab.cluster import unavailable
+from distlab.errors import UsageError
+from distlab.files import repo_root
+from distlab.measure import Timing
+from distlab.spawning import spawn
+
+CODE = repo_root() / "chapter02-gpu-hardware-parallelism" / "code"
+SMOKE = ["--preset", "smoke", "--device", "cpu"]
+COLUMNS = ["size (B)", "count", "type", "time (us)", "algbw (GB/s)", "busbw (GB/s)", "#wrong"]
+
+
+@pytest.fixture(autouse=True)
+def code(monkeypatch):
+    monkeypatch.syspath_prepend(CODE)
+
+
+def test_every_collective_gives_the_right_elements_in_every_dtype():
+    for world_size in (1, 3):
+        counted = spawn(count_wrong, world_size, timeout_s=60)
+        assert all(wrong == 0 for ranks in counted for wrong in ranks.values())
+
+
+def count_wrong(job):
+    """The wrong elements of this rank, by collective, dtype and size; 4 bytes and odd sizes too."""
+    sys.path.insert(0, str(CODE))
+    import _microbench_collectives as collectives
+
+    return {
+        (collective, dtype, size): collectives.make_case(collective, size, dtype, job).wrong()
+        for collective in collectives.COLLECTIVES
+        for dtype in ("float32", "bfloat16", "int64")
+        for size in (4, 1000)
+    }
+
+
+def test_elements_that_arrive_wrong_are_counted():
+    checks, tables = spawn(run_script, 2, [*SMOKE, "--max-bytes", "32"], broken, timeout_s=60)[0]
+    assert checks == [("all_reduce: no wrong element", False)]
+    wrong = [dict(zip(tables[0], row, strict=True))["#wrong"] for row in tables[1]]
+    assert wrong == [2, 2]  # one element on each rank, at each of two sizes
+
+
+def test_the_columns_are_those_of_nccl_tests_and_sizes_are_those_asked_for():
+    flags = [*SMOKE, "--collective", "all", "--max-bytes", "2K", "--dtype", "float16"]
+    checks, tables = spawn(run_script, 2, flags, timeout_s=120)[0]
+    assert len(checks) == 7 and all(ok for _, ok in checks)
+    columns, rows = tables
+    assert columns[: len(COLUMNS)] == COLUMNS
+    assert [row[0] for row in rows] == [4, 32, 256, 2048]
+    for row in rows:
+        size, count, dtype, microseconds, algbw, busbw = row[:6]
+        assert (size, dtype) == (2 * count, "float16")
+        assert algbw == pytest.approx(size / microseconds / 1e3)
+        assert busbw == algbw  # sendrecv, the last collective: each rank sends its whole buffer
+
+
+def run_script(job, argv, change=lambda module: None):
+    """The script's own run on this rank: its checks, and its last table."""
+    sys.path.insert(0, str(CODE))
+    import allreduce_microbench
+
+    change(allreduce_microbench)
+    args = allreduce_microbench.parse_args(argv)
+    with script.run(args) as run:
+        allreduce_microbench.benchmark(run, args, job)
+    last = list(run.tables.values())[-1]
+    return [(check.name, check.ok) for check in run.checks], (last["columns"], last["rows"])
+
+
+def broken(module):
+    """An all-reduce that spoils one element."""
+    honest = module.dist.all_reduce
+
+    def spoiling(tensor, *args):
+        honest(tensor, *args)
+        if tensor.dtype == torch.float32:
+            tensor[0] += 1
+
+    sys.modules["_microbench_collectives"].dist.all_reduce = spoiling
+
+
+@pytest.mark.parametrize("workers", [2, 3, 4, 8])
+@pytest.mark.parametrize("mebibytes", [1, 4, 16, 100])
+def test_without_latency_gloos_ring_is_the_ring(workers, mebibytes):
+    from _microbench_model import gloo_all_reduce
+
+    n = mebibytes * 2**20
+    ring = predict.ring_all_reduce(n, workers, 0.0, 1e-9)
+    assert gloo_all_reduce(n, workers, 0.0, 1e-9) == pytest.approx(ring)
+
+
+@pytest.mark.parametrize("workers", [2, 3, 4, 6])
+@pytest.mark.parametrize("mebibytes", [0.1, 1, 5, 16])  # 5 and 16 make odd numbers of segments
+@pytest.mark.parametrize("alpha", [0.0, 1e-4, 2e-3, 0.05])
+def test_the_formula_is_what_the_ring_does_event_by_event(workers, mebibytes, alpha):
+    from _microbench_model import gloo_all_reduce
+
+    n, beta = mebibytes * 2**20, 8e-9
+    segments = max(-(-int(n) // 2**20), 2 * workers)
+    each = -(-segments // workers)
+    simulated = simulate(workers, each, n / (each * workers) * beta, alpha)
+    assert gloo_all_reduce(n, workers, alpha, beta) == pytest.approx(simulated, rel=1e-9)
+
+
+def simulate(workers, each, segment, alpha):
+    """gloo's loop over segments on every rank: two on their way, each asked for by its receiver."""
+    clock, link_free = [0.0] * workers, [0.0] * workers
+    count = each * (workers - 1)
+    for _ in range(2):  # the reduce-scatter, then the all-gather
+        arrival = [[0.0] * count for _ in range(workers)]
+        for i in range(count + 2):
+            if i >= 2:
+                clock = [max(clock[r], arrival[r][i - 2]) for r in range(workers)]
+            if i < count:
+                for r in range(workers):
+                    to = (r - 1) % workers
+                    begin = max(clock[r], clock[to] + alpha, link_free[r])
+                    link_free[r] = begin + segment
+                    arrival[to][i] = begin + segment + alpha
+    return max(clock)
+
+
+def test_a_bucket_pays_for_what_follows_the_wait_before_each_phase():
+    from _microbench_model import Link
+
+    def seconds(burst, delay):
+        return Link(8e9 * 1514 / 1448, delay, burst=burst).seconds("all_reduce", 1e6, 2, "gloo")
+
+    assert seconds(1e5, 0.0) == pytest.approx(1e-3)  # without delay there is no wait
+    assert seconds(0, 2e-3) - seconds(1e5, 2e-3) == pytest.approx(2 * 1e-4)  # 100 kB, two phases
+    assert seconds(1e9, 2e-3) == pytest.approx(1e-3)  # no more than the waits
+
+
+def test_a_single_number_is_handed_on_without_asking():
+    from _microbench_model import gloo_all_reduce
+
+    assert gloo_all_reduce(4, 4, 2e-3, 1e-9) == pytest.approx(6 * 2e-3, rel=1e-4)
+    assert gloo_all_reduce(1e6, 1, 2e-3, 1e-9) == 0
+
+
+def test_a_straight_line_is_fitted_exactly_and_noise_widens_the_interval():
+    from _microbench_model import fit_line, left_out
+
+    sizes = [4.0**power for power in range(1, 13)]
+    exact = [1e-4 + 2e-9 * n for n in sizes]
+    line = fit_line(sizes, exact)
+    assert (line.fixed, line.slope) == (pytest.approx(1e-4), pytest.approx(2e-9))
+    assert line.fixed_range == pytest.approx(0, abs=1e-9)
+    assert left_out(sizes, exact) == pytest.approx(exact)
+    noisy = [t * (1 + 0.1 * (-1) ** i) for i, t in enumerate(exact)]
+    line = fit_line(sizes, noisy)
+    assert abs(line.fixed - 1e-4) < line.fixed_range < 5e-5
+    assert abs(line.slope - 2e-9) < line.slope_range < 1e-9
+    assert fit_line(sizes[:3], exact[:3]) is None
+
+
+def test_students_t_is_that_of_the_tables():
+    from _microbench_model import student_t
+
+    for freedom, quantile in {2: 4.303, 5: 2.571, 10: 2.228, 30: 2.042}.items():
+        assert student_t(freedom) == pytest.approx(quantile, rel=0.04)
+
+
+def test_each_collective_is_predicted_by_its_back_ends_own_algorithm():
+    from _microbench_model import Link
+
+    link = Link(8e9 * 1514 / 1448, 0.0)  # 1 GB/s of payload
+    n = 1e9
+    assert link.seconds("reduce_scatter", n, 4, "gloo") == pytest.approx(1.5)
+    assert link.seconds("reduce_scatter", n, 4, "nccl") == pytest.approx(0.75)
+    assert link.seconds("reduce", n, 4, "gloo") == pytest.approx(1)
+    assert link.seconds("broadcast", n, 4, "gloo") == pytest.approx(2)
+    assert link.seconds("broadcast", n, 4, "nccl") == pytest.approx(1)
+    assert link.seconds("sendrecv", n, 4, "gloo") == pytest.approx(1)
+
+
+def test_sizes_are_read_as_nccl_tests_reads_them():
+    from _microbench_report import byte_size
+
+    assert [byte_size(text) for text in ("4", "64K", "16m", "1GiB")] == [4, 2**16, 2**24, 2**30]
+    for wrong in ("", "0", "M", "4T", "-4", "1.5M"):
+        with pytest.raises(argparse.ArgumentTypeError, match="no size in bytes; use 4, 64K"):
+            byte_size(wrong)
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--min-bytes", "1M", "--max-bytes", "1K"], "--max-bytes 1024 is less than --min-bytes"),
+        (["--factor", "1"], "--factor 1 does not grow"),
+        (["--repeats", "2"], "--repeats 2 gives no median; use 3 or more"),
+        (["--link-delay", "2ms"], "give --link-rate too"),
+        (["--link-rate", "fast"], "--link-rate fast is wrong because"),
+    ],
+)
+def test_a_wrong_flag_is_one_line(flags, words):
+    import allreduce_microbench
+
+    with pytest.raises(UsageError, match=words):
+        allreduce_microbench.parse_args([*SMOKE, *flags])
+
+
+def test_more_ranks_than_a_dtype_can_add_up_are_refused():
+    from types import SimpleNamespace
+
+    from _microbench_collectives import Pattern
+
+    many = SimpleNamespace(world_size=200, device="cpu")
+    with pytest.raises(UsageError, match="--dtype bfloat16 does not add 200 ranks' numbers"):
+        Pattern(torch.bfloat16, many)
+
+
+def test_the_links_check_looks_at_1_to_16_mib_only():
+    from _microbench_report import check_link
+
+    args = argparse.Namespace(preset="smoke", json=None, figures=None)
+    run = script.Run(args)
+    sizes = [2**18, 2**20, 2**24, 2**26]
+    check_link(run, sizes, [1.0, 1.0, 1.0, 1.0], [9.0, 1.05, 0.92, 9.0], 0.1)
+    check_link(run, sizes, [1.0, 1.0, 1.0, 1.0], [1.0, 1.0, 1.2, 1.0], 0.1)
+    check_link(run, sizes[:1], [1.0], [9.0], 0.1)
+    assert [check.ok for check in run.checks] == [True, False]
+
+
+def test_ctrl_c_prints_the_sizes_that_are_measured(monkeypatch, capsys):
+    import allreduce_microbench
+    from _microbench_report import Row
+
+    def measured(collective, size, args, job):
+        if size == 32:
+            os.kill(os.getpid(), signal.SIGINT)
+        return Row(collective, size, size // 4, "float32", Timing((1e-3,)), 0)
+
+    monkeypatch.setattr(allreduce_microbench, "measure_one", measured)
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt):
+        allreduce_microbench.main(SMOKE)
+    assert signal.getsignal(signal.SIGINT) is before
+    printed = capsys.readouterr().out
+    assert "     32       8   float32" in printed and "256" not in printed
+
+
+def test_a_later_ctrl_c_ends_at_once(monkeypatch):
+    import _microbench_interrupt
+
+    times = iter([0.0, 0.1, 5.0])
+    monkeypatch.setattr(_microbench_interrupt.time, "monotonic", lambda: next(times))
+    with _microbench_interrupt.Interrupt() as interrupt:
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)  # torchrun's own, for the same press
+        assert interrupt.requested
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_sizes_grow_by_the_factor():
+    import allreduce_microbench
+
+    args = allreduce_microbench.parse_args([*SMOKE, "--max-bytes", "64M", "--factor", "4"])
+    found = allreduce_microbench.sizes(args)
+    assert found[0] == 4 and found[-1] == 2**26
+    assert all(after == 4 * before for before, after in pairwise(found))
+
+
+@pytest.mark.slow
+def test_links_are_compared_on_virtual_clusters(tmp_path):
+    if why := unavailable():
+        pytest.skip(why)
+    import allreduce_links
+
+    from distlab import record
+
+    file = tmp_path / "record.json"
+    assert allreduce_links.main(["--preset", "smoke", "--json", str(file)]) == 0
+    rows = record.load(file)["tables"]["links"]["rows"]
+    assert [row[:4] for row in rows] == [["100mbit", 2, 1, 0], ["100mbit + 2ms", 2, 1, 0]]
+    assert all(predicted > 0 and measured > 0 for *_, predicted, measured, _ in rows)
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--nodes", "1"], "--nodes 1 is wrong because a ring needs 2; use 2 to 8"),
+        (["--links", "1gbit", "quick"], "--links quick is wrong because"),
+        (["--links", "1gbit,soon"], "soon is wrong because"),
+    ],
+)
+def test_a_wrong_link_is_one_line(flags, words):
+    import allreduce_links
+
+    with pytest.raises(UsageError, match=words):
+        allreduce_links.parse_args(["--preset", "smoke", *flags])
+
+
+def test_a_machine_without_virtual_clusters_skips(monkeypatch):
+    import allreduce_links
+
+    monkeypatch.setattr(allreduce_links, "unavailable", lambda: "no namespaces here")
+    with pytest.raises(script.Skipped, match="no namespaces here"):
+        allreduce_links.main(["--preset", "smoke"])

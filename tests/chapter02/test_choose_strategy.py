@@ -1,0 +1,384 @@
+"""choose_strategy.py: known cases, published ones, brute force, refusals; and measured orders."""
+
+import json
+import sys
+from collections import Counter
+from dataclasses import replace
+from itertools import product
+from types import SimpleNamespace
+
+import pytest
+
+from distlab import predict, script
+from distlab.catalog import GPUS, MODELS
+from distlab.cluster import unavailable
+from distlab.files import repo_root
+from distlab.predict import Architecture, TrainingPlan
+
+CODE = repo_root() / "chapter02-gpu-hardware-parallelism" / "code"
+LLAMA_8B, LLAMA_70B = MODELS["llama-3-8b"].architecture, MODELS["llama-3-70b"].architecture
+
+
+@pytest.fixture(scope="module")
+def lab():
+    """The scripts and their helpers."""
+    sys.path.insert(0, str(CODE))
+    import _strategy_cost as cost
+    import _strategy_links as links
+    import _strategy_plans as plans
+    import _strategy_search as search
+    import choose_strategy
+    import measure_strategies
+
+    yield SimpleNamespace(
+        cost=cost, links=links, plans=plans, search=search,
+        main=choose_strategy.main, measure=measure_strategies.main,
+    )  # fmt: skip
+    sys.path.remove(str(CODE))
+
+
+@pytest.fixture
+def choose(lab, tmp_path, capsys):
+    """Runs a command line; its record and what it printed."""
+
+    def run(command):
+        file = tmp_path / "record.json"
+        status = script.status_of(lambda: lab.main([*command.split(), "--json", str(file)]))
+        printed = capsys.readouterr()
+        assert status == 0, printed.err + printed.out
+        return json.loads(file.read_text()), printed.out
+
+    return run
+
+
+def h100s(lab, gpus, gbit=400, gpu="h100"):
+    """choose_strategy.py's cluster with its default assumptions."""
+    spec = GPUS[gpu]
+    return lab.links.Cluster(
+        gpus=gpus,
+        gpus_per_node=min(8, gpus),
+        ports=min(8, gpus),
+        flops=0.55 * spec.peak_flops["bf16"],
+        memory_bandwidth=0.55 * spec.memory_bandwidth,
+        memory=spec.memory_bytes - 1e9,
+        inner=(3e-6, 2 / (0.8 * spec.nvlink_bandwidth)),
+        outer=(5e-6, 8 / (0.8 * gbit * 1e9)),
+    )
+
+
+def job(lab, model, gpus, seq_len=4096, global_batch=1024):
+    return lab.plans.Job(model, gpus, min(8, gpus), seq_len, global_batch)
+
+
+def test_a_small_model_on_few_gpus_gets_plain_data_parallelism(choose):
+    record, text = choose("--model gpt2 --gpus 4 --seq-len 1024")
+    first = record["plans"][0]
+    assert (first["dp"], first["zero"], first["checkpointing"]) == (4, 0, False)
+    assert "verdict: DP 4 is first" in text and "Computing decides" in text
+
+
+def test_70b_gets_tensor_parallelism_inside_its_nodes(choose):
+    record, text = choose("--model llama-3-70b --gpus 64 --gpu h100 --interconnect 400gbit")
+    assert all(1 < plan["tp"] <= 8 for plan in record["plans"])
+    assert record["plans"][0]["zero"] == 1 and record["plans"][0]["pp"] > 1
+    assert "Memory decides: with more than 79 GB" in text
+    for plan in record["plans"]:
+        degrees = [plan[kind] for kind in ("tp", "cp", "pp", "dp")]
+        assert degrees[0] * degrees[1] * degrees[2] * degrees[3] == 64
+        assert plan["memory_bytes"] <= 79e9
+        parts = [plan[f"{kind}_seconds"] for kind in ("compute", "bubble", "tp", "cp", "ep")]
+        assert sum(parts) + plan["pp_seconds"] + plan["dp_seconds"] == pytest.approx(
+            plan["step_seconds"]
+        )
+
+
+def test_tensor_parallelism_stays_inside_a_node(lab):
+    """Two GPUs to a node: wider groups exist and fit, but must send over the network."""
+    small_nodes = replace(h100s(lab, 16), gpus_per_node=2, ports=2)
+    found = lab.search.search(replace(job(lab, LLAMA_8B, 16), gpus_per_node=2), small_nodes)
+    assert any(one.plan.tp == 8 for one in found.fitting)
+    assert all(one.plan.tp <= 2 for one in lab.search.ranked(found.fitting)[:20])
+
+
+def test_405b_on_eight_gpus_has_no_plan_and_says_why(choose):
+    record, text = choose("--model llama-3-405b --gpus 8")
+    assert not record["feasible"] and record["plans"] == []
+    assert "verdict: no plan fits: the one that needs least" in text
+    # 16 bytes for each of 406 G parameters, over 8 GPUs: 812 GB and some activations
+    assert "needs 81" in text and "79.0 GB can be used" in text
+    assert "weights, gradients and optimizer alone are more than a GPU holds" in text
+
+
+def test_a_mixture_of_experts_gets_expert_parallelism(choose):
+    record, _ = choose("--model mixtral-8x7b --gpus 16 --global-batch 64")
+    assert record["plans"][0]["ep"] > 1 and record["plans"][0]["ep_seconds"] > 0
+    dense, _ = choose("--model llama-3-8b --gpus 16 --global-batch 64")
+    assert all(plan["ep"] == 1 for plan in dense["plans"])
+
+
+def test_a_slower_network_is_used_less(lab):
+    """The slower it is, the fewer bytes the first plan sends between nodes: DP yields to PP."""
+    data_parallel = []
+    for gbit in (400, 1):
+        cluster = h100s(lab, 64, gbit)
+        found = lab.search.search(job(lab, LLAMA_70B, 64), cluster)
+        data_parallel.append(lab.search.ranked(found.fitting)[0].plan.data_parallel)
+    assert data_parallel[1] < data_parallel[0]
+
+
+def test_a_long_sequence_gets_context_parallelism(lab):
+    long = job(lab, LLAMA_8B, 64, seq_len=131072, global_batch=16)
+    best = lab.search.ranked(lab.search.search(long, h100s(lab, 64)).fitting)[0]
+    assert best.plan.cp > 1  # only 16 sequences for 64 GPUs, each too long for one
+
+
+def gpt(hidden, heads, layers):
+    """A model of Megatron-LM's table: 51,200 words, 2,048 positions."""
+    return Architecture(
+        51200, hidden, 4 * hidden, layers, heads, heads, hidden // heads, 2048,
+        tie_word_embeddings=True, qkv_bias=True, output_bias=True, mlp_bias=True,
+        layer_norm=True, learned_positions=True, gated_mlp=False,
+    )  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("model", "tp", "pp", "gpus", "batch"),
+    [
+        (gpt(6144, 48, 40), 8, 1, 256, 1024),  # 18.4 billion parameters
+        (gpt(8192, 64, 48), 8, 2, 512, 1536),  # 39.1
+        (gpt(12288, 96, 80), 8, 8, 1536, 2304),  # 145.6
+    ],
+)
+def test_the_published_plans_of_megatron_are_near_the_best(lab, model, tp, pp, gpus, batch):
+    """Narayanan et al. (arXiv 2104.04473), table 1: A100s, 8 ports of 200 Gbit/s a node.
+
+    Compared with plans of what that system had: all activations recomputed, no ZeRO, no chunks. Of
+    those theirs is within 10 % of the first: the model leaves out that narrow products are slower,
+    so it may prefer TP 4 to 8 or half the stages, by less than it can be trusted. With ZeRO and
+    sequence parallelism, which came later, it finds plans that need no recomputation at all.
+    """
+    cluster = h100s(lab, gpus, 200, "a100-80gb")
+    found = lab.search.search(job(lab, model, gpus, 2048, batch), cluster)
+    like_theirs = [
+        one
+        for one in found.fitting
+        if one.plan.zero == 0 and one.plan.checkpointing and one.plan.chunks == 1
+    ]
+    best = min(one.time.total for one in like_theirs)
+    theirs = [
+        one.time.total
+        for one in like_theirs
+        if (one.plan.tp, one.plan.pp, one.plan.cp) == (tp, pp, 1)
+    ]
+    assert min(theirs) <= 1.1 * best
+    assert min(one.time.total for one in found.fitting) < best
+
+
+@pytest.mark.slow
+def test_the_published_plan_of_llama_3_405b(lab):
+    """Llama 3 (arXiv 2407.21783), table 4: TP 8, CP 1, PP 16, DP 128 on 16,384 H100s.
+
+    The first plan here has their TP and PP. It divides sequences by CP 2, because CP 1 would need
+    more than 80 GB without recomputation: the formulas count what autograd saves, and Meta's
+    kernels save less (section 3.3.2). If it fitted, theirs would take 5 % longer. Of the speed,
+    400 TFLOP/s per GPU, the prediction is within 15 %.
+    """
+    model = MODELS["llama-3-405b"].architecture
+    found = lab.search.search(job(lab, model, 16384, 8192, 2048), h100s(lab, 16384))
+    first = lab.search.ranked(found.fitting)[0]
+    assert (first.plan.tp, first.plan.pp) == (8, 16)
+    theirs = [
+        one
+        for one in found.candidates
+        if (one.plan.tp, one.plan.cp, one.plan.pp) == (8, 1, 16) and not one.plan.checkpointing
+    ]
+    assert min(one.memory.needed for one in theirs) > 80e9
+    assert min(one.time.total for one in theirs) < 1.1 * first.time.total
+    tokens_per_second = first.plan.tokens_per_step / first.time.total / 16384
+    flops = tokens_per_second * predict.training_flops_per_token(model, 8192)
+    assert flops == pytest.approx(400e12, rel=0.15)
+
+
+@pytest.mark.parametrize("model", ["llama-3-8b", "mixtral-8x7b"])
+@pytest.mark.parametrize("gpus", [1, 6, 12, 16])
+def test_brute_force_finds_the_same_degrees(lab, model, gpus):
+    problem = job(lab, MODELS[model].architecture, gpus, global_batch=48)
+    most_experts = gpus if problem.model.experts else 1
+    numbers = range(1, gpus + 1)
+    brute = {
+        (tp, cp, ep, dp, pp)
+        for tp, cp, dp, pp in product(numbers, repeat=4)
+        for ep in range(1, most_experts + 1)
+        if tp * cp * ep * dp * pp == gpus
+    }
+    found = [(d.tp, d.cp, d.ep, d.dp, d.pp) for d in lab.plans.all_degrees(problem)]
+    assert len(found) == len(set(found)) == lab.plans.count_degrees(problem)
+    assert set(found) == brute
+
+
+def test_the_short_cuts_change_nothing(lab):
+    """Every plan's memory and FLOPs, stage by stage, and the first plan by a plain minimum."""
+    problem = job(lab, LLAMA_8B, 16, global_batch=32)
+    cluster = h100s(lab, 16)
+    found = lab.search.search(problem, cluster)
+    assert len(found.fitting) + sum(found.too_large().values()) == len(found.candidates)
+    for one in found.candidates[:: len(found.candidates) // 60]:
+        plan = one.plan
+        assert one.memory.needed == predict.training_memory(LLAMA_8B, plan).needed
+        flops = sum(sum(lab.cost.stage_flops(LLAMA_8B, plan, s)[:2]) for s in range(plan.pp))
+        wanted = predict.training_flops_per_token(LLAMA_8B, 4096, plan.checkpointing)
+        times = plan.accumulation * plan.data_parallel * plan.cp
+        assert flops * times == pytest.approx(wanted * plan.tokens_per_step)
+    fastest = min(one.time.total for one in found.fitting)
+    order = lab.search.ranked(found.fitting)
+    assert order[0].time.total <= fastest * 1.02
+    rest = [one.time.total for one in order[1:]]
+    assert rest == pytest.approx(sorted(rest), rel=1e-3)
+
+
+def schedule_seconds(stages, micro_batches, compute, link):
+    """1F1B simulated event by event: a third of `compute` forward, the rest backward."""
+    orders = []
+    for stage in range(stages):
+        warm_up = min(micro_batches, stages - stage - 1)
+        order = [("F", n) for n in range(warm_up)]
+        for n in range(micro_batches - warm_up):
+            order += [("F", warm_up + n), ("B", n)]
+        orders.append(order + [("B", n) for n in range(micro_batches - warm_up, micro_batches)])
+    done, free = {}, [0.0] * stages
+    while any(orders):
+        for stage, order in enumerate(orders):
+            if not order:
+                continue
+            kind, n = order[0]
+            before = stage - 1 if kind == "F" else stage + 1
+            ready = 0.0
+            if 0 <= before < stages:
+                if (kind, n, before) not in done:
+                    continue
+                ready = done[kind, n, before] + link
+            share = compute / 3 if kind == "F" else 2 * compute / 3
+            free[stage] = done[kind, n, stage] = max(free[stage], ready) + share
+            order.pop(0)
+    return max(free)
+
+
+@pytest.mark.parametrize("stages", [2, 4, 8])
+@pytest.mark.parametrize("rounds", [1, 2, 8])
+@pytest.mark.parametrize("slowness", [0.0, 0.05, 0.5, 2.0])
+def test_the_pipelines_formula_is_the_schedules_time(lab, stages, rounds, slowness):
+    """The bubble, and links that show, since 1F1B waits for each micro-batch's round trip."""
+    m = stages * rounds
+    model = Architecture(1, 64, 64, stages, 1, 1, 64, 64)  # a vocabulary of next to nothing
+    plan = TrainingPlan(stages, pp=stages, micro_batch=1, accumulation=m, seq_len=64)
+    hidden = 2 * 64 * 64
+    flops = sum(lab.cost.stage_flops(model, plan, 0)[:2])
+    cluster = lab.links.Cluster(
+        gpus=stages, gpus_per_node=1, ports=1, flops=flops, memory_bandwidth=float("inf"),
+        memory=float("inf"), inner=(0.0, 0.0), outer=(0.0, slowness / hidden),
+    )  # fmt: skip
+    time = lab.cost.step_time(model, plan, cluster)
+    simulated = schedule_seconds(stages, m, 1.0, slowness)
+    assert time.total == pytest.approx(simulated, rel=0.01)
+
+
+def test_groups_know_which_of_their_ranks_share_a_node(lab):
+    cluster = h100s(lab, 64)
+    local = {
+        (8, 1): 8, (4, 2): 4, (16, 1): 8, (8, 8): 1, (16, 4): 2, (2, 4): 2, (4, 3): 1, (2, 32): 1,
+    }  # fmt: skip
+    assert {(k, stride): cluster.group(k, stride).local for k, stride in local} == local
+    gigabyte = 1e9
+    inside, across = cluster.group(8, 1), cluster.group(8, 8)
+    assert inside.all_reduce(gigabyte) == pytest.approx(
+        predict.ring_all_reduce(gigabyte, 8, *cluster.inner)
+    )
+    assert across.all_reduce(gigabyte) == pytest.approx(
+        predict.ring_all_reduce(gigabyte, 8, *cluster.outer)
+    )
+    both = cluster.group(64, 1)
+    levels = predict.hierarchical_all_reduce(gigabyte, 8, 8, cluster.inner, cluster.outer)
+    assert both.all_reduce(gigabyte) <= levels * (1 + 1e-9)
+    one_port = replace(cluster, ports=1)
+    slower = one_port.group(8, 8).all_reduce(gigabyte) / across.all_reduce(gigabyte)
+    assert slower == pytest.approx(8, rel=0.01)  # eight groups share the node's port
+
+
+def test_uneven_layers_are_a_few_or_refused(lab):
+    why = lab.plans.why_not
+    llama = MODELS["llama-3-405b"].architecture  # 126 layers
+    assert why(job(lab, llama, 16), lab.plans.Degrees(pp=16)) == ""
+    assert "PP does not divide" in why(job(lab, LLAMA_8B, 24), lab.plans.Degrees(pp=24))
+    assert "TP does not divide" in why(job(lab, LLAMA_8B, 3), lab.plans.Degrees(tp=3))
+    nodes_of_six = replace(job(lab, LLAMA_8B, 12), gpus_per_node=6)
+    assert "straddle" in why(nodes_of_six, lab.plans.Degrees(tp=4, dp=3))
+    dropped = Counter()
+    assert not list(lab.plans.plans(job(lab, LLAMA_8B, 13, global_batch=5), dropped))
+    assert sum(dropped.values()) == 4
+
+
+def test_where_no_degrees_divide_it_says_which(choose):
+    record, text = choose("--gpus 13 --gpus-per-node 13 --global-batch 5")
+    assert not record["feasible"] and "no degrees divide" in text
+
+
+def test_a_config_file_and_its_tokens(choose, tmp_path):
+    config = {
+        "model_type": "llama", "vocab_size": 512, "hidden_size": 64, "intermediate_size": 176,
+        "num_hidden_layers": 2, "num_attention_heads": 8, "num_key_value_heads": 8,
+    }  # fmt: skip
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    flags = "--gpus 2 --seq-len 128 --global-batch-tokens 2048 --intra-node pcie --gpu l4"
+    record, text = choose(f"--config {tmp_path} {flags} --no-overlap --top 3")
+    assert len(record["plans"]) == 3 and "16 sequences of 128 tokens" in text
+    assert record["plans"][0]["micro_batch"] * record["plans"][0]["accumulation"] <= 16
+
+
+@pytest.mark.parametrize(
+    ("command", "words"),
+    [
+        ("--gpus 20", "--gpus 20 is no multiple of --gpus-per-node 8; use --gpus 24"),
+        ("--gpus 0", "at least 1"),
+        ("--model llama-4", "invalid choice: 'llama-4'"),
+        ("--gpu tpu", "invalid choice: 'tpu'"),
+        ("--interconnect 400gbps", "--interconnect 400gbps is wrong because gbps is no known unit"),
+        ("--interconnect fast", "--interconnect fast is wrong because it is no rate"),
+        ("--intra-node fast", "--intra-node fast is no link; use nvlink, pcie or GB/s"),
+        ("--latency 5us", "'5us' is not a number above 0"),
+        ("--efficiency 0", "--efficiency 0 would never finish"),
+        ("--global-batch-tokens 1000", "is no multiple of --seq-len 4096; use 4096"),
+        ("--global-batch 8 --global-batch-tokens 4096", "not allowed with argument"),
+        ("--model gpt2", "--seq-len 4096 is more than the model's 1024 learned positions"),
+        ("--config nowhere.json", "--config nowhere.json cannot be read"),
+    ],
+)
+def test_mistakes_are_refused(lab, capsys, command, words):
+    try:
+        status = script.status_of(lambda: lab.main(command.split()))
+    except SystemExit as stop:  # argparse's own way out
+        status = stop.code
+    printed = capsys.readouterr()
+    assert status == 2 and printed.err.count("\n") == 1 and not printed.out
+    assert words in printed.err
+
+
+@pytest.mark.slow
+def test_the_plans_really_train_the_model_on_virtual_nodes(lab, capsys, tmp_path):
+    """Parity and bytes of every plan; a smoke run's times prove nothing and are not judged."""
+    if reason := unavailable():
+        pytest.skip(reason)
+    file = tmp_path / "record.json"
+    status = lab.measure(["--preset", "smoke", "--json", str(file)])
+    assert status == 0, capsys.readouterr().out
+    record = json.loads(file.read_text())
+    assert [check["ok"] for check in record["checks"]] == [True] * 4
+    (table,) = record["tables"].values()
+    assert [row[0] for row in table["rows"]] == [
+        "DP 4", "DP 4, FSDP", "TP 2 x DP 2", "TP 2 x PP 2", "PP 2 x DP 2", "PP 4",
+    ]  # fmt: skip
+
+
+def test_measuring_refuses_an_unknown_rate(lab, capsys):
+    assert script.status_of(lambda: lab.measure(["--rates", "1gbps"])) == 2
+    assert "--rates 1gbps is wrong because gbps is no known unit" in capsys.readouterr().err

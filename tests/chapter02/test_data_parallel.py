@@ -1,0 +1,126 @@
+"""Data parallelism by hand and by DDP: each equals one process, and each equals the other."""
+
+import sys
+from dataclasses import replace
+from importlib import import_module
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from distlab import script
+from distlab.errors import UsageError
+from distlab.files import repo_root
+from distlab.model import SIZES, Llama
+from distlab.spawning import spawn
+
+CODE = repo_root() / "chapter02-gpu-hardware-parallelism" / "code"
+SMOKE = ["--preset", "smoke", "--device", "cpu"]
+TOLERANCE = 1e-6
+
+
+@pytest.mark.parametrize("world_size", [1, 2, pytest.param(4, marks=pytest.mark.slow)])
+def test_loss_gradients_and_bytes_are_as_promised(world_size):
+    scripts = ["data_parallel", "torch_data_parallel"]
+    for by_hand, by_torch in spawn(run_scripts, world_size, scripts, timeout_s=120):
+        assert [len(by_hand.checks), len(by_torch.checks)] == [6, 4]
+        for run in (by_hand, by_torch):
+            assert failed(run) == []
+            for name, (predicted, measured) in run.comparisons.items():
+                assert measured == predicted or name == "broadcast: bytes"
+
+
+def test_ddp_and_the_script_agree_on_every_gradient():
+    for rank in spawn(both, 2, timeout_s=60):
+        for tied, (by_hand, by_torch) in rank.items():
+            assert by_hand.keys() == by_torch.keys()
+            assert ("lm_head.weight" in by_hand) is not tied
+            for name, gradient in by_hand.items():
+                torch.testing.assert_close(gradient, by_torch[name], atol=TOLERANCE, rtol=TOLERANCE)
+
+
+@pytest.mark.slow
+def test_a_sum_where_the_mean_belongs_is_noticed():
+    run = spawn(run_scripts, 2, ["data_parallel"], a_sum, timeout_s=60)[0][0]
+    assert failed(run) == ["for each tensor: each gradient is one process's"]
+
+
+def test_replicas_that_begin_differently_are_noticed():
+    run = spawn(run_scripts, 2, ["data_parallel"], no_broadcast, timeout_s=60)[0][0]
+    assert len(failed(run)) == 5
+    assert failed(run)[0] == "the broadcast gives all of them rank 0's"
+
+
+@pytest.mark.parametrize("name", ["data_parallel", "torch_data_parallel"])
+@pytest.mark.parametrize(("ranks", "fitting"), [(16, "16"), (3, "6 or 9")])
+def test_more_ranks_than_sequences_are_refused(name, ranks, fitting, monkeypatch):
+    monkeypatch.syspath_prepend(CODE)
+    said = f"--batch-size 8 is not divisible by {ranks} ranks; use {fitting}$"
+    for variable, value in one_of(ranks).items():
+        monkeypatch.setenv(variable, value)
+    with pytest.raises(UsageError, match=said):
+        import_module(name).main(SMOKE)
+
+
+def one_of(ranks):
+    """What torchrun tells one of the ranks; the others are not there."""
+    return {
+        "RANK": "1",
+        "WORLD_SIZE": str(ranks),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": "29500",
+    }
+
+
+def run_scripts(job, names, change=lambda module: None):
+    """The scripts' own runs on this rank: their checks, and predicted and measured numbers."""
+    sys.path.insert(0, str(CODE))
+    runs = []
+    for name in names:
+        module = import_module(name)
+        change(module)
+        torch.manual_seed(0)  # which the script before has changed
+        args = module.parser(module.__doc__).parse_args(SMOKE)
+        with script.run(args) as run:
+            module.compare_with_one_process(run, args, job)
+        comparisons = {key: (c["predicted"], c["measured"]) for key, c in run.comparisons.items()}
+        runs.append(SimpleNamespace(checks=run.checks, comparisons=comparisons))
+    return runs
+
+
+def failed(run):
+    return [check.name for check in run.checks if not check.ok]
+
+
+def both(job):
+    """The gradients by the script and by DDP, of a tied and of an untied model."""
+    sys.path.insert(0, str(CODE))
+    import data_parallel
+    import torch_data_parallel
+    from _parallel import solve
+    from _traffic import Traffic
+
+    found = {}
+    for tied in (True, False):
+        torch.manual_seed(1)
+        model = Llama(replace(SIZES["smoke"], tie_word_embeddings=tied))
+        problem = solve(model, *torch.randint(0, 512, (2, 6, 17)))
+        replica = torch_data_parallel.DDP(problem.new_model())
+        _, by_hand = data_parallel.step(
+            problem.new_model(), problem, Traffic(), data_parallel.average_flat
+        )
+        _, by_torch, _ = torch_data_parallel.step(replica, problem)
+        found[tied] = (by_hand, by_torch)
+    return found
+
+
+def a_sum(module):
+    def average_each(gradients, traffic):
+        for gradient in gradients:
+            traffic.all_reduce(gradient)
+
+    module.average_each = average_each
+
+
+def no_broadcast(module):
+    module.broadcast_parameters = lambda model, traffic: None

@@ -1,0 +1,142 @@
+"""The counted collectives: right results, and the bytes that follow from their definitions."""
+
+import json
+import sys
+
+import pytest
+import torch
+
+from distlab.cluster import VirtualCluster, unavailable
+from distlab.files import repo_root
+from distlab.spawning import spawn
+
+CODE = repo_root() / "chapter02-gpu-hardware-parallelism" / "code"
+
+
+@pytest.mark.parametrize("world_size", [1, 3])
+def test_every_collective_gives_its_result_and_counts_its_bytes(world_size):
+    for rank, results in enumerate(spawn(every_collective, world_size, timeout_s=60)):
+        for name, (found, expected, sent, predicted) in results.items():
+            assert found == expected, f"{name} on rank {rank}"
+            assert sent == pytest.approx(predicted), f"{name} on rank {rank}"
+
+
+@pytest.mark.slow
+def test_the_counted_bytes_are_those_on_the_wire():
+    """Three machines' own network cards say what gloo has sent."""
+    if (why := unavailable()) is not None:
+        pytest.skip(why)
+    command = [sys.executable, "-c", ON_EACH_NODE, str(CODE)]
+    with VirtualCluster(nodes=3) as cluster:
+        nodes = [json.loads(done.stdout) for done in cluster.run_ranks(command, timeout_s=60)]
+    for name in ("all_reduce", "all_gather", "all_to_all", "send"):
+        for counted, sent in (node[name] for node in nodes):
+            assert sent == pytest.approx(counted, rel=0.05), name  # packet headers
+    # A broadcast's bytes are shared out otherwise, by a tree, and are the same in all.
+    counted, sent = (sum(numbers) for numbers in zip(*(n["broadcast"] for n in nodes), strict=True))
+    assert sent == pytest.approx(counted, rel=0.05)
+    # gloo all-reduces, and keeps a part: twice what a reduce-scatter needs.
+    for counted, sent in (node["reduce_scatter"] for node in nodes):
+        assert sent == pytest.approx(2 * counted, rel=0.05)
+
+
+ON_EACH_NODE = """
+import json, sys
+sys.path.insert(0, sys.argv[1])
+import torch
+from _traffic import Traffic
+from distlab import runtime
+
+def on_the_wire():
+    line = next(line for line in open("/proc/self/net/dev") if "eth0:" in line)
+    return int(line.split(":")[1].split()[8])
+
+with runtime.distributed(device="cpu") as job:
+    x, ranks = torch.ones(3 << 20), job.world_size
+    calls = {
+        "all_reduce": lambda traffic: traffic.all_reduce(x),
+        "all_gather": lambda traffic: traffic.all_gather(x),
+        "reduce_scatter": lambda traffic: traffic.reduce_scatter(list(x.chunk(ranks))),
+        "all_to_all": lambda traffic: traffic.all_to_all(x.view(ranks, -1)),
+        "broadcast": lambda traffic: traffic.broadcast(x),
+        "send": lambda traffic: traffic.exchange(x, (job.rank + 1) % ranks, (job.rank - 1) % ranks),
+    }
+    found = {}
+    for name, call in calls.items():
+        job.barrier()
+        traffic, before = Traffic(), on_the_wire()
+        call(traffic)
+        job.barrier()
+        found[name] = traffic.total, on_the_wire() - before
+    print(json.dumps(found))
+"""
+
+
+def every_collective(job):
+    """By collective: what came out, what should have, the bytes counted, those by definition."""
+    sys.path.insert(0, str(CODE))
+    from _traffic import Traffic
+
+    rank, ranks = job.rank, job.world_size
+    others, after, before = ranks - 1, (rank + 1) % ranks, (rank - 1) % ranks
+    own = torch.full((6, 2), float(rank))  # 48 bytes
+    whole = own.nbytes
+    results = {}
+
+    def record(name, expected, predicted, call):
+        traffic = Traffic()
+        found = call(traffic)
+        found = [t.tolist() for t in found] if isinstance(found, list) else found.tolist()
+        results[name] = (found, expected, traffic.total, predicted)
+        assert traffic.total_calls == len(traffic.bytes) == 1
+
+    def rows(*values):
+        return torch.tensor(values).float().unsqueeze(1).expand(-1, 2).tolist()
+
+    total = float(sum(range(ranks)))
+    record(
+        "all_reduce", rows(*[total] * 6), 2 * others / ranks * whole,
+        lambda traffic: traffic.all_reduce(own.clone()),
+    )  # fmt: skip
+    record(
+        "all_gather", [rows(*[r] * 6) for r in range(ranks)], others * whole,
+        lambda traffic: traffic.all_gather(own),
+    )  # fmt: skip
+    record(
+        "reduce_scatter", rows(*[total] * 6), others * whole,
+        lambda traffic: traffic.reduce_scatter([own.clone() for _ in range(ranks)]),
+    )  # fmt: skip
+    record(
+        "all_to_all", rows(*[r for r in range(ranks) for _ in range(6 // ranks)]),
+        others / ranks * whole, lambda traffic: traffic.all_to_all(own),
+    )  # fmt: skip
+    record(
+        "broadcast from the last", rows(*[ranks - 1] * 6),
+        whole if ranks > 1 and rank != (ranks - 2) % ranks else 0,
+        lambda traffic: traffic.broadcast(own.clone(), source=ranks - 1),
+    )  # fmt: skip
+    send = [1 + (rank + r) % 2 for r in range(ranks)]  # uneven, the same there and back
+    uneven = torch.full((sum(send), 2), float(rank))
+    record(
+        "all_to_all, uneven", rows(*[r for r in range(ranks) for _ in range(1 + (rank + r) % 2)]),
+        8 * (sum(send) - send[rank]), lambda traffic: traffic.all_to_all(uneven, send, send),
+    )  # fmt: skip
+    if ranks > 1:
+        record(
+            "exchange", rows(*[before] * 6), whole,
+            lambda traffic: traffic.exchange(own.t().contiguous().t(), after, before),
+        )  # fmt: skip
+
+        def in_turn(traffic):
+            if rank == 0:
+                traffic.send(own, after)
+            received = traffic.receive(own, before)
+            if rank != 0:
+                traffic.send(own, after)
+            return received
+
+        record("send and receive", rows(*[before] * 6), whole, in_turn)
+    else:
+        traffic = Traffic()
+        assert traffic.exchange(own, 0, 0) is own and traffic.total == 0
+    return results
