@@ -81,10 +81,15 @@ def up_and_down(nodes: int, repeats: int) -> tuple[float, float]:
 
 
 def transfer(rate: str, delay: str | None, megabytes: float, repeats: int) -> list:
-    """A row: how long a transfer takes at a rate, predicted and measured."""
+    """A row: how long a transfer takes at a rate, predicted and measured.
+
+    While the sender waits for the answer to one transfer, its link saves up for the next.
+    """
     size = int(megabytes * 1e6)
+    bits_per_s = links.parse_rate(rate)
     round_trip = 2 * links.parse_delay(delay or "0s")
-    predicted = size * 8 / (links.parse_rate(rate) * PAYLOAD_SHARE) + round_trip
+    saved = min(links.burst_bytes(bits_per_s) * 8 / bits_per_s, round_trip)
+    predicted = size * 8 / (bits_per_s * PAYLOAD_SHARE) + round_trip - saved
     with VirtualCluster(2, rate, delay) as cluster:
         measured = median_seconds(cluster, size, repeats)
     return [rate, delay or "none", predicted, measured, measured / predicted]

@@ -11,7 +11,8 @@ from distlab.cluster import VirtualCluster
 from distlab.errors import RunError
 
 CHECK_FAILED = 1
-ONE_THREAD = {"OMP_NUM_THREADS": "1"}  # the nodes share this machine's cores
+# The nodes share this machine's cores, and what they measure goes into the record of who asked.
+RANK_VARIABLES = {"OMP_NUM_THREADS": "1", "LAB_RECORD_DIR": ""}
 
 
 def record_of(
@@ -28,7 +29,7 @@ def record_of(
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "record.json"
         command = [sys.executable, str(script), *flags, "--json", str(file)]
-        ranks = cluster.run_ranks(command, nodes, env=ONE_THREAD, timeout_s=timeout_s)
+        ranks = cluster.run_ranks(command, nodes, env=RANK_VARIABLES, timeout_s=timeout_s)
         for rank, done in enumerate(ranks):
             if done.status not in (0, CHECK_FAILED) or not file.exists():
                 words = (done.stderr.strip() or done.stdout.strip() or "nothing").splitlines()

@@ -116,27 +116,18 @@ def tune() -> None:
     """Settings that let each transfer go as fast as the link, on every machine.
 
     TCP shall not begin slowly again after a pause, remember an earlier job's losses, or guess the
-    link's rate, as BBR does. New links have no IPv6, whose announcements would count as traffic.
+    link's rate, as BBR does: in a ring of more than two nodes acknowledgements wait behind a node's
+    own data, and BBR then sends 5 to 8 % less. Every kernel has Reno. New links have no IPv6, whose
+    announcements would count as traffic.
     """
     for setting, value in (
         ("ipv4/tcp_slow_start_after_idle", "0"),
         ("ipv4/tcp_no_metrics_save", "1"),
         ("ipv4/tcp_congestion_control", "reno"),
-        ("ipv4/tcp_congestion_control", "cubic"),  # Linux's default; may be root's to choose
         ("ipv6/conf/default/disable_ipv6", "1"),
     ):
         with suppress(OSError):  # a kernel without it
             Path("/proc/sys/net", setting).write_text(value)
-
-
-def control_congestion_by_reno() -> None:
-    """Every kernel has Reno, and it fills a shaped link.
-
-    BBR, which some systems choose, paces itself by the round trips that it measures. In a ring of
-    more than two nodes acknowledgements wait behind a node's own data, and BBR sends 5 to 8 % less.
-    """
-    with suppress(OSError):  # a node without /proc/sys to write to keeps its system's choice
-        Path("/proc/sys/net/ipv4/tcp_congestion_control").write_text("reno")
 
 
 def mount(source: str, target: str, kind: str | None, flags: int = 0) -> None:

@@ -13,6 +13,7 @@ from functools import partial
 from pathlib import Path
 
 from distlab import hardware
+from distlab.cluster import slurm
 from distlab.cluster.availability import (
     allow_namespaces,
     find_program,
@@ -87,8 +88,8 @@ def _system_needs() -> list[Need]:
             (2, 3, 4, 5),
             "Slurm",
             "jobs on the virtual cluster",
-            partial(_all_of, ["slurmctld", "slurmd", "srun", "munged"]),
-            *("munge", "slurmctld", "slurmd", "slurm-client"),
+            partial(_all_of, slurm.PROGRAMS),
+            *slurm.PACKAGES,
         ),
         system((5,), "libaio", "offload to NVMe", _libaio, "libaio-dev"),
     ]
