@@ -69,6 +69,7 @@ def main(argv: list[str] | None = None) -> int:
     plans = four_rank_plans(args)
     with script.run(args) as run:
         describe(run, args)
+        speeds = []
         with VirtualCluster(nodes=NODES) as nodes:
             for rate in args.rates:
                 for node in nodes.names:
@@ -77,7 +78,8 @@ def main(argv: list[str] | None = None) -> int:
                 if answer["proofs"]:
                     check_proofs(run, plans, answer["proofs"])
                 cluster = cluster_of(args, parse_rate(rate), answer["links"])
-                judge(run, args, parse_rate(rate), cluster, plans, answer)
+                speeds.append(AtSpeed(parse_rate(rate), plans, cluster, answer))
+        report(run, speeds, args.within)
     return run.status
 
 
@@ -178,39 +180,50 @@ def cluster_of(args: argparse.Namespace, rate: float, links: dict[str, float]) -
     )
 
 
-def judge(
-    run: Run, args: argparse.Namespace, rate: float, cluster: Cluster,
-    plans: list[TrainingPlan], answer: dict[str, Any],
-) -> None:  # fmt: skip
-    """Predicted beside measured, and whether the plan predicted first was a good choice."""
-    a = CONFIG.architecture
-    times = [step_time(a, plan, cluster) for plan in plans]
-    measured = [median(samples) for samples in answer["seconds"]]
-    shown = quantity(rate, "bit/s")
+class AtSpeed:
+    """The plans at one speed of the link between the nodes: predicted beside measured."""
+
+    def __init__(
+        self, rate: float, plans: list[TrainingPlan], cluster: Cluster, answer: dict[str, Any]
+    ) -> None:
+        a = CONFIG.architecture
+        self.link = quantity(rate, "bit/s")
+        self.plans = plans
+        self.times = [step_time(a, plan, cluster) for plan in plans]
+        self.measured = [median(samples) for samples in answer["seconds"]]
+        self.late = answer["late"]
+        order = ranked(
+            Candidate(plan, predict.training_memory(a, plan), time)
+            for plan, time in zip(plans, self.times, strict=True)
+        )
+        self.first = plans.index(order[0].plan)
+        self.fastest = min(range(len(plans)), key=self.measured.__getitem__)
+
+
+def report(run: Run, speeds: list[AtSpeed], within: float) -> None:
+    """All predictions and measurements, and whether the plans predicted first were good choices."""
     rows = [
-        row(plan, time, seconds) for plan, time, seconds in zip(plans, times, measured, strict=True)
+        [at.link, *row(plan, time, seconds)]
+        for at in speeds
+        for plan, time, seconds in zip(at.plans, at.times, at.measured, strict=True)
     ]
-    columns = ["plan", "predicted", "measured", "error", "bubble", "TP", "PP", "DP"]
-    run.table(f"at {shown}", columns, rows, f"links of {shown}; predicted parts of the step")
-    order = ranked(
-        Candidate(plan, predict.training_memory(a, plan), time)
-        for plan, time in zip(plans, times, strict=True)
-    )
-    first = plans.index(order[0].plan)
-    fastest = min(range(len(plans)), key=measured.__getitem__)
-    run.print(
-        f"verdict: at {shown} {name(plans[first])} is predicted first, and "
-        f"{name(plans[fastest])} is measured fastest; real computing was late by "
-        f"{quantity(answer['late'], 's')} in all"
-    )
-    run.compare(
-        f"at {shown} a step of the plan predicted first", times[first].total, measured[first], "s"
-    )
-    run.check_below(
-        f"at {shown} the plan predicted first, relative to the fastest",
-        measured[first] / measured[fastest],
-        1 + args.within,
-    )
+    columns = ["link", "plan", "predicted", "measured", "error", "bubble", "TP", "PP", "DP"]
+    run.table("plans", columns, rows, "a step of each plan; predicted parts of it")
+    for at in speeds:
+        run.print(
+            f"verdict: at {at.link} {name(at.plans[at.first])} is predicted first, and "
+            f"{name(at.plans[at.fastest])} is measured fastest; real computing was late by "
+            f"{quantity(at.late, 's')} in all"
+        )
+    for at in speeds:
+        predicted, measured = at.times[at.first].total, at.measured[at.first]
+        run.compare(f"at {at.link} a step of the plan predicted first", predicted, measured, "s")
+    for at in speeds:
+        run.check_below(
+            f"at {at.link} the plan predicted first, relative to the fastest",
+            at.measured[at.first] / at.measured[at.fastest],
+            1 + within,
+        )
 
 
 def row(plan: TrainingPlan, time: StepTime, measured: float) -> list[Any]:

@@ -374,7 +374,7 @@ def test_the_plans_really_train_the_model_on_virtual_nodes(lab, capsys, tmp_path
     record = json.loads(file.read_text())
     assert [check["ok"] for check in record["checks"]] == [True] * 4
     (table,) = record["tables"].values()
-    assert [row[0] for row in table["rows"]] == [
+    assert [row[1] for row in table["rows"]] == [
         "DP 4", "DP 4, FSDP", "TP 2 x DP 2", "TP 2 x PP 2", "PP 2 x DP 2", "PP 4",
     ]  # fmt: skip
 

@@ -36,7 +36,8 @@ def test_list_has_every_script_with_what_it_shows_and_needs(capsys):
         str(path.relative_to(repo_root())) for one in chapters() for path in one.scripts()
     }
     for row in rows:
-        assert row["shows"].endswith(".") and row["environment"] and row["minutes"] is not None
+        assert row["shows"].endswith(".") and row["environment"]
+        assert row["minutes"] is not None or "GPU" in row["needs"]  # recorded without a GPU
     ddp = next(row for row in rows if row["name"] == "multi_gpu_ddp.py")
     assert ddp["needs"] == "2/3/4 processes"
 
