@@ -10,7 +10,6 @@ import pytest
 import torch
 
 from distlab import predict, script
-from distlab.cluster import unavailable
 from distlab.errors import UsageError
 from distlab.files import repo_root
 from distlab.measure import Timing
@@ -272,21 +271,6 @@ def test_sizes_grow_by_the_factor():
     found = allreduce_microbench.sizes(args)
     assert found[0] == 4 and found[-1] == 2**26
     assert all(after == 4 * before for before, after in pairwise(found))
-
-
-@pytest.mark.slow
-def test_links_are_compared_on_virtual_clusters(tmp_path):
-    if why := unavailable():
-        pytest.skip(why)
-    import allreduce_links
-
-    from distlab import record
-
-    file = tmp_path / "record.json"
-    assert allreduce_links.main(["--preset", "smoke", "--json", str(file)]) == 0
-    rows = record.load(file)["tables"]["links"]["rows"]
-    assert [row[:4] for row in rows] == [["100mbit", 2, 1, 0], ["100mbit + 2ms", 2, 1, 0]]
-    assert all(predicted > 0 and measured > 0 for *_, predicted, measured, _ in rows)
 
 
 @pytest.mark.parametrize(

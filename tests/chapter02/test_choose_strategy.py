@@ -11,7 +11,6 @@ import pytest
 
 from distlab import predict, script
 from distlab.catalog import GPUS, MODELS
-from distlab.cluster import unavailable
 from distlab.files import repo_root
 from distlab.predict import Architecture, TrainingPlan
 
@@ -361,22 +360,6 @@ def test_mistakes_are_refused(lab, capsys, command, words):
     printed = capsys.readouterr()
     assert status == 2 and printed.err.count("\n") == 1 and not printed.out
     assert words in printed.err
-
-
-@pytest.mark.slow
-def test_the_plans_really_train_the_model_on_virtual_nodes(lab, capsys, tmp_path):
-    """Parity and bytes of every plan; a smoke run's times prove nothing and are not judged."""
-    if reason := unavailable():
-        pytest.skip(reason)
-    file = tmp_path / "record.json"
-    status = lab.measure(["--preset", "smoke", "--json", str(file)])
-    assert status == 0, capsys.readouterr().out
-    record = json.loads(file.read_text())
-    assert [check["ok"] for check in record["checks"]] == [True] * 4
-    (table,) = record["tables"].values()
-    assert [row[1] for row in table["rows"]] == [
-        "DP 4", "DP 4, FSDP", "TP 2 x DP 2", "TP 2 x PP 2", "PP 2 x DP 2", "PP 4",
-    ]  # fmt: skip
 
 
 def test_measuring_refuses_an_unknown_rate(lab, capsys):

@@ -4,8 +4,7 @@ import sys
 
 import pytest
 
-from distlab import record, script
-from distlab.cluster import unavailable
+from distlab import script
 from distlab.errors import UsageError
 from distlab.files import repo_root
 from distlab.spawning import spawn
@@ -94,20 +93,3 @@ def test_a_machine_without_virtual_clusters_skips(monkeypatch):
     monkeypatch.setattr(slow_link_scaling, "unavailable", lambda: "no namespaces here")
     with pytest.raises(script.Skipped, match="no namespaces here"):
         slow_link_scaling.main(["--preset", "smoke"])
-
-
-@pytest.mark.slow
-def test_a_curve_is_measured_on_virtual_clusters(tmp_path, monkeypatch):
-    if why := unavailable():
-        pytest.skip(why)
-    import slow_link_scaling
-
-    monkeypatch.delenv("RANK", raising=False)
-    file = tmp_path / "record.json"
-    assert slow_link_scaling.main(["--preset", "smoke", "--json", str(file)]) == 0
-    made = record.load(file)
-    assert [row[:2] for row in made["tables"]["scaling"]["rows"]] == [
-        ["none", 1],
-        ["100mbit", 2],
-    ]
-    assert [series["x"] for series in made["figures"]["scaling"]["series"]] == [[1, 2], [1, 2]]

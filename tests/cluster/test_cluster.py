@@ -206,6 +206,37 @@ def test_packets_take_the_delay_and_the_rate_holds_too():
         assert 0.100 <= send(cluster, "node0", "node1") < 0.200
 
 
+COUNT = """
+import socket
+link = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+link.bind(("", 5001))
+print("ready", flush=True)
+link.settimeout(60)
+arrived = 0
+while link.recv(100) != b"end":  # of which enough are sent that some arrive
+    arrived += 1
+print(arrived)
+"""
+SEND = """
+import socket, time
+link = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+for word in [b"word"] * 1000 + [b"end"] * 20:
+    link.sendto(word, ("node1", 5001))
+    time.sleep(0.0005)
+"""
+
+
+@pytest.mark.slow
+def test_a_share_of_the_packets_is_lost():
+    with VirtualCluster(2, loss="30%") as cluster:
+        counting = cluster.start("node1", [sys.executable, "-c", COUNT])
+        until(lambda: "ready" in counting.output())
+        outputs(cluster.run([sys.executable, "-c", SEND], ["node0"]))
+        assert counting.wait(60) == 0
+    arrived = int(counting.output().split()[-1])
+    assert 500 < arrived < 900  # 700 are expected, with a standard deviation of 15
+
+
 def test_a_delay_can_come_while_the_cluster_is_up():
     with VirtualCluster(2) as cluster:
         listen(cluster, "node1")
@@ -396,6 +427,8 @@ def test_the_worst_status_and_whose_line_it_is(capfd):
         ("--nodes 2 --rate 0mbit -- true", "--rate 0mbit is wrong"),
         ("--nodes 2 --rate -1mbit -- true", "--rate"),
         ("--nodes 2 --delay 5 -- true", "--delay 5 is wrong because it has no unit; use one of us"),
+        ("--nodes 2 --loss 0.1 -- true", "--loss 0.1 is wrong because it has no unit; use one"),
+        ("--nodes 2 --loss 100% -- true", "--loss 100% is wrong because nothing would arrive"),
         ("--nodes 2 --slow node1 -- true", "--slow node1 is wrong because it is no NODE=RATE"),
         ("--nodes 2 --slow node1=5foo -- true", "--slow node1=5foo is wrong because foo is no"),
         ("--nodes 2 --slow node2=1mbit -- true", "has no node2; use one of node0, node1"),
@@ -507,6 +540,8 @@ def test_netem_is_used_where_the_kernel_has_it():
     assert first == "qdisc replace dev sw0 root handle 1: netem delay 2000us limit 100000"
     assert second.startswith("qdisc replace dev sw0 parent 1:1 handle 10: tbf rate 100000000bit ")
     assert "netem" not in links.shape_line("sw0", both, netem=False)
+    lossy = links.shape_line("sw0", links.Shape(loss=0.015), netem=True)
+    assert lossy.endswith("netem delay 0us loss 1.5% limit 100000")
 
 
 def test_a_world_that_has_ended_says_so():

@@ -15,7 +15,7 @@ FASTEST = "300mbit"  # what it hands on safely on a small machine
 
 
 def kernel_has_netem(world: World) -> bool:
-    """Whether the kernel itself can delay packets."""
+    """Whether the kernel itself can delay and lose packets."""
     try:
         world.administer("tc", ["qdisc add dev lo root netem delay 1ms", "qdisc del dev lo root"])
     except Skipped:
@@ -36,11 +36,12 @@ class DelaySwitch:
             start_new_session=True,
         )
 
-    def configure(self, delays: dict[str, float]) -> None:
-        """Set the seconds that what leaves by each port is held; returns when it is so."""
+    def configure(self, ports: dict[str, tuple[float, float]]) -> None:
+        """Set, of what leaves by each port, the seconds that it is held and the share that is lost;
+        returns when it is so."""
         assert self._process.stdin and self._process.stdout
         with suppress(BrokenPipeError):
-            self._process.stdin.write(json.dumps(delays) + "\n")
+            self._process.stdin.write(json.dumps(ports) + "\n")
             self._process.stdin.flush()
         answered, _, _ = select.select([self._process.stdout], [], [], LIMIT_S)
         if not answered or not self._process.stdout.readline():

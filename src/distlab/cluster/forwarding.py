@@ -1,9 +1,9 @@
-"""A switch in user space, which holds each packet for a while before it hands it on.
+"""A switch in user space, which holds each packet for a while before it hands it on, or loses it.
 
 Run by `distlab.cluster.delays` where the kernel has no netem; the standard library only. A line of
-JSON on standard input maps each port to the seconds that what leaves by it is held. What comes as
-one packet is a burst of TCP segments where the sender's kernel made one, so that few system calls
-move many bytes.
+JSON on standard input maps each port to the seconds that what leaves by it is held, and the share
+of it that is lost. What comes as one packet is a burst of TCP segments where the sender's kernel
+made one, so that few system calls move many bytes; it is lost as one, too.
 """
 
 import ctypes
@@ -11,6 +11,7 @@ import errno
 import heapq
 import json
 import os
+import random
 import select
 import socket
 import sys
@@ -36,18 +37,19 @@ class Switch:
         self.links: dict[int, socket.socket] = {}
         self.devices: dict[int, int] = {}  # by port: the number that the kernel gave its device
         self.delays: dict[int, float] = {}
+        self.losses: dict[int, float] = {}
         self.held: list[tuple[float, int, int, bytes]] = []  # a heap: due, arrival, port, packet
         self.arrivals = count()
 
-    def configure(self, delays: dict[str, float]) -> None:
-        """Open what ports are new, or new again after a node's power cut; set their delays."""
-        for name, delay in delays.items():
+    def configure(self, ports: dict[str, tuple[float, float]]) -> None:
+        """Open what ports are new, or new again after a node's power cut; set delay and loss."""
+        for name, (delay, loss) in ports.items():
             port, device = int(name.removeprefix("sw")), socket.if_nametoindex(name)
             if self.devices.get(port) != device:
                 if port in self.links:
                     self.links[port].close()
                 self.links[port], self.devices[port] = open_link(name), device
-            self.delays[port] = delay
+            self.delays[port], self.losses[port] = delay, loss
 
     def receive(self, port: int) -> None:
         """Read what has come by a port, and hold it for those whom it is for."""
@@ -60,6 +62,8 @@ class Switch:
                 return
             now = time.monotonic()
             for target in self.targets(port, packet):
+                if random.random() < self.losses[target]:
+                    continue
                 due = now + self.delays[target]
                 heapq.heappush(self.held, (due, next(self.arrivals), target, packet))
 

@@ -1,4 +1,4 @@
-"""A node's link: its addresses, its rate and delay, and the lines of ip and tc that make it."""
+"""A node's link: addresses, rate, delay and loss, and the lines of ip and tc that make it."""
 
 import re
 from collections.abc import Mapping
@@ -17,10 +17,17 @@ BRIDGE = "br0"
 
 @dataclass(frozen=True)
 class Shape:
-    """How a link is slowed, in both directions, and how long what reaches its node takes."""
+    """How a link is slowed, in both directions; of what reaches its node, how long it takes, and
+    which share is lost."""
 
     bits_per_s: float | None = None
     delay_s: float = 0.0
+    loss: float = 0.0
+
+    @property
+    def impaired(self) -> bool:
+        """Whether packets are delayed or lost, which a shaper of rates cannot do."""
+        return bool(self.delay_s or self.loss)
 
 
 def parse_rate(text: str, option: str | None = None) -> float:
@@ -37,8 +44,16 @@ def parse_delay(text: str) -> float:
     return _quantity(text, DELAY_UNITS, f"--delay {text}", "time", "2ms")
 
 
+def parse_loss(text: str) -> float:
+    """The share that is lost, of `1%` and the like. Raises `UsageError`."""
+    share = _quantity(text, {"%": 0.01}, f"--loss {text}", "share", "1%")
+    if share >= 1:
+        raise UsageError(f"--loss {text} is wrong because nothing would arrive; use less than 100%")
+    return share
+
+
 def _quantity(text: str, units: Mapping[str, float], option: str, what: str, example: str) -> float:
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([a-z]*)", text.strip().lower())
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([a-z%]*)", text.strip().lower())
     if match is None:
         raise UsageError(f"{option} is wrong because it is no {what}; use {example} or the like")
     number, unit = match.groups()
@@ -103,11 +118,12 @@ def packet_line(shape: Shape) -> str:
 
 
 def shape_line(device: str, shape: Shape, netem: bool, least_burst_s: float = 0.0) -> str:
-    """For tc, at one end of the link: its rate, and with `netem` its delay too."""
+    """For tc, at one end of the link: its rate, and with `netem` its delay and loss too."""
     rate = None if shape.bits_per_s is None else tbf(shape.bits_per_s, least_burst_s)
-    if not (netem and shape.delay_s):
+    if not (netem and shape.impaired):
         return f"qdisc replace dev {device} root {rate or 'noqueue'}"
-    held = f"netem delay {shape.delay_s * 1e6:.0f}us limit 100000"
+    lost = f" loss {100 * shape.loss:g}%" if shape.loss else ""
+    held = f"netem delay {shape.delay_s * 1e6:.0f}us{lost} limit 100000"
     lines = [f"qdisc replace dev {device} root handle 1: {held}"]
     if rate:
         lines.append(f"qdisc replace dev {device} parent 1:1 handle 10: {rate}")

@@ -83,21 +83,24 @@ class Network:
 
     def _reshape(self, names: Sequence[str]) -> None:
         """Give links their shapes: rates at both ends, delays where they leave the switch."""
-        if any(shape.delay_s for shape in self.shapes.values()):
-            self._make_delays_possible()
+        if any(shape.impaired for shape in self.shapes.values()):
+            self._make_impairment_possible()
         shaped = [n for n in names if n in self._shaped or self.shapes[n] != Shape()]
         self._shaped.update(shaped)
         netem, jitter_s = bool(self.netem), JITTER_S if self._switch else 0.0
         outer = [links.shape_line(self._ports[n], self.shapes[n], netem, jitter_s) for n in shaped]
         self._world.administer("tc", outer)
-        rates = {n: replace(self.shapes[n], delay_s=0.0) for n in shaped}
+        rates = {n: replace(self.shapes[n], delay_s=0.0, loss=0.0) for n in shaped}
         self._on_each("ip", {n: [links.packet_line(rates[n])] for n in shaped})
         self._on_each("tc", {n: [links.shape_line("eth0", rates[n], netem)] for n in shaped})
         if self._switch:
-            self._switch.configure({self._ports[n]: self.shapes[n].delay_s for n in self._pids})
+            shapes = {n: self.shapes[n] for n in self._pids}
+            self._switch.configure(
+                {self._ports[n]: (shape.delay_s, shape.loss) for n, shape in shapes.items()}
+            )
 
-    def _make_delays_possible(self) -> None:
-        """Where the kernel cannot delay packets, have the switch in user space replace its own."""
+    def _make_impairment_possible(self) -> None:
+        """Have the switch in user space replace the kernel's where that has no netem."""
         if self.netem is None:
             self.netem = kernel_has_netem(self._world)
         if self.netem:
@@ -109,8 +112,8 @@ class Network:
         limit = links.parse_rate(FASTEST)
         if any((shape.bits_per_s or 0) > limit for shape in self.shapes.values()):
             say(
-                f"warning: this kernel has no netem, so packets are delayed in user space, which "
-                f"carries about {FASTEST} a node; choose such a rate or less",
+                f"warning: this kernel has no netem, so packets are delayed or lost in user space, "
+                f"which carries about {FASTEST} a node; choose such a rate or less",
                 sys.stderr,
             )
 

@@ -28,9 +28,9 @@ class VirtualCluster:
     """Nodes as namespaces of this machine, which see its files and share its processors.
 
     `rate` limits each node's link in both directions, `delay` is the time that a packet takes from
-    one node to another, `slow` maps a node to a rate of its own. The nodes are called node0, node1,
-    and so on; they are up within the `with` block, and gone after it, however it is left, even by
-    SIGKILL of this process.
+    one node to another, `slow` maps a node to a rate of its own, `loss` is the share of the packets
+    to a node that do not arrive. The nodes are called node0, node1, and so on; they are up within
+    the `with` block, and gone after it, however it is left, even by SIGKILL of this process.
 
     Raises `UsageError` for wrong arguments, and `Skipped` where the machine can make no cluster.
     """
@@ -42,6 +42,7 @@ class VirtualCluster:
         delay: str | None = None,
         slow: Mapping[str, str] | None = None,
         slurm: bool = False,
+        loss: str | None = None,
     ) -> None:
         if not 1 <= nodes <= MOST_NODES:
             raise UsageError(
@@ -51,6 +52,7 @@ class VirtualCluster:
         everyone = Shape(
             None if rate is None else links.parse_rate(rate),
             0.0 if delay is None else links.parse_delay(delay),
+            0.0 if loss is None else links.parse_loss(loss),
         )
         self._shapes = dict.fromkeys(self.names, everyone)
         for name, own in (slow or {}).items():
@@ -170,7 +172,8 @@ class VirtualCluster:
         bits_per_s = None if rate is None else links.parse_rate(rate)
         before = self._network.shapes[node].delay_s
         delay_s = before if delay is None else links.parse_delay(delay)
-        self._network.shape(node, Shape(bits_per_s, delay_s))
+        shape = replace(self._network.shapes[node], bits_per_s=bits_per_s, delay_s=delay_s)
+        self._network.shape(node, shape)
 
     def cut(self, node: str) -> None:
         """Pull the cable of a node's link: packets get lost, and nobody is told."""

@@ -20,7 +20,7 @@ def main(argv: list[str]) -> int:
     made_by = ["python3", "scripts/lab.py", "cluster", *argv[: argv.index("--")]]
     os.environ["LAB_CLUSTER"] = shlex.join(made_by)  # for the records of what runs there
     slow = dict(_node_and_rate(text) for text in args.slow)
-    with VirtualCluster(args.nodes, args.rate, args.delay, slow, args.slurm) as cluster:
+    with VirtualCluster(args.nodes, args.rate, args.delay, slow, args.slurm, args.loss) as cluster:
         if cluster.slurm:
             return _shell_status(cluster.slurm.attach(command))
         done = cluster.run(command, timeout_s=None, echo=True)
@@ -33,7 +33,8 @@ def main(argv: list[str]) -> int:
 def parse_args(argv: list[str]) -> tuple[Namespace, list[str]]:
     parser = OneLineParser(
         "lab cluster",
-        usage="%(prog)s --nodes N [--rate R] [--delay T] [--slow NODE=R]... [--slurm] -- CMD ...",
+        usage="%(prog)s --nodes N [--rate R] [--delay T] [--loss P] [--slow NODE=R]... [--slurm]"
+        " -- CMD ...",
         description=__doc__,
         epilog=EPILOG + HELP,
         allow_abbrev=False,
@@ -41,6 +42,7 @@ def parse_args(argv: list[str]) -> tuple[Namespace, list[str]]:
     parser.add_argument("--nodes", type=int, required=True, metavar="N")
     parser.add_argument("--rate", metavar="R", help="of each node's link, such as 1gbit or 100mbit")
     parser.add_argument("--delay", metavar="T", help="from node to node, such as 1ms or 200us")
+    parser.add_argument("--loss", metavar="P", help="of the packets to each node, such as 1%%")
     parser.add_argument(
         "--slow", action="append", default=[], metavar="NODE=R", help="another rate for one node"
     )
