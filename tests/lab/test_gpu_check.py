@@ -33,6 +33,11 @@ def test_one_process_has_no_second_variant(monkeypatch):
     assert own.text == "python chapter01-introduction/code/workloads.py"
 
 
+def test_what_would_set_up_an_environment_is_left_out():
+    assert gpu_check.runs_here(block(TORCHRUN))
+    assert not gpu_check.runs_here(block(f"python3 scripts/lab.py cluster --nodes 2 -- {TORCHRUN}"))
+
+
 def test_without_a_gpu_it_says_so_with_status_77(tmp_path: Path):
     env = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "PYTHON": sys.executable}
     done = subprocess.run(
