@@ -16,6 +16,7 @@ from _strategy_stage import Pace
 from _strategy_step import Groups, Trainer, train_alone
 from _traffic import Traffic
 
+from distlab import script
 from distlab.model import Llama, ModelConfig
 from distlab.predict import TrainingPlan
 from distlab.runtime import Runtime, distributed
@@ -24,13 +25,14 @@ LARGE = 1 << 20  # bytes, for the rate of the links inside a node
 PIECE_S = 5e-3  # about what a device computes between two collectives
 
 
-def main() -> None:
+def main() -> int:
     task = json.loads(sys.argv[1])
     with distributed("gloo", task["timeout_s"], task["seed"], "cpu") as runtime:
         torch.set_num_threads(1)
         answer = work(runtime, task)
         if runtime.is_main:
             print(json.dumps(answer))
+    return 0
 
 
 def work(runtime: Runtime, task: dict[str, Any]) -> dict[str, Any]:
@@ -146,4 +148,4 @@ def random_batch(config: ModelConfig, sequences: int, seq_len: int, seed: int) -
 
 
 if __name__ == "__main__":
-    main()
+    script.exit(main)

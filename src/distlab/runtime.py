@@ -23,6 +23,7 @@ from distlab.errors import RunError, UsageError
 from distlab.launch import Launch, detect_launch
 
 DEFAULT_TIMEOUT_S = 60.0
+has_joined = False  # a process group, in this process: see `distlab.script.exit`
 LOST_PEER = re.compile(
     r"gloo|NCCL|Connection (?:closed|reset)|[Tt]imed? ?out|pair closure|broken pipe"
 )
@@ -136,6 +137,8 @@ def _choose_backend(backend: str, device: torch.device) -> str:
 
 
 def _join(launch: Launch, backend: str, timeout_s: float, device: torch.device) -> None:
+    global has_joined
+    has_joined = True
     timeout = timedelta(seconds=timeout_s)
     device_id = device if backend == "nccl" else None
     if launch.master_addr is None:  # alone: no port, no network

@@ -159,8 +159,18 @@ def run(args: argparse.Namespace) -> Run:
 
 
 def exit(main: Callable[[], int]) -> NoReturn:
-    """Run `main` and end the process with the contract's status and, for a mistake, one line."""
-    raise SystemExit(status_of(main))
+    """Run `main` and end the process with the contract's status and, for a mistake, one line.
+
+    A rank ends without Python's own shutdown: a thread of gloo or autograd that lets go of a tensor
+    meanwhile aborts the process ("terminate called without an active exception").
+    """
+    status = status_of(main)
+    runtime = sys.modules.get("distlab.runtime")
+    if main.__module__ == "__main__" and runtime is not None and runtime.has_joined:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+    raise SystemExit(status)
 
 
 def status_of(main: Callable[[], int]) -> int:

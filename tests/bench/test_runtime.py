@@ -394,3 +394,16 @@ def test_a_port_that_is_taken_is_named_in_one_line():
         ((status, _, told),) = launched(meet, {**TORCHRUN, **place})
     assert status == 1
     assert f"127.0.0.1:{port}" in told and told.count("\n") == 1
+
+
+def test_a_rank_ends_with_its_status_and_all_that_it_printed():
+    code = (
+        "from distlab import runtime, script\n"
+        "def main():\n"
+        "    with runtime.distributed(backend='gloo', device='cpu'):\n"
+        "        print('said')\n"
+        "    return 1\n"
+        "script.exit(main)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout, done.stderr) == (1, "said\n", "")
