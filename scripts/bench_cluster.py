@@ -16,8 +16,8 @@ import sys
 import time
 from argparse import Namespace
 
-from distlab import script
-from distlab.cluster import PAYLOAD_SHARE, VirtualCluster, links, probe, unavailable
+from distlab import predict, script
+from distlab.cluster import VirtualCluster, links, probe, unavailable
 
 PRESETS = {
     "smoke": {
@@ -89,7 +89,7 @@ def transfer(rate: str, delay: str | None, megabytes: float, repeats: int) -> li
     bits_per_s = links.parse_rate(rate)
     round_trip = 2 * links.parse_delay(delay or "0s")
     saved = min(links.burst_bytes(bits_per_s) * 8 / bits_per_s, round_trip)
-    predicted = size * 8 / (bits_per_s * PAYLOAD_SHARE) + round_trip - saved
+    predicted = size / predict.tcp_goodput(bits_per_s) + round_trip - saved
     with VirtualCluster(2, rate, delay) as cluster:
         measured = median_seconds(cluster, size, repeats)
     return [rate, delay or "none", predicted, measured, measured / predicted]

@@ -1,9 +1,7 @@
 """The flags of estimate_resources.py, and the model, the GPU and the plan that they describe."""
 
 import argparse
-import json
 from dataclasses import replace
-from pathlib import Path
 
 from distlab import script
 from distlab.catalog import GPUS, MODELS, GpuSpec
@@ -13,8 +11,8 @@ from distlab.predict import (
     PRECISIONS,
     ServingPlan,
     TrainingPlan,
-    architecture_from_config,
     check_degrees,
+    read_architecture,
 )
 from distlab.predict.architecture import Architecture
 
@@ -151,19 +149,7 @@ def chosen_model(args: argparse.Namespace) -> tuple[str, Architecture]:
     if args.config is None:
         name = args.model or "llama-3-8b"
         return name, MODELS[name].architecture
-    path = Path(args.config)
-    path = path / "config.json" if path.is_dir() else path
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise script.UsageError(
-            f"--config {args.config} cannot be read: {error.strerror}"
-        ) from error
-    except ValueError as error:
-        raise script.UsageError(f"--config {args.config} is not JSON: {error}") from error
-    if not isinstance(config, dict):
-        raise script.UsageError(f"--config {args.config} holds no JSON object; use a config.json")
-    return str(args.config), architecture_from_config(config)
+    return str(args.config), read_architecture(args.config)
 
 
 def chosen_gpu(args: argparse.Namespace) -> GpuSpec:

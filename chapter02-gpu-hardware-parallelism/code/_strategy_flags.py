@@ -1,8 +1,6 @@
 """The flags of choose_strategy.py, and the job and the cluster that they describe."""
 
 import argparse
-import json
-from pathlib import Path
 
 from _strategy_links import Cluster
 from _strategy_plans import Job
@@ -140,16 +138,4 @@ def _sequences(args: argparse.Namespace) -> int:
 def _chosen_model(args: argparse.Namespace) -> tuple[str, Architecture]:
     if args.config is None:
         return args.model, MODELS[args.model].architecture
-    path = Path(args.config)
-    path = path / "config.json" if path.is_dir() else path
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise script.UsageError(
-            f"--config {args.config} cannot be read: {error.strerror}"
-        ) from error
-    except ValueError as error:
-        raise script.UsageError(f"--config {args.config} is not JSON: {error}") from error
-    if not isinstance(config, dict):
-        raise script.UsageError(f"--config {args.config} holds no JSON object; use a config.json")
-    return str(args.config), predict.architecture_from_config(config)
+    return str(args.config), predict.read_architecture(args.config)

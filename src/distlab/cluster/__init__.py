@@ -3,11 +3,10 @@
 from distlab.cluster import availability
 from distlab.cluster import slurm as _slurm
 from distlab.cluster.commands import NodeProcess
-from distlab.cluster.links import PAYLOAD_SHARE
 from distlab.cluster.network import Traffic
 from distlab.cluster.virtual import VirtualCluster
 
-__all__ = ["PAYLOAD_SHARE", "NodeProcess", "Traffic", "VirtualCluster", "unavailable"]
+__all__ = ["NodeProcess", "Traffic", "VirtualCluster", "unavailable"]
 
 
 def unavailable(slurm: bool = False) -> str | None:

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from distlab.errors import UsageError
 
 MTU = 1500
-PAYLOAD_SHARE = (MTU - 52) / (MTU + 14)  # of a link's rate, what TCP and Ethernet leave to data
 RATE_UNITS = {"bit": 1, "kbit": 10**3, "mbit": 10**6, "gbit": 10**9}  # bits per second, as in tc
 DELAY_UNITS = {"us": 1e-6, "ms": 1e-3, "s": 1.0}
 SLOWEST = 1000

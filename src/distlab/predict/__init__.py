@@ -51,7 +51,7 @@ from distlab.predict.compute import (
     step_seconds,
     training_flops_per_token,
 )
-from distlab.predict.hf_config import architecture_from_config
+from distlab.predict.hf_config import architecture_from_config, read_architecture
 from distlab.predict.memory import (
     DTYPE_BYTES,
     MOMENTS,
@@ -99,6 +99,7 @@ __all__ = [
     "TrainingPlan",
     "active_parameters",
     "architecture_from_config",
+    "read_architecture",
     "bus_bandwidth",
     "chain_broadcast",
     "check_degrees",

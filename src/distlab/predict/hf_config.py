@@ -1,12 +1,33 @@
 """Reads a Hugging Face config.json into an `Architecture`."""
 
+import json
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 from distlab.errors import UsageError
 from distlab.predict.architecture import Architecture, Experts, LatentAttention
 
 Config = Mapping[str, Any]
+
+
+def read_architecture(place: str) -> Architecture:
+    """The architecture of a config.json, or of the one in a model's directory.
+
+    Raises `UsageError` about `--config` where there is none that can be read, and as
+    `architecture_from_config`.
+    """
+    path = Path(place)
+    path = path / "config.json" if path.is_dir() else path
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UsageError(f"--config {place} cannot be read: {error.strerror}") from error
+    except ValueError as error:
+        raise UsageError(f"--config {place} is not JSON: {error}") from error
+    if not isinstance(config, dict):
+        raise UsageError(f"--config {place} holds no JSON object; use a config.json")
+    return architecture_from_config(config)
 
 
 def architecture_from_config(config: Config) -> Architecture:
