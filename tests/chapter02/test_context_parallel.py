@@ -7,15 +7,13 @@ from importlib import import_module
 import pytest
 import torch
 import torch.nn.functional as F
+from parallel_runs import CODE, SMOKE, one_of
 
 from distlab import script
 from distlab.errors import UsageError
-from distlab.files import repo_root
 from distlab.model import SIZES, Llama
 from distlab.spawning import spawn
 
-CODE = repo_root() / "chapter02-gpu-hardware-parallelism" / "code"
-SMOKE = ["--preset", "smoke", "--device", "cpu"]
 FORMS = ["ring in order", "ring in zigzag", "ulysses"]
 TOLERANCE = 1e-6
 
@@ -95,16 +93,6 @@ def test_what_the_ranks_cannot_share_is_refused(ranks, flags, said, monkeypatch)
         monkeypatch.setenv(variable, value)
     with pytest.raises(UsageError, match=said):
         import_module("context_parallel").main([*SMOKE, *flags])
-
-
-def one_of(ranks):
-    """What torchrun tells one of the ranks; the others are not there."""
-    return {
-        "RANK": "1",
-        "WORLD_SIZE": str(ranks),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": "29500",
-    }
 
 
 def run_script(job, argv, change=lambda module: None):

@@ -4,19 +4,15 @@ import sys
 from dataclasses import replace
 from importlib import import_module
 from itertools import product
-from types import SimpleNamespace
 
 import pytest
 import torch
+from parallel_runs import CODE, SMOKE, failed, one_of, run_scripts
 
-from distlab import script
 from distlab.errors import UsageError
-from distlab.files import repo_root
 from distlab.model import SIZES, Llama
 from distlab.spawning import spawn
 
-CODE = repo_root() / "chapter02-gpu-hardware-parallelism" / "code"
-SMOKE = ["--preset", "smoke", "--device", "cpu"]
 TOLERANCE = 1e-6
 
 
@@ -66,35 +62,6 @@ def test_what_the_ranks_cannot_share_is_refused(ranks, flags, said, monkeypatch)
         monkeypatch.setenv(variable, value)
     with pytest.raises(UsageError, match=said):
         import_module("tensor_parallel").main([*SMOKE, *flags])
-
-
-def one_of(ranks):
-    """What torchrun tells one of the ranks; the others are not there."""
-    return {
-        "RANK": "1",
-        "WORLD_SIZE": str(ranks),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": "29500",
-    }
-
-
-def run_scripts(job, names, change=lambda module: None):
-    """The scripts' own runs on this rank: their checks, and predicted and measured numbers."""
-    sys.path.insert(0, str(CODE))
-    runs = []
-    for name in names:
-        module = import_module(name)
-        change(module)
-        args = module.parser(module.__doc__).parse_args(SMOKE)
-        with script.run(args) as run:
-            module.compare_with_one_process(run, args, job)
-        comparisons = {key: (c["predicted"], c["measured"]) for key, c in run.comparisons.items()}
-        runs.append(SimpleNamespace(checks=run.checks, comparisons=comparisons))
-    return runs
-
-
-def failed(run):
-    return [check.name for check in run.checks if not check.ok]
 
 
 def both(job):
