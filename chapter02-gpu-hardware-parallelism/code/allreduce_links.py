@@ -18,10 +18,8 @@ from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
-from _microbench_cluster import record_of
-
 from distlab import script
-from distlab.cluster import VirtualCluster, unavailable
+from distlab.cluster import VirtualCluster, record_of, unavailable
 from distlab.cluster.links import burst_bytes, parse_delay, parse_rate
 from distlab.errors import Skipped, UsageError
 from distlab.run import Run

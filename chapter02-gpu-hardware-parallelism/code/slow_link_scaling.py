@@ -27,13 +27,12 @@ from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
-from _microbench_cluster import record_of
 from _microbench_model import Link
 from _slow_link_report import report_point, report_scaling
 from _slow_link_training import Replica, measure_steps, message_latency
 
 from distlab import runtime, script
-from distlab.cluster import VirtualCluster, unavailable
+from distlab.cluster import VirtualCluster, record_of, unavailable
 from distlab.cluster.links import parse_rate
 from distlab.errors import Skipped, UsageError
 from distlab.model import add_model_flags, config_from_args, model_from_args

@@ -4,9 +4,10 @@ from distlab.cluster import availability
 from distlab.cluster import slurm as _slurm
 from distlab.cluster.commands import NodeProcess
 from distlab.cluster.network import Traffic
+from distlab.cluster.recording import record_of
 from distlab.cluster.virtual import VirtualCluster
 
-__all__ = ["NodeProcess", "Traffic", "VirtualCluster", "unavailable"]
+__all__ = ["NodeProcess", "Traffic", "VirtualCluster", "record_of", "unavailable"]
 
 
 def unavailable(slurm: bool = False) -> str | None:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from distlab import record
-from distlab.cluster import VirtualCluster
+from distlab.cluster.virtual import VirtualCluster
 from distlab.errors import RunError
 
 CHECK_FAILED = 1
