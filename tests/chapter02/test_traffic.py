@@ -29,15 +29,17 @@ def test_the_counted_bytes_are_those_on_the_wire():
     command = [sys.executable, "-c", ON_EACH_NODE, str(CODE)]
     with VirtualCluster(nodes=3) as cluster:
         nodes = [json.loads(done.stdout) for done in cluster.run_ranks(command, timeout_s=60)]
-    for name in ("all_reduce", "all_gather", "all_to_all", "send"):
-        for counted, sent in (node[name] for node in nodes):
-            assert sent == pytest.approx(counted, rel=0.05), name  # packet headers
+    # gloo's reduce-scatter all-reduces, and keeps a part: twice what one needs.
+    factors = {"reduce_scatter": 2}
+    for name in ("all_reduce", "all_gather", "all_to_all", "send", "reduce_scatter"):
+        for counted, sent, overhead in (node[name] for node in nodes):
+            expected = factors.get(name, 1) * counted
+            assert expected <= sent <= expected + overhead, name
     # A broadcast's bytes are shared out otherwise, by a tree, and are the same in all.
-    counted, sent = (sum(numbers) for numbers in zip(*(n["broadcast"] for n in nodes), strict=True))
-    assert sent == pytest.approx(counted, rel=0.05)
-    # gloo all-reduces, and keeps a part: twice what a reduce-scatter needs.
-    for counted, sent in (node["reduce_scatter"] for node in nodes):
-        assert sent == pytest.approx(2 * counted, rel=0.05)
+    counted, sent, overhead = (
+        sum(numbers) for numbers in zip(*(node["broadcast"] for node in nodes), strict=True)
+    )
+    assert counted <= sent <= counted + overhead
 
 
 ON_EACH_NODE = """
@@ -47,9 +49,18 @@ import torch
 from _traffic import Traffic
 from distlab import runtime
 
+# Each packet that TCP sends, an acknowledgement too, has headers; a lost one is sent again.
+HEADERS, PACKET = 14 + 20 + 32, 1514
+BARRIERS = 100_000  # and what torch's store says meanwhile
+
 def on_the_wire():
     line = next(line for line in open("/proc/self/net/dev") if "eth0:" in line)
     return int(line.split(":")[1].split()[8])
+
+def overhead():
+    lines = [line.split() for line in open("/proc/self/net/snmp") if line.startswith("Tcp:")]
+    tcp = dict(zip(*lines))
+    return HEADERS * int(tcp["OutSegs"]) + PACKET * int(tcp["RetransSegs"])
 
 with runtime.distributed(device="cpu") as job:
     x, ranks = torch.ones(3 << 20), job.world_size
@@ -64,10 +75,11 @@ with runtime.distributed(device="cpu") as job:
     found = {}
     for name, call in calls.items():
         job.barrier()
-        traffic, before = Traffic(), on_the_wire()
+        traffic, before, extra = Traffic(), on_the_wire(), overhead()
         call(traffic)
         job.barrier()
-        found[name] = traffic.total, on_the_wire() - before
+        sent = on_the_wire() - before
+        found[name] = traffic.total, sent, overhead() - extra + BARRIERS
     print(json.dumps(found))
 """
 
