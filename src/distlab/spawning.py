@@ -15,6 +15,9 @@ import torch.distributed as dist
 from distlab.errors import RunError
 from distlab.runtime import DEFAULT_TIMEOUT_S, distributed
 
+# Imported once for all ranks. The last two are what the first step of an optimizer, of DDP or of
+# DTensor imports, in every process anew: as long as torch itself.
+PRELOADED = ["torch", "numpy", "torch._dynamo", "torch.distributed.tensor"]
 BLAME_S = 0.5  # after one rank's failure, how long another may take to tell of an earlier one
 
 
@@ -34,7 +37,7 @@ def spawn(
     other ranks are killed then.
     """
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch", "numpy"])
+    context.set_forkserver_preload(PRELOADED)
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     threads = max(1, (os.cpu_count() or 1) // world_size)
     ranks, readers = [], []
