@@ -1,0 +1,235 @@
+"""Checkpoints that survive a crash at any moment, a full disk, and their own corruption.
+
+A checkpoint is a folder. It is written under a temporary name, flushed to the disk (fsync), and
+only then renamed: the name `step_00000120` is either not there or complete. What a disk does to it
+later is found by the checksums in its manifest, and the one before it is used.
+"""
+
+import os
+import re
+import shutil
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import torch
+from _checkpoint_copies import HostCopies
+from _checkpoint_encoding import encode
+from _checkpoint_files import Damaged, read_files, sync_folder, write_files
+from filelock import FileLock
+from torch import Tensor
+
+from distlab.errors import RunError, UsageError
+
+NAME = re.compile(r"step_(\d{8,})")
+SAVE_WAITS_S = 5.0  # for the one before: less than the other ranks wait in a collective
+PATIENCE_S = 60.0  # at the end of a run, and for another process that writes
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A checkpoint that was read and verified."""
+
+    step: int
+    state: Any
+    path: Path
+
+
+class Checkpoints:
+    """The checkpoints in one folder. One rank, rank 0, saves; every rank may load.
+
+    With `asynchronous`, `save` returns when the state is copied to host memory, and a thread writes
+    the copy. `keep` is how many of the newest are kept; an old one goes only after the new one is
+    in place. `report` gets one line for each that could not be written, or is damaged; a thread may
+    call it. Raises `UsageError` when `folder` cannot be made.
+    """
+
+    def __init__(
+        self,
+        folder: str | Path,
+        keep: int = 3,
+        asynchronous: bool = True,
+        report: Callable[[str], object] = print,
+    ) -> None:
+        if keep < 1:
+            raise UsageError(f"--keep {keep} would keep no checkpoint; use 1 or more")
+        self.folder = Path(folder)
+        self.keep = keep
+        self.asynchronous = asynchronous
+        self.report = report
+        self._copies = HostCopies()
+        self._writer: threading.Thread | None = None
+        self._failure: BaseException | None = None
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UsageError(f"the folder of checkpoints {folder}: {error.strerror}") from error
+        self._sweep()
+
+    def save(self, step: int, state: Any) -> bool:
+        """Save `state`: nested mappings, lists and tuples of tensors, numbers, strings and None.
+
+        False when it is not saved, because the one before is still being written after
+        `SAVE_WAITS_S`; this too is reported. When a write fails, as on a full disk, the line comes
+        later, from the thread: the run goes on, and the next save tries anew.
+        """
+        tree, tensors = encode(state)
+        if not self.wait(SAVE_WAITS_S):
+            late = "the one before is still being written; is the disk slow?"
+            self.report(f"checkpoint of step {step} not saved: {late}")
+            return False
+        if not self.asynchronous:
+            self._write(step, tree, tensors)
+            return True
+        copies = self._copies.take(tensors)
+        self._writer = threading.Thread(
+            target=self._write_apart, args=(step, tree, copies), name="checkpoint", daemon=True
+        )
+        self._writer.start()
+        return True
+
+    def wait(self, timeout_s: float = PATIENCE_S) -> bool:
+        """Wait until nothing is being written; False when something still is."""
+        if self._writer is not None:
+            self._writer.join(timeout_s)
+            if self._writer.is_alive():
+                return False
+            self._writer = None
+        if (failure := self._failure) is not None:
+            self._failure = None
+            raise failure
+        return True
+
+    def close(self) -> None:
+        """Wait for the last checkpoint."""
+        if not self.wait(PATIENCE_S):
+            self.report(f"the last checkpoint in {self.folder} is not written; is the disk slow?")
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def steps(self) -> list[int]:
+        """The steps of the checkpoints that are there, damaged ones too, the oldest first."""
+        names = [NAME.fullmatch(path.name) for path in self.folder.iterdir()]
+        return sorted(int(found[1]) for found in names if found)
+
+    def path(self, step: int) -> Path:
+        return self.folder / f"step_{step:08d}"
+
+    def load_newest(self, device: torch.device | str = "cpu") -> Loaded | None:
+        """The newest that is whole, or None when there is none at all.
+
+        Raises `RunError` when there are some, and all are damaged.
+        """
+        damaged: dict[int, str] = {}
+        while left := [step for step in self.steps() if step not in damaged]:
+            step = left[-1]
+            try:
+                return self._read(self.path(step), device)
+            except Damaged as damage:
+                if not self.path(step).exists():
+                    continue  # its writer deleted it meanwhile, and there is a newer one
+                damaged[step] = str(damage)
+                self.report(f"damaged checkpoint passed over: {self.path(step).name}: {damage}")
+        if damaged:
+            newest = max(damaged)
+            raise RunError(
+                f"no checkpoint in {self.folder} is whole; the newest, "
+                f"{self.path(newest).name}: {damaged[newest]}"
+            )
+        return None
+
+    def load(self, path: str | Path, device: torch.device | str = "cpu") -> Loaded:
+        """This one checkpoint. Raises `UsageError` when it is none, `RunError` when damaged."""
+        path = Path(path)
+        if not path.is_dir() or not NAME.fullmatch(path.resolve().name):
+            raise UsageError(f"{path} is no checkpoint; name a folder such as {self.path(120)}")
+        try:
+            return self._read(path, device)
+        except Damaged as damage:
+            raise RunError(f"the checkpoint {path} is damaged: {damage}") from damage
+
+    def _read(self, path: Path, device: torch.device | str) -> Loaded:
+        step, state = read_files(path, device)
+        if path.resolve().name != self.path(step).name:
+            raise Damaged(f"its files are those of step {step}")
+        return Loaded(step, state, path)
+
+    def _write_apart(self, step: int, tree: Any, tensors: dict[str, Tensor]) -> None:
+        try:
+            self._write(step, tree, tensors)
+        except Exception as error:
+            self._failure = error  # raised where the next save, wait or close is called
+
+    def _write(self, step: int, tree: Any, tensors: dict[str, Tensor]) -> None:
+        try:
+            with self._lock(PATIENCE_S):
+                self._write_and_rename(step, tree, tensors)
+                self._delete_old(step)
+        except OSError as error:  # filelock's Timeout is one
+            why = error.strerror or error
+            self.report(f"checkpoint of step {step} not saved: {why}; the run goes on")
+
+    def _write_and_rename(self, step: int, tree: Any, tensors: dict[str, Tensor]) -> None:
+        final = self.path(step)
+        temporary = self._temporary(step)
+        try:
+            shutil.rmtree(temporary, ignore_errors=True)
+            temporary.mkdir()
+            write_files(temporary, step, tree, tensors)
+            if final.exists():  # of a run before; `_sweep` mends what ends between the two renames
+                os.rename(final, self._aside(step))
+            os.rename(temporary, final)
+            sync_folder(self.folder)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+            self._mend(step)
+
+    def _delete_old(self, saved: int) -> None:
+        """Keep the newest of those up to the step just saved; later ones are another run's."""
+        steps = self.steps()
+        if later := [step for step in steps if step > saved]:
+            self.report(f"checkpoint of step {saved} saved, yet {self.path(later[-1])} is newer")
+        for step in [step for step in steps if step <= saved][: -self.keep]:
+            doomed = self._temporary(step)
+            shutil.rmtree(doomed, ignore_errors=True)
+            os.rename(self.path(step), doomed)  # half-deleted under its own name is damaged
+            shutil.rmtree(doomed, ignore_errors=True)
+
+    def _sweep(self) -> None:
+        """Remove what a killed writer left. Nobody writes while the lock is ours."""
+        try:
+            with self._lock(0.5):
+                for left in self.folder.glob(".step_*"):
+                    if found := NAME.match(left.name[1:]):
+                        self._mend(int(found[1]))
+                        shutil.rmtree(left, ignore_errors=True)
+        except OSError:
+            pass  # another process is writing, or the folder is read-only: nothing to remove for us
+
+    def _mend(self, step: int) -> None:
+        """Give the checkpoint that was put aside its name back, unless the new one has it."""
+        aside = self._aside(step)
+        if aside.exists() and not self.path(step).exists():
+            os.rename(aside, self.path(step))
+        shutil.rmtree(aside, ignore_errors=True)
+
+    def _temporary(self, step: int) -> Path:
+        return self.folder / f".{self.path(step).name}.tmp"
+
+    def _aside(self, step: int) -> Path:
+        return self.folder / f".{self.path(step).name}.old"
+
+    def _lock(self, timeout_s: float) -> Any:
+        return FileLock(self.folder / ".lock").acquire(timeout=timeout_s)
