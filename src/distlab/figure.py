@@ -75,8 +75,11 @@ def _no_date(path: Path) -> dict[str, Any]:
 
 
 def _lines(axes: Axes, spec: Mapping[str, Any]) -> None:
-    for index, series in enumerate(spec["series"]):
-        few = len(series["x"]) <= 24
+    index = -1
+    for series in spec["series"]:
+        dashed = series.get("dashed", False)
+        index += 0 if dashed else 1  # it has the colour of the one before it
+        few = len(series["x"]) <= 24 and not dashed
         axes.plot(
             series["x"],
             _heights(series),
@@ -84,6 +87,7 @@ def _lines(axes: Axes, spec: Mapping[str, Any]) -> None:
             color=COLOURS[index % len(COLOURS)],
             marker=MARKERS[index % len(MARKERS)] if few else None,
             linewidth=0 if series.get("points") else 1.8,
+            linestyle="--" if dashed else "-",
         )
 
 
@@ -154,6 +158,24 @@ def _matrix(axes: Axes, spec: Mapping[str, Any]) -> None:
         axes.text(column, row, _plain(words[row][column]), color=colour, **style)
 
 
+def _timeline(axes: Axes, spec: Mapping[str, Any]) -> None:
+    """Spans on rows, the first series on top; a colour for each name that spans have."""
+    rows = spec["series"][::-1]
+    names = list(dict.fromkeys(name for row in spec["series"] for name in row["y"]))
+    for index, name in enumerate(names):
+        spans = [
+            (place, begin, end - begin)
+            for place, row in enumerate(rows)
+            for (begin, end), own in zip(row["x"], row["y"], strict=True)
+            if own == name
+        ]
+        places, begins, lengths = zip(*spans, strict=True)
+        colour = COLOURS[index % len(COLOURS)]
+        axes.barh(places, lengths, 0.7, left=begins, label=_plain(name), color=colour)
+    axes.set_yticks(range(len(rows)), [_plain(row["label"]) for row in rows])
+    axes.tick_params(axis="y", labelsize=7 if len(rows) > 12 else 9)
+
+
 def _heights(series: Mapping[str, Any]) -> list[float]:
     """A series' y; what a record holds as null, as JSON has no NaN, leaves a gap."""
     return [math.nan if y is None else y for y in series["y"]]
@@ -172,4 +194,11 @@ def _marks(axes: Axes, spec: Mapping[str, Any]) -> None:
             axes.axvline(mark["x"], **style)
 
 
-_DRAWERS = {"line": _lines, "scatter": _scatter, "bar": _bars, "area": _area, "matrix": _matrix}
+_DRAWERS = {
+    "line": _lines,
+    "scatter": _scatter,
+    "bar": _bars,
+    "area": _area,
+    "matrix": _matrix,
+    "timeline": _timeline,
+}

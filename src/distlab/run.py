@@ -14,7 +14,7 @@ from distlab.display import quantity, text_table, write_line
 from distlab.errors import UsageError
 
 Item = TypeVar("Item")
-FIGURE_KINDS = ("line", "scatter", "bar", "area", "matrix")
+FIGURE_KINDS = ("line", "scatter", "bar", "area", "matrix", "timeline")
 
 
 class Run:
@@ -139,10 +139,11 @@ class Run:
     ) -> None:
         """Record a figure as data, so that it can be drawn again from the record alone.
 
-        `kind` is line, scatter, bar, area (stacked) or matrix; a series is `{"label", "x", "y"}`. A
-        line's series with "points" true has no line. A matrix's series is a row: its x are the
-        columns' names, and its "text", if any, stands in the cells. `lines` are `{"label", "y"}` or
-        `{"label", "x"}` for marks across the whole figure.
+        `kind` is line, scatter, bar, area (stacked), matrix or timeline; a series is `{"label",
+        "x", "y"}`. A line's series with "points" true has no line, one with "dashed" true goes with
+        the one before it. A matrix's series is a row: its x are the columns' names, and its "text",
+        if any, stands in the cells. A timeline's is a row of spans: x `[begin, end]`, y their
+        names. `lines` are `{"label", "y"}` or `{"label", "x"}` for marks across the whole figure.
         """
         if kind not in FIGURE_KINDS:
             raise ValueError(f"{kind!r} is no kind of figure; use {', '.join(FIGURE_KINDS)}")

@@ -77,6 +77,39 @@ def test_points_have_no_line(monkeypatch, tmp_path):
     plt.close("all")
 
 
+def test_a_dashed_line_has_the_colour_of_the_one_before_it(monkeypatch, tmp_path):
+    drawn = []
+    monkeypatch.setattr(plt, "close", drawn.append)
+    series = [{"label": f"{i}", "x": [1, 2], "y": [i, i], "dashed": i % 2 == 1} for i in range(4)]
+    figure.draw({**SPEC, "series": series, "lines": []}, tmp_path / "a.png")
+    lines = drawn[0].axes[0].lines
+    assert [line.get_linestyle() for line in lines] == ["-", "--", "-", "--"]
+    colours = [line.get_color() for line in lines]
+    assert colours[0] == colours[1] != colours[2] == colours[3]
+    monkeypatch.undo()
+    plt.close("all")
+
+
+def test_a_timeline_has_a_row_for_each_series_and_a_colour_for_each_name(monkeypatch, tmp_path):
+    drawn = []
+    monkeypatch.setattr(plt, "close", drawn.append)
+    series = [{"label": "compute", "x": [[0, 2], [2, 5]], "y": ["forward", "backward"]},
+              {"label": "network", "x": [[3, 4], [4.5, 7]], "y": ["all-reduce", "all-reduce"]},
+              {"label": "disk", "x": [], "y": []}]  # fmt: skip
+    spec = {**SPEC, "kind": "timeline", "series": series, "lines": [{"label": "end", "x": 5}]}
+    figure.draw(spec, tmp_path / "a.png")
+    axes = drawn[0].axes[0]
+    # [row from below, begin, length]
+    bars = [(round(b.get_y() + 0.35), b.get_x(), b.get_width()) for b in axes.patches]
+    assert bars == [(2, 0, 2), (2, 2, 3), (1, 3, 1), (1, 4.5, 2.5)]
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["disk", "network", "compute"]
+    assert axes.get_xlabel() == SPEC["x_label"]
+    named = [text.get_text() for text in axes.get_legend().get_texts()]
+    assert sorted(named) == ["all-reduce", "backward", "end", "forward"]
+    monkeypatch.undo()
+    plt.close("all")
+
+
 def test_arrays_and_long_series_are_drawn(tmp_path):
     long = {"label": "loss", "x": np.arange(500), "y": np.linspace(6, 2, 500)}
     figure.draw({**SPEC, "series": [long], "log_x": True, "log_y": True}, tmp_path / "a.png")

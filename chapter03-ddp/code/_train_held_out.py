@@ -1,0 +1,65 @@
+"""The loss on held-out text, each rank computing its share, exact for any number of ranks."""
+
+from argparse import Namespace
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from distlab.data import END_OF_TEXT_ID, Tokens
+from distlab.model import Llama
+from distlab.runtime import Runtime
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def autocast(device: torch.device, dtype: str) -> torch.autocast:
+    """Mixed precision, or nothing for float32."""
+    narrow = dtype != "float32"
+    return torch.autocast(device.type, DTYPES[dtype] if narrow else None, enabled=narrow)
+
+
+class HeldOut:
+    """--eval-windows windows of the validation split, from all over it, shared by the ranks."""
+
+    def __init__(self, args: Namespace, job: Runtime, tokens: Tokens) -> None:
+        self.args, self.job, self.tokens = args, job, tokens
+        there = tokens.num_windows(args.seq_len)
+        self.count = min(args.eval_windows, there)
+        self.windows = np.linspace(0, there, self.count, endpoint=False).astype(np.int64)
+        self.counted = 0
+
+    @torch.no_grad()
+    def loss(self, model: Llama) -> float:
+        """Mean cross-entropy in nats over all windows.
+
+        Sums and counts are added up, and divided at the end: the ranks may have one window more or
+        less than each other, or none, and a mean of their means would be another number.
+        """
+        total = torch.zeros(2, dtype=torch.float64, device=self.job.device)
+        share = self.windows[self.job.rank :: self.job.world_size]
+        size = self.args.batch_size // self.job.world_size
+        for start in range(0, len(share), size):
+            inputs, targets = self._batch(share[start : start + size])
+            with autocast(self.job.device, self.args.dtype):
+                mean = model(inputs, targets=targets)
+            total += total.new_tensor([len(inputs) * mean.item(), len(inputs)])
+        dist.all_reduce(total)
+        summed, counted = total.tolist()
+        self.counted = round(counted)
+        return summed / counted
+
+    def bytes_per_token(self) -> float:
+        """Of text, on average: a loss divided by it may be compared between vocabularies."""
+        _, targets = self._batch(self.windows)
+        counts = torch.bincount(targets.flatten(), minlength=self.tokens.vocab_size).cpu()
+        written = [self.tokens.tokenizer.id_to_token(i) for i in range(len(counts))]
+        lengths = torch.tensor([len(text or "") for text in written])  # a character for each byte
+        lengths[END_OF_TEXT_ID] = 0
+        return float((counts * lengths).sum() / counts.sum())
+
+    def _batch(self, windows: np.ndarray) -> tuple[Tensor, Tensor]:
+        rows = torch.from_numpy(self.tokens.windows(windows, self.args.seq_len))
+        rows = rows.to(self.job.device)
+        return rows[:, :-1], rows[:, 1:]

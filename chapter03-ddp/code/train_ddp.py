@@ -1,0 +1,203 @@
+"""The training script to start from: real text, DDP, and what a run needs that is left alone.
+
+Each rank takes its share of the global batch in --accumulate micro-batches. `no_sync` keeps DDP
+quiet in all but the last, in whose backward pass it averages the gradients: they are sent once for
+each optimizer step. The rest makes a run of it: mixed precision, clipping, warm-up and cosine,
+evaluation sharded over the ranks, checkpoints, and SIGUSR1 or SIGTERM as the request to save and
+stop.
+
+Run:
+    python chapter03-ddp/code/train_ddp.py
+    torchrun --nproc_per_node=2 chapter03-ddp/code/train_ddp.py --export build/python-lm
+    torchrun --nproc_per_node=2 chapter03-ddp/code/train_ddp.py --checkpoint-dir build/checkpoints
+    sbatch chapter03-ddp/configs/train_ddp.sbatch
+
+You should see: the held-out loss far below the entropy of the token frequencies, tokens/s and MFU,
+samples that look like Python, the same weights on all ranks, and, with --export, that transformers
+computes from the exported folder what this model computes. Stop a run that has a --checkpoint-dir
+by `kill -USR1`, start it again, and it goes on as if nothing had been.
+"""
+
+import contextlib
+import math
+from argparse import Namespace
+from collections.abc import Iterator
+
+import torch
+from _train_export import export
+from _train_flags import add_train_flags, refuse, refuse_for, take_shape
+from _train_held_out import HeldOut, autocast
+from _train_progress import Progress
+from _train_report import report_training, report_verdict, say_what_runs
+from _train_saver import Saver
+from _train_stop import StopRequest
+from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel as DDP
+
+from distlab import data, hardware, runtime, script
+from distlab.model import Llama, config_from_args, model_from_args
+from distlab.run import Run
+from distlab.runtime import Runtime
+
+PRESETS = {
+    "smoke": {"model": None, "corpus_mb": 1.0, "seq_len": 32, "batch_size": 8, "steps": 150,
+              "learning_rate": 1e-2, "eval_every": 50, "eval_windows": 64},
+    "laptop": {"model": None, "corpus_mb": 2.0, "seq_len": 128, "batch_size": 4, "steps": 800,
+               "learning_rate": 6e-3, "eval_every": 200, "eval_windows": 128},
+    "gpu": {"model": "gpu", "seq_len": 1024, "batch_size": 32, "steps": 300,
+            "learning_rate": 6e-4, "dtype": "bfloat16", "compile": True, "eval_every": 100,
+            "eval_windows": 256},
+}  # fmt: skip
+# Without --model, which names sizes of its own: so small that it has read enough within seconds.
+SHAPES = {
+    "smoke": {"vocab_size": 320},
+    "laptop": {"vocab_size": 1024, "hidden_size": 128, "layers": 2, "heads": 4, "kv_heads": 2},
+}
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse_args(argv)
+    with (
+        script.run(args) as run,
+        StopRequest() as stop,
+        runtime.distributed(args.backend, args.timeout, args.seed, args.device) as job,
+    ):
+        train_and_report(run, args, job, stop)
+    return run.status
+
+
+def parse_args(argv: list[str] | None) -> Namespace:
+    parser = script.Parser(__doc__, PRESETS)
+    add_train_flags(parser)
+    args = parser.parse_args(argv)
+    if args.model is None:
+        take_shape(args, args.preset, SHAPES[args.preset])
+    refuse(args)
+    return args
+
+
+def train_and_report(run: Run, args: Namespace, job: Runtime, stop: StopRequest) -> None:
+    refuse_for(args, job)
+    torch.set_float32_matmul_precision("high")  # TF32 where a GPU has it; no change on a CPU
+    config, cores = config_from_args(args), hardware.machine().cores
+    tokens = data.prepare_from_args(args, config.vocab_size, workers=cores)
+    with Trainer(args, job, tokens) as trainer, Saver(run, args, job) as saver:
+        say_what_runs(run, args, job, trainer.model, tokens)
+        held_out = HeldOut(args, job, tokens.validation)
+        progress = Progress(run, args, job, first_step=saver.resume(trainer))
+        if train(args, trainer, held_out, saver, progress, stop):
+            report_training(run, args, job, trainer, tokens, progress, held_out)
+            if args.export and job.is_main:
+                export(run, trainer.model.cpu(), args.export, tokens)
+            report_verdict(run, progress)
+
+
+def train(
+    args: Namespace,
+    trainer: "Trainer",
+    held_out: HeldOut,
+    saver: Saver,
+    progress: Progress,
+    stop: StopRequest,
+) -> bool:
+    """Train up to step --steps; whether it got there, instead of being asked to stop."""
+    for step in progress.steps():
+        loss = trainer.step(step)
+        if progress.share(step, loss, stop.is_asked):
+            saver.save_and_stop(step + 1, trainer)
+            return False
+        if (step + 1) % args.checkpoint_every == 0 or step + 1 == args.steps:
+            saver.save(step + 1, trainer)
+        if (step + 1) % args.eval_every == 0 and step + 1 < args.steps:
+            progress.tell(step + 1, held_out.loss(trainer.model))
+    return True
+
+
+class Trainer:
+    """This rank's replica of the model, with its optimizer, its scaler and its batches."""
+
+    def __init__(self, args: Namespace, job: Runtime, tokens: data.Tokens) -> None:
+        self.args, self.device = args, job.device
+        self.model = model_from_args(args, job.device)
+        self.ddp = DDP(self.model, gradient_as_bucket_view=True)
+        self.forward = torch.compile(self.ddp) if args.compile else self.ddp
+        self.optimizer = new_optimizer(args, self.model)
+        self.scaler = torch.amp.GradScaler(job.device.type, enabled=args.dtype == "float16")
+        self.batches = data.Loader(
+            tokens, args.seq_len, args.batch_size, job.rank, job.world_size, args.seed, job.device,
+            prefetch=2 if job.device.type == "cuda" else 0,
+        )  # fmt: skip
+        self.settle_buckets(self.batches.local_batch_size // args.accumulate)
+
+    def settle_buckets(self, sequences: int) -> None:
+        """Go forward and backward once, on nothing, and forget the gradients.
+
+        DDP puts its buckets into the order in which the first backward pass has made the gradients.
+        With more than two ranks another order is another rounding: without this a resumed run,
+        whose first step that would be, differs in the last bit. Compilation happens here too.
+        """
+        nothing = torch.zeros(sequences, self.args.seq_len, dtype=torch.int64, device=self.device)
+        self.loss(nothing, nothing).backward()
+        self.optimizer.zero_grad()
+
+    def __enter__(self) -> "Trainer":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.batches.close()
+
+    def step(self, step: int) -> Tensor:
+        """One optimizer step on the next global batch; this rank's mean loss, not waited for."""
+        losses = []
+        for micro_batch, is_last in self.micro_batches():
+            with contextlib.nullcontext() if is_last else self.ddp.no_sync():
+                loss = self.loss(*micro_batch) / self.args.accumulate
+                self.scaler.scale(loss).backward()
+            losses.append(loss.detach())
+        self.scaler.unscale_(self.optimizer)  # the norm to clip is that of the real gradients
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.args.clip)
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.args.learning_rate * schedule_at(step, self.args)
+        self.scaler.step(self.optimizer)  # leaves it out where a gradient is infinite or NaN
+        self.scaler.update()
+        self.optimizer.zero_grad()
+        return torch.stack(losses).sum()
+
+    def micro_batches(self) -> Iterator[tuple[tuple[Tensor, Tensor], bool]]:
+        """The rank's share of the next global batch in equal pieces, and which is the last."""
+        inputs, targets = next(self.batches)  # [batch / ranks, seq] each
+        count = self.args.accumulate
+        pieces = zip(inputs.chunk(count), targets.chunk(count), strict=True)
+        for number, piece in enumerate(pieces, start=1):
+            yield piece, number == count
+
+    def loss(self, input_ids: Tensor, targets: Tensor) -> Tensor:
+        """Mean cross-entropy in nats: products in --dtype, weights and their gradients float32."""
+        with autocast(self.device, self.args.dtype):
+            return self.forward(input_ids, targets=targets)
+
+
+def new_optimizer(args: Namespace, model: Llama) -> torch.optim.AdamW:
+    """AdamW with the usual settings of language models; norms are not decayed."""
+    matrices = [p for p in model.parameters() if p.dim() == 2]
+    norms = [p for p in model.parameters() if p.dim() < 2]
+    groups = [
+        {"params": matrices, "weight_decay": args.weight_decay},
+        {"params": norms, "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, lr=args.learning_rate, betas=(0.9, 0.95), fused=True)
+
+
+def schedule_at(step: int, args: Namespace) -> float:
+    """The learning rate's factor: a straight warm-up to 1, then a cosine towards 0.
+
+    It is a function of the step alone, so that a resumed run needs no scheduler's state.
+    """
+    warmup = max(1, round(args.warmup * args.steps))
+    if step < warmup:
+        return (step + 1) / warmup
+    return 0.5 * (1 + math.cos(math.pi * (step - warmup) / (args.steps - warmup)))
+
+
+if __name__ == "__main__":
+    script.exit(main)
