@@ -17,6 +17,7 @@ import os
 import re
 import select
 import sys
+import traceback
 from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
 from typing import Any, NoReturn
@@ -162,15 +163,37 @@ def exit(main: Callable[[], int]) -> NoReturn:
     """Run `main` and end the process with the contract's status and, for a mistake, one line.
 
     A rank ends without Python's own shutdown: a thread of gloo or autograd that lets go of a tensor
-    meanwhile aborts the process ("terminate called without an active exception").
+    meanwhile aborts the process ("terminate called without an active exception"), and a process
+    group whose collective failed may wait for its own thread for ever. The error is kept until
+    then, because its traceback holds that group.
     """
-    status = status_of(main)
-    runtime = sys.modules.get("distlab.runtime")
-    if main.__module__ == "__main__" and runtime is not None and runtime.has_joined:
+    kept: list[Exception] = []
+
+    def keeping() -> int:
+        try:
+            return main()
+        except Exception as error:
+            kept.append(error)
+            raise
+
+    try:
+        status = status_of(keeping)
+    except Exception:
+        if not _is_rank(main):
+            raise
+        traceback.print_exc()
+        status = CHECK_FAILED
+    if _is_rank(main):
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(status)
     raise SystemExit(status)
+
+
+def _is_rank(main: Callable[[], int]) -> bool:
+    """Whether this process is a script, and not a test of one, that has joined a process group."""
+    runtime = sys.modules.get("distlab.runtime")
+    return main.__module__ == "__main__" and runtime is not None and runtime.has_joined
 
 
 def status_of(main: Callable[[], int]) -> int:

@@ -96,6 +96,14 @@ def test_a_command_has_the_callers_files_folder_and_variables(cluster, tmp_path,
         assert str(Path(PYTHON).parent) in path.split(os.pathsep)  # torchrun is there
 
 
+def test_nodes_share_the_cores_between_them(cluster, monkeypatch):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    share = max(1, len(os.sched_getaffinity(0)) // 3)
+    tell = ["sh", "-c", "echo $OMP_NUM_THREADS"]
+    assert outputs(cluster.run(tell)) == [str(share)] * 3
+    assert outputs(cluster.run(tell, env={"OMP_NUM_THREADS": "5"})) == ["5"] * 3
+
+
 def test_nodes_share_no_processes_and_no_memory(cluster):
     cluster.start("node1", ["sleep", "98765"])
     outputs(cluster.run(["sh", "-c", "echo > /dev/shm/of-node1"], nodes=["node1"]))

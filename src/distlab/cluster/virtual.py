@@ -206,11 +206,17 @@ class VirtualCluster:
         return self._network.traffic(node)
 
     def environment(self, node: str, env: Mapping[str, str]) -> dict[str, str]:
-        """What a command on a node has for variables: the caller's, where it is, and `env`."""
+        """What a command on a node has for variables: the caller's, where it is, and `env`.
+
+        The nodes share this machine's cores: as many threads on each as there are cores would wait
+        for each other, and a step take twice as long.
+        """
         caller = {k: v for k, v in os.environ.items() if k.lower() not in PROXIES}  # out of reach
         here = str(Path(sys.executable).parent)  # for torchrun
         path = caller.get("PATH", os.defpath)
+        threads = max(1, len(os.sched_getaffinity(0)) // len(self.names))
         return {
+            "OMP_NUM_THREADS": str(threads),
             **caller,
             "PATH": path if here in path.split(os.pathsep) else f"{here}{os.pathsep}{path}",
             "NODE_RANK": str(self._index(node)),

@@ -1,0 +1,118 @@
+"""A script's ranks, forked from a process that has imported torch already: torchrun's job, cheaper.
+
+torchrun imports torch in its own process and in each rank. A table of thirty jobs, and the tests,
+need the ranks and not the launcher, so they start them here, with the variables that torchrun sets.
+"""
+
+import multiprocessing
+import os
+import runpy
+import signal
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Self
+
+import torch.distributed as dist
+
+PRELOADED = ["torch", "torch._dynamo", "numpy", "distlab.runtime", "distlab.run", "distlab.script"]
+GRACE_S = 2.0  # that a rank has for its last words when another has failed
+AGENT = str(Path(__file__).parent / "_diagnose")
+
+
+class ForkedRanks:
+    """The ranks of `script`, as a job that diagnose can watch. They end with the `with` block."""
+
+    def __init__(
+        self,
+        script: Path,
+        argv: Sequence[str],
+        world_size: int,
+        env: dict[str, str],
+        limit_s: float,
+    ) -> None:
+        self.command = [str(script), *argv]
+        self.world_size, self.env = world_size, env
+        self.failed_at: float | None = None
+        self.until = time.monotonic() + limit_s
+
+    def __enter__(self) -> Self:
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(PRELOADED)
+        self.folder = TemporaryDirectory()
+        self.store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        self.ranks = [
+            context.Process(target=_run_rank, args=(self.command, self._variables(rank),
+                                                    self._file("stdout"), self._file("stderr")))
+            for rank in range(self.world_size)
+        ]  # fmt: skip
+        for rank in self.ranks:
+            rank.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for rank in self.ranks:
+            rank.kill()
+            rank.join()
+        self.folder.cleanup()
+
+    def poll(self) -> int | None:
+        """None while a rank runs, else 0 or 1, as torchrun has it; 124 after the limit."""
+        statuses = [rank.exitcode for rank in self.ranks]
+        if any(statuses) and None in statuses:
+            self._end_the_others()
+        if None not in statuses:
+            return max((s if s > 0 else 1 for s in statuses if s), default=0)
+        return 124 if time.monotonic() > self.until else None
+
+    def _end_the_others(self) -> None:
+        """As torchrun does: one that gloo left spinning after a failure never ends itself."""
+        self.failed_at = self.failed_at or time.monotonic()
+        if time.monotonic() > self.failed_at + GRACE_S:
+            for rank in self.ranks:
+                rank.terminate()
+
+    def wait(self) -> int:
+        while (status := self.poll()) is None:
+            time.sleep(0.02)
+        return status
+
+    def output(self) -> str:
+        return Path(self._file("stdout")).read_text(errors="replace")
+
+    def errors(self) -> str:
+        return Path(self._file("stderr")).read_text(errors="replace")
+
+    def _file(self, stream: str) -> str:
+        return str(Path(self.folder.name) / stream)
+
+    def _variables(self, rank: int) -> dict[str, str]:
+        count = str(self.world_size)
+        return {
+            **self.env,
+            "RANK": str(rank),
+            "LOCAL_RANK": str(rank),
+            "WORLD_SIZE": count,
+            "LOCAL_WORLD_SIZE": count,
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(self.store.port),
+            "TORCHELASTIC_USE_AGENT_STORE": "True",  # this process's store: rank 0 opens no port
+        }
+
+
+def _run_rank(command: list[str], env: dict[str, str], stdout: str, stderr: str) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    for stream, path in ((sys.stdout, stdout), (sys.stderr, stderr)):
+        stream.flush()
+        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644), stream.fileno())
+    os.environ.update(env)
+    if "DIAGNOSE_DIR" in env:
+        sys.path.insert(0, AGENT)
+        import diagnose_agent
+
+        diagnose_agent.activate()
+    sys.argv = command
+    sys.path.insert(0, str(Path(command[0]).parent))
+    runpy.run_path(command[0], run_name="__main__")

@@ -1,0 +1,109 @@
+"""What being watched costs: steps with diagnose's agent and without, in turns, in the same ranks.
+
+The agent's thread samples the main thread, reads the flight recorder and writes what it saw; hooks
+look at each loss and at the fingerprints of parameters and buffers. Here each rank trains in rounds
+of several steps, with the agent at work in every second one, so that both see the same machine. The
+flight recorder itself, which torch offers for production, records in all of them.
+
+Run:
+    torchrun --nproc_per_node=2 chapter03-ddp/code/diagnose_overhead.py
+
+You should see: two medians, and a cost within 3 %.
+"""
+
+import os
+import sys
+import tempfile
+from argparse import Namespace
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from diagnose import AGENT, agent_variables
+from torch.nn.parallel import DistributedDataParallel as DDP
+
+from distlab import data, measure, runtime, script
+from distlab.errors import UsageError
+from distlab.launch import detect_launch
+from distlab.model import add_model_flags, config_from_args, model_from_args
+from distlab.run import Run
+from distlab.runtime import Runtime
+
+STALL_AFTER_S = 5.0
+LIMIT = {"smoke": 10.0, "laptop": 0.03, "gpu": 0.03}  # a busy machine's smoke run shows no speed
+PRESETS = {
+    "smoke": {"model": "smoke", "corpus_mb": 0.2, "seq_len": 32, "batch_size": 4,
+              "steps": 8, "rounds": 3},
+    "laptop": {"model": "laptop", "corpus_mb": 2.0, "seq_len": 64, "batch_size": 4,
+               "steps": 8, "rounds": 7},
+    "gpu": {"model": "gpu", "corpus_mb": 12.0, "seq_len": 1024, "batch_size": 8,
+            "steps": 16, "rounds": 15},
+}  # fmt: skip
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse_args(argv)
+    with tempfile.TemporaryDirectory(prefix="diagnose-") as folder, script.run(args) as run:
+        agent = start_agent(Path(folder))
+        with runtime.distributed(args.backend, args.timeout, args.seed, args.device) as job:
+            compare(run, args, job, agent)
+    return run.status
+
+
+def parse_args(argv: list[str] | None) -> Namespace:
+    parser = script.Parser(__doc__, PRESETS)
+    add_model_flags(parser)
+    data.add_data_flags(parser)
+    runtime.add_runtime_flags(parser)
+    parser.add_argument("--steps", type=script.positive_int, help="of a round")
+    parser.add_argument("--rounds", type=script.positive_int, help="with the agent, and without")
+    args = parser.parse_args(argv)
+    if args.rounds < 3:
+        raise UsageError(f"--rounds {args.rounds} gives no median; use 3 or more")
+    return args
+
+
+def start_agent(folder: Path) -> Any:
+    """The agent as diagnose.py brings it into a rank, in this process; before there is a group."""
+    os.environ.update(agent_variables(folder, STALL_AFTER_S))
+    os.environ.setdefault("RANK", str(detect_launch().rank))
+    sys.path.insert(0, str(AGENT))
+    import diagnose_agent
+
+    return diagnose_agent.activate()
+
+
+def compare(run: Run, args: Namespace, job: Runtime, agent: Any) -> None:
+    tokens = data.prepare_from_args(args, config_from_args(args).vocab_size)
+    own = args.batch_size // job.world_size
+    loader = data.Loader(
+        tokens, args.seq_len, own * job.world_size, job.rank, job.world_size, device=job.device
+    )
+    model = DDP(model_from_args(args, job.device))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+
+    def train_a_round(listening: bool) -> None:
+        job.barrier()
+        agent.listening = listening
+        for _ in range(args.steps):
+            inputs, targets = next(loader)
+            model(inputs, targets=targets).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+    ways = {
+        "unwatched": lambda: train_a_round(False),
+        "watched": lambda: train_a_round(True),
+    }
+    times = measure.compare(ways, warmup=1, repeats=args.rounds, device=job.device)
+    for name, timing in times.items():
+        run.metric(f"{name}: step", timing.median / args.steps, "s", "median of the rounds")
+    pairs = zip(times["watched"].samples, times["unwatched"].samples, strict=True)
+    cost = median(watched / unwatched for watched, unwatched in pairs) - 1
+    run.metric("cost of being watched", 100 * cost, "%", "median of each round against its twin")
+    run.check_below("the cost is small", cost, LIMIT[args.preset])
+
+
+if __name__ == "__main__":
+    script.exit(main)
