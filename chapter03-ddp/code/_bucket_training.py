@@ -81,11 +81,18 @@ class LocalStep:
         self.arrivals: list[tuple[int, Any]] = []  # index of the parameter, mark
         self.parts: list[tuple[float, float, float]] = []
         self.ready: list[dict[int, float]] = []
+        self.messages: list[dist.Work] | None = None  # those under way beside a step
         for index, parameter in enumerate(trainee.parameters):
             parameter.register_post_accumulate_grad_hook(self._arrived(index))
 
     def _arrived(self, index: int) -> Callable[[Tensor], None]:
-        return lambda parameter: self.arrivals.append((index, self.watch.mark()))
+        def on_gradient(parameter: Tensor) -> None:
+            self.arrivals.append((index, self.watch.mark()))
+            if self.messages is not None:
+                a_few_bytes = torch.zeros(1, device=parameter.device)
+                self.messages.append(dist.all_reduce(a_few_bytes, async_op=True))
+
+        return on_gradient
 
     def run(self) -> None:
         """One step, measured."""
@@ -103,6 +110,23 @@ class LocalStep:
         self.parts.append((forward, backward, optimizer))
         self.ready.append({i: self.watch.seconds(marks[1], mark) for i, mark in self.arrivals})
 
+    def run_beside_messages(self) -> None:
+        """The same step; as each gradient comes, an all-reduce of 4 bytes is begun."""
+        self.arrivals.clear()
+        self.messages = []
+        self.trainee.step()
+        for message in self.messages:
+            message.wait()
+        self.messages = None
+
+    def message_work(self, alone: float, beside: float, latency: float) -> float:
+        """Seconds that a message takes from computing, by the two steps' times.
+
+        Of the last one the step waits for the latency too. The messages' number is large, so that
+        their cost shows: the threads that wake up, the system calls, the interrupts.
+        """
+        return max(0.0, beside - alone - latency) / len(self.trainee.parameters)
+
     def medians(self) -> Alone:
         """Of all steps but the first, which warms up; of each number the slowest rank's."""
         forward, backward, optimizer = np.median(self.parts[1:], axis=0).tolist()
@@ -116,7 +140,8 @@ class LocalStep:
 def measure_wire(args: Namespace, job: Runtime) -> Wire:
     """What an all-reduce costs here: of a known link by its rate, of an unknown one as measured.
 
-    The latency is always measured, with a message so small that the rate does not matter.
+    The latency is always measured, with a message so small that the rate does not matter. What a
+    message takes from computing is not known here: see `LocalStep.message_work`.
     """
     small, small_work = all_reduce_alone(job, SMALL, 20)
     large, large_work = all_reduce_alone(job, LARGE, 5)
@@ -129,7 +154,6 @@ def measure_wire(args: Namespace, job: Runtime) -> Wire:
     return Wire(
         latency=max(0.0, small - SMALL * per_byte),
         per_byte=per_byte,
-        work=crowded * small_work,
         work_per_byte=crowded * max(0.0, large_work - small_work) / (LARGE - SMALL),
         lanes=GLOO_THREADS if job.backend == "gloo" else 1,
     )

@@ -29,6 +29,7 @@ smallest buckets cost only where no bytes hide their latency: on the faster link
 
 import os
 from argparse import Namespace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -127,11 +128,13 @@ def measure_link(run: Run, args: Namespace, job: Runtime) -> None:
     batch = own_batch(args, job, model.config.vocab_size)
     alone = LocalStep(Trainee(model, model, batch), job)
     trainees = [with_ddp(args, job, batch, cap) for cap in caps]
-    steps = [alone.run, *(trainee.step for trainee in trainees)]
+    steps = [alone.run, alone.run_beside_messages, *(trainee.step for trainee in trainees)]
     for step in steps:  # DDP makes its buckets after the first, when it knows the order of arrival
         step()
     wire = measure_wire(args, job)
-    timings = measure_in_turns(steps, args.steps, job)[1:]
+    nothing_sent, beside, *timings = measure_in_turns(steps, args.steps, job)
+    work = alone.message_work(nothing_sent.median, beside.median, wire.latency)
+    wire = replace(wire, work=work)
     check_gradients(run, job, alone.trainee, trainees)
     made = [buckets_made(trainee.wrapped) for trainee in trainees]
     report_link(run, job, caps, timings, alone.medians(), wire, made)

@@ -158,11 +158,14 @@ def measure_ranks(run: Run, args: Namespace, job: Runtime) -> None:
     run.print(f"job: {job.world_size} rank(s), {job.backend} on {job.device.type}")
     trainees = replicas(args, job)
     alone = alone_step(args, job)
-    steps = [alone.run] if args.alone else [alone.run, *(one.step for one in trainees.values())]
+    steps = [alone.run, alone.run_beside_messages]
+    if not args.alone:
+        steps += [one.step for one in trainees.values()]
     for step in steps + steps:  # DDP makes its buckets after the first
         step()
     wire = measure_wire(args, job)
-    timings = measure_in_turns(steps, args.steps, job)[1:]
+    unsent, beside, *timings = measure_in_turns(steps, args.steps, job)
+    wire = replace(wire, work=alone.message_work(unsent.median, beside.median, wire.latency))
     nothing_sent = alone.medians()
     own = own_buckets(trainees[WITH], nothing_sent)
     report_alone(run, nothing_sent, wire, own)

@@ -1,7 +1,5 @@
 """Several nodes on one machine, with addresses, hostnames and links that can be slow or cut."""
 
-import os
-import sys
 import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -15,13 +13,13 @@ from distlab.cluster.links import Shape
 from distlab.cluster.network import Network, Traffic
 from distlab.cluster.slurm import Slurm
 from distlab.cluster.slurm import start as start_slurm
+from distlab.cluster.variables import node_variables, rank_variables
 from distlab.cluster.world import World
 from distlab.errors import UsageError
 from distlab.process import Completed
 
 MOST_NODES = 64
 FIRST_PORT = 29500
-PROXIES = ("http_proxy", "https_proxy", "all_proxy", "ftp_proxy")
 
 
 class VirtualCluster:
@@ -131,17 +129,9 @@ class VirtualCluster:
         processes = []
         for rank in range(len(hosts) * ranks_per_node):
             place, local_rank = divmod(rank, ranks_per_node)
-            torchrun = {
-                "RANK": rank,
-                "WORLD_SIZE": len(hosts) * ranks_per_node,
-                "LOCAL_RANK": local_rank,
-                "LOCAL_WORLD_SIZE": ranks_per_node,
-                "GROUP_RANK": place,
-                "MASTER_ADDR": hosts[0],
-                "MASTER_PORT": self._next_port,
-            }
             label = hosts[place] + (f".{local_rank}" if ranks_per_node > 1 else "")
-            variables = {**{k: str(v) for k, v in torchrun.items()}, **(env or {})}
+            torchrun = rank_variables(rank, hosts, ranks_per_node, self._next_port)
+            variables = {**torchrun, **(env or {})}
             processes.append(self._start(hosts[place], command, variables, label, echo, group))
         return finish(processes, group, timeout_s)
 
@@ -206,24 +196,8 @@ class VirtualCluster:
         return self._network.traffic(node)
 
     def environment(self, node: str, env: Mapping[str, str]) -> dict[str, str]:
-        """What a command on a node has for variables: the caller's, where it is, and `env`.
-
-        The nodes share this machine's cores: as many threads on each as there are cores would wait
-        for each other, and a step take twice as long.
-        """
-        caller = {k: v for k, v in os.environ.items() if k.lower() not in PROXIES}  # out of reach
-        here = str(Path(sys.executable).parent)  # for torchrun
-        path = caller.get("PATH", os.defpath)
-        threads = max(1, len(os.sched_getaffinity(0)) // len(self.names))
-        return {
-            "OMP_NUM_THREADS": str(threads),
-            **caller,
-            "PATH": path if here in path.split(os.pathsep) else f"{here}{os.pathsep}{path}",
-            "NODE_RANK": str(self._index(node)),
-            "NNODES": str(len(self.names)),
-            "HEAD": self.names[0],
-            **env,
-        }
+        """What a command on a node has for variables: the caller's, where it is, and `env`."""
+        return node_variables(self._index(node), self.names, env)
 
     def _start(
         self,
