@@ -89,8 +89,8 @@ class LocalStep:
         def on_gradient(parameter: Tensor) -> None:
             self.arrivals.append((index, self.watch.mark()))
             if self.messages is not None:
-                a_few_bytes = torch.zeros(1, device=parameter.device)
-                self.messages.append(dist.all_reduce(a_few_bytes, async_op=True))
+                small = torch.zeros(SMALL // 4, device=parameter.device)
+                self.messages.append(dist.all_reduce(small, async_op=True))
 
         return on_gradient
 
@@ -111,7 +111,7 @@ class LocalStep:
         self.ready.append({i: self.watch.seconds(marks[1], mark) for i, mark in self.arrivals})
 
     def run_beside_messages(self) -> None:
-        """The same step; as each gradient comes, an all-reduce of 4 bytes is begun."""
+        """The same step; as each gradient comes, a small all-reduce is begun."""
         self.arrivals.clear()
         self.messages = []
         self.trainee.step()

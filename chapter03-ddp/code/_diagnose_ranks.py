@@ -11,10 +11,12 @@ import signal
 import sys
 import time
 from collections.abc import Sequence
+from multiprocessing import forkserver
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Self
 
+import torch
 import torch.distributed as dist
 
 PRELOADED = ["torch", "torch._dynamo", "numpy", "distlab.runtime", "distlab.run", "distlab.script"]
@@ -102,12 +104,18 @@ class ForkedRanks:
         }
 
 
+def end_fork_server() -> None:
+    """End the process that forks, and wait for it: it would outlive this one by a moment."""
+    forkserver._forkserver._stop()
+
+
 def _run_rank(command: list[str], env: dict[str, str], stdout: str, stderr: str) -> None:
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     for stream, path in ((sys.stdout, stdout), (sys.stderr, stderr)):
         stream.flush()
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644), stream.fileno())
     os.environ.update(env)
+    torch.set_num_threads(1)  # as torchrun has it; too late for OMP_NUM_THREADS
     if "DIAGNOSE_DIR" in env:
         sys.path.insert(0, AGENT)
         import diagnose_agent

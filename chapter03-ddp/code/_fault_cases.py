@@ -85,7 +85,8 @@ def run_case(case: Case, fix: bool, stall_after: float) -> Outcome:
     if torch.cuda.device_count() < 2:
         flags += ["--device", "cpu"]
     if case.has_own_nodes:
-        return Outcome(*run_watched([sys.executable, str(case.script), *flags], stall_after))
+        command = ["env", "LAB_RECORD_DIR=", sys.executable, str(case.script), *flags]
+        return Outcome(*run_watched(command, stall_after))
     with tempfile.TemporaryDirectory(prefix="diagnose-") as folder:
         env = {"OMP_NUM_THREADS": "1", "LAB_RECORD_DIR": ""}
         env |= agent_variables(Path(folder), stall_after)

@@ -16,9 +16,9 @@ import sys
 import tempfile
 from argparse import Namespace
 from pathlib import Path
-from statistics import median
 from typing import Any
 
+import numpy as np
 import torch
 from diagnose import AGENT, agent_variables
 from torch.nn.parallel import DistributedDataParallel as DDP
@@ -36,7 +36,7 @@ PRESETS = {
     "smoke": {"model": "smoke", "corpus_mb": 0.2, "seq_len": 32, "batch_size": 4,
               "steps": 8, "rounds": 3},
     "laptop": {"model": "laptop", "corpus_mb": 2.0, "seq_len": 64, "batch_size": 4,
-               "steps": 8, "rounds": 7},
+               "steps": 8, "rounds": 25},
     "gpu": {"model": "gpu", "corpus_mb": 12.0, "seq_len": 1024, "batch_size": 8,
             "steps": 16, "rounds": 15},
 }  # fmt: skip
@@ -100,8 +100,10 @@ def compare(run: Run, args: Namespace, job: Runtime, agent: Any) -> None:
     for name, timing in times.items():
         run.metric(f"{name}: step", timing.median / args.steps, "s", "median of the rounds")
     pairs = zip(times["watched"].samples, times["unwatched"].samples, strict=True)
-    cost = median(watched / unwatched for watched, unwatched in pairs) - 1
-    run.metric("cost of being watched", 100 * cost, "%", "median of each round against its twin")
+    costs = [watched / unwatched - 1 for watched, unwatched in pairs]
+    lower, cost, upper = np.quantile(costs, [0.25, 0.5, 0.75]).tolist()
+    spread = f"median of each round against its twin; quartiles {lower:.1%} and {upper:.1%}"
+    run.metric("cost of being watched", 100 * cost, "%", spread)
     run.check_below("the cost is small", cost, LIMIT[args.preset])
 
 

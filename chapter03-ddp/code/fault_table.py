@@ -16,6 +16,7 @@ after a few steps.
 from argparse import Namespace
 from concurrent.futures import ThreadPoolExecutor
 
+from _diagnose_ranks import end_fork_server
 from _fault_cases import CASES, Case, Outcome, cannot_run, run_case
 
 from distlab import script
@@ -25,7 +26,7 @@ from distlab.run import Run
 FEW = ["rank_only_collective", "shape_mismatch", "killed_rank", "nan_on_one_rank", "same_device"]
 ALL = list(dict.fromkeys(case.cause for case in CASES))
 PRESETS = {
-    "smoke": {"faults": FEW, "stall_after": 2.0},
+    "smoke": {"faults": FEW, "stall_after": 4.0},
     "laptop": {"faults": ALL, "stall_after": 5.0},
     "gpu": {"faults": ALL, "stall_after": 5.0},
 }
@@ -36,7 +37,10 @@ AT_ONCE = 3  # jobs: those that stand still leave the processor to the others
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
     with script.run(args) as run:
-        tabulate(run, args)
+        try:
+            tabulate(run, args)
+        finally:
+            end_fork_server()
     return run.status
 
 

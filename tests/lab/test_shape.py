@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from distlab.display import number, quantity, text_table
-from distlab.lab.shape import difference, shape
+from distlab.lab.shape import difference, shape, without_log
 
 
 @pytest.mark.parametrize(
@@ -102,3 +102,9 @@ def test_every_number_is_free(value):
 def test_empty_texts():
     assert shape("") == shape("\n \n") == []
     assert difference("", "\n") == ""
+
+
+def test_lines_of_torchs_log_count_as_not_printed():
+    log = "W1121 11:04:35.106000 2792 torch/distributed/run.py:874] Setting OMP_NUM_THREADS\n"
+    assert difference("a line\n", f"{log}a line\nnode0| {log}") == ""
+    assert without_log(f"{log}a line\n") == "a line\n"

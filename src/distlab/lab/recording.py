@@ -18,6 +18,7 @@ from distlab.lab.generated import regenerate
 from distlab.lab.lessons import Block, Chapter, chapter, chapters, read_blocks
 from distlab.lab.playing import play
 from distlab.lab.running import BLOCK_LIMIT_S, block_folder, blocks_of_script, runs_folder
+from distlab.lab.shape import without_log
 from distlab.script import PRESET_NAMES, OneLineParser
 
 
@@ -71,7 +72,8 @@ def show(block: Block, printed: str) -> None:
     assert current.output_lines is not None
     first, end = current.output_lines
     lines = block.lesson.read_text(encoding="utf-8").splitlines()
-    lines[first:end] = printed.replace(f"{repo_root()}/", "").rstrip("\n").splitlines()
+    printed = without_log(printed).replace(f"{repo_root()}/", "")
+    lines[first:end] = printed.rstrip("\n").splitlines()
     write_text(block.lesson, "\n".join(lines) + "\n")
 
 

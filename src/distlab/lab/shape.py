@@ -3,7 +3,8 @@
 Free are numbers with their units, the width of columns, how often a line of the same shape is
 repeated (a table has more rows at another preset), the names of torch's operators, and what stands
 after one of the words in FREE at the beginning of a line, since it depends on the machine. What
-the nodes of a cluster print at once is compared node by node.
+the nodes of a cluster print at once is compared node by node. Lines of torch's log, which depend on
+the reader's environment, count as not printed.
 """
 
 import difflib
@@ -11,6 +12,7 @@ import re
 
 NODE = re.compile(r"(node\d+)\| ")
 FREE = re.compile(r"((?:node\d+\| )?(?:machine|job|verdict|sample|trace|figure)): ")
+_LOG = re.compile(r"(?:node\d+\| )?[IWE]\d{4} \d\d:\d\d:\d\d\.\d+ ")  # W1121 11:04:35.106000
 _OPERATOR = re.compile(r"\baten::\w+")
 _UNIT = r"(?:[KMGTPE]?(?:B|FLOP|bit|params|tok)(?:/s)?|[nµm]?s|min|h|%)"
 _DIGITS = r"\d+(?:,\d{3})*\.?\d*(?:e[-+]?\d+)?"
@@ -18,10 +20,16 @@ _NONE = r"(?:nan|inf|unknown)(?!\w)|(?<!\S)—(?!\S)"  # how `distlab.display` s
 _NUMBER = re.compile(rf"(?<!\w)[-+−]?(?:{_DIGITS}|{_NONE})(?:\s?{_UNIT}(?![\w/]))?")
 
 
+def without_log(text: str) -> str:
+    """`text` without the lines of torch's log, such as torchrun's advice on OMP_NUM_THREADS."""
+    lines = text.splitlines(keepends=True)
+    return "".join(line for line in lines if not _LOG.match(line))
+
+
 def shape(text: str) -> list[str]:
     """The shape of a text, a line each."""
     lines: list[str] = []
-    for line in sorted(text.splitlines(), key=_node):
+    for line in sorted(without_log(text).splitlines(), key=_node):
         line = _line_shape(line)
         if line and (not lines or lines[-1] != line):
             lines.append(line)
