@@ -81,10 +81,12 @@ def needs(blocks: list[Block]) -> str:
 def recorded_minutes(one: Chapter) -> dict[str, float]:
     """Minutes that each script's recorded runs took, by the script's path."""
     minutes: dict[str, float] = {}
-    for path in one.records():
-        made = record.load(path)
-        for name in [word for word in made["command"].split() if word.startswith("chapter")]:
-            minutes[name] = round(minutes.get(name, 0.0) + made["seconds"] / 60, 2)
+    for block in one.blocks():
+        path = one.folder / "results" / f"{block.record}.json"
+        if block.record and path.exists():
+            taken = record.load(path)["seconds"] / 60
+            for name in block.scripts:
+                minutes[name] = round(minutes.get(name, 0.0) + taken, 2)
     return minutes
 
 
