@@ -18,7 +18,7 @@ from distlab.files import repo_root
 
 CONFIGS = repo_root() / "chapter03-ddp" / "configs"
 LIMIT_S = 150.0  # of waits on a machine that may be busy with other things
-TRAINING = ["--preset", "smoke", "--device", "cpu", "--steps", "1500", "--eval-every", "500"]
+TRAINING = ["--preset", "smoke", "--device", "cpu", "--steps", "900", "--eval-every", "300"]
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(3 * LIMIT_S)]
 
 
