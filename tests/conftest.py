@@ -58,6 +58,17 @@ def pytest_configure(config: pytest.Config) -> None:
     config.stash[LEDGER] = []
 
 
+@pytest.hookimpl(tryfirst=True)  # before the tier is chosen by its mark
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """A chapter's own tests are not in the fast tier, which keeps its time as chapters come.
+
+    It has the bench, the lab, and the first commands of each lesson; `lab test 3` has the rest.
+    """
+    for item in items:
+        if item.path.parent.name.startswith(("chapter", "cluster")):
+            item.add_marker(pytest.mark.slow)
+
+
 def pytest_terminal_summary(terminalreporter, config: pytest.Config) -> None:
     """Print the ledger, write it to build/ledger.json, and say what every skip was for."""
     rows = config.stash[LEDGER]

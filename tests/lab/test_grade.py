@@ -85,6 +85,7 @@ def graded_variants(tmp_path_factory):
         return dict(zip(WRONG, pool.map(grade_variant, WRONG), strict=True))
 
 
+@pytest.mark.slow  # dozens of them: the solutions' and the starters' points are in the fast tier
 @pytest.mark.parametrize("variant", WRONG, ids=lambda path: f"{path.parent.name}-{path.stem}")
 def test_typical_mistake_loses_points_and_is_explained(graded_variants, variant):
     """A wrong variant names in SAYS what the grader must tell its author."""
