@@ -32,7 +32,7 @@ from _slow_link_report import report_point, report_scaling
 from _slow_link_training import Replica, measure_steps, message_latency
 
 from distlab import runtime, script
-from distlab.cluster import VirtualCluster, record_of, unavailable
+from distlab.cluster import VirtualCluster, flags_for_nodes, record_of, unavailable
 from distlab.cluster.links import parse_rate
 from distlab.errors import Skipped, UsageError
 from distlab.model import add_model_flags, config_from_args, model_from_args
@@ -127,11 +127,7 @@ def compare_links(run: Run, args: Namespace) -> None:
 
 def node_flags(args: Namespace, rate: str | None) -> list[str]:
     """This script's flags on a node: those given here, its link, and gloo on its CPU."""
-    flags = ["--backend", "gloo", "--device", "cpu", *(["--link-rate", rate] if rate else [])]
-    for name in FOR_THE_NODES:
-        if (value := getattr(args, name)) is not None:
-            flags += [f"--{name.replace('_', '-')}", str(value)]
-    return flags
+    return flags_for_nodes(args, FOR_THE_NODES) + (["--link-rate", rate] if rate else [])
 
 
 if __name__ == "__main__":

@@ -1,6 +1,5 @@
 """The proof of `ddp_from_scratch.py`: it trains as torch's DDP does, and as one process does."""
 
-import hashlib
 from argparse import Namespace
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -11,6 +10,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from _replicas import distinct
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel as DDP
 
@@ -218,13 +218,3 @@ def state_of(model: nn.Module) -> dict[str, Tensor]:
 def compare(run: Run, problem: Problem, ours: Trained, other: Trained, who: str) -> None:
     run.check_close(f"{problem.name}: losses equal {who}'s", ours.losses, other.losses, TOLERANCE)
     run.check_close(f"{problem.name}: weights equal {who}'s", ours.state, other.state, TOLERANCE)
-
-
-def distinct(model: nn.Module) -> int:
-    """How many different models the ranks hold, their parameters compared bit for bit."""
-    own = hashlib.sha256()
-    for parameter in model.parameters():
-        own.update(parameter.detach().cpu().numpy().tobytes())
-    digests: list[str | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(digests, own.hexdigest())
-    return len(set(digests))

@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from distlab.cluster import VirtualCluster, record_of
+from distlab.cluster import VirtualCluster, flags_for_nodes, record_of
 from distlab.errors import RunError
 from distlab.files import write_text
 from distlab.runtime import Runtime
@@ -45,13 +45,7 @@ def measure_on_links(args: Namespace, script: Path) -> dict[str, Any]:
 
 def node_flags(args: Namespace) -> list[str]:
     """The script's flags on a node: those given here, its interface, and gloo on its CPU."""
-    flags = ["--backend", "gloo", "--device", "cpu", "--interface", "eth0"]
-    for name in ("hooks", "rates"):
-        flags += [f"--{name}", *getattr(args, name)]
-    for name in FOR_THE_NODES:
-        if (value := getattr(args, name)) is not None:
-            flags += [f"--{name.replace('_', '-')}", str(value)]
-    return flags
+    return [*flags_for_nodes(args, ["hooks", "rates", *FOR_THE_NODES]), "--interface", "eth0"]
 
 
 def change_links(cluster: VirtualCluster, folder: Path, ended: threading.Event) -> None:

@@ -10,7 +10,7 @@ from _ps_report import LINK_COLUMNS, RATE_COLUMNS, TRAINING_COLUMNS
 from _ps_training import ASYNCHRONOUS, DESIGNS, SYNCHRONOUS, Replica, median
 
 from distlab import data
-from distlab.cluster import VirtualCluster, record_of
+from distlab.cluster import VirtualCluster, flags_for_nodes, record_of
 from distlab.data.loader import Loader
 from distlab.model import config_from_args, model_from_args
 from distlab.run import Run
@@ -59,11 +59,7 @@ def one_node_computes(args: Namespace) -> float:
 
 def node_flags(args: Namespace) -> list[str]:
     """This script's flags on a node: those given here, its link, and gloo on its CPU."""
-    flags = ["--backend", "gloo", "--device", "cpu", "--link-rate", args.rate]
-    for name in FOR_THE_NODES:
-        if (value := getattr(args, name)) is not None:
-            flags += [f"--{name.replace('_', '-')}", str(value)]
-    return flags
+    return [*flags_for_nodes(args, FOR_THE_NODES), "--link-rate", args.rate]
 
 
 def draw(run: Run, args: Namespace, records: Sequence[dict[str, Any]]) -> None:

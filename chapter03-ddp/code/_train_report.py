@@ -1,16 +1,15 @@
 """What `train_ddp.py` says of a run: who takes part, how fast it was, and what it learnt."""
 
-import hashlib
 import math
 from argparse import Namespace
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from _replicas import distinct
 from _train_held_out import DTYPES, HeldOut
 from _train_progress import Progress
 from _train_sample import report_sample
-from torch import nn
 
 from distlab import hardware, predict
 from distlab.data import Tokens
@@ -120,13 +119,3 @@ def peak_of_all(args: Namespace, job: Runtime) -> float | None:
     peak = torch.tensor(own, dtype=torch.float64)
     dist.all_reduce(peak)
     return peak.item()
-
-
-def distinct(model: nn.Module) -> int:
-    """How many different models the ranks hold, compared bit for bit."""
-    own = hashlib.sha256()
-    for parameter in model.parameters():
-        own.update(parameter.detach().cpu().numpy().tobytes())
-    digests: list[str | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(digests, own.hexdigest())
-    return len(set(digests))

@@ -46,7 +46,7 @@ from _bucket_training import (
 from torch.nn.parallel import DistributedDataParallel as DDP
 
 from distlab import host, runtime, script
-from distlab.cluster import VirtualCluster, record_of, unavailable
+from distlab.cluster import VirtualCluster, flags_for_nodes, record_of, unavailable
 from distlab.cluster.links import parse_rate
 from distlab.errors import Skipped, UsageError
 from distlab.model import add_model_flags, config_from_args, model_from_args
@@ -170,15 +170,9 @@ def compare_links(run: Run, args: Namespace) -> None:
 
 def node_flags(args: Namespace, rate: str) -> list[str]:
     """This script's flags on a node: those given here, its link, its share of the cores."""
-    flags = ["--backend", "gloo", "--device", "cpu"]
+    flags = flags_for_nodes(args, FOR_THE_NODES)
     flags += ["--cores-per-rank", str(host.usable_cores() / NODES)]
-    if rate != UNSHAPED:
-        flags += ["--link-rate", rate]
-    for name in FOR_THE_NODES:
-        if (value := getattr(args, name)) is not None:
-            values = value if isinstance(value, list) else [value]
-            flags += [f"--{name.replace('_', '-')}", *map(str, values)]
-    return flags
+    return flags + (["--link-rate", rate] if rate != UNSHAPED else [])
 
 
 if __name__ == "__main__":

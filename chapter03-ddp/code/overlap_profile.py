@@ -55,7 +55,7 @@ from _overlap_variants import (
 )
 
 from distlab import host, runtime, script
-from distlab.cluster import VirtualCluster, record_of, unavailable
+from distlab.cluster import VirtualCluster, flags_for_nodes, record_of, unavailable
 from distlab.cluster.links import parse_rate
 from distlab.errors import Skipped, UsageError
 from distlab.model import add_model_flags, config_from_args, model_from_args
@@ -191,12 +191,8 @@ def alone_step(args: Namespace, job: Runtime) -> LocalStep:
 
 def node_flags(args: Namespace) -> list[str]:
     """This script's flags on a node: those given here, and its share of the cores."""
-    flags = ["--backend", "gloo", "--device", "cpu"]
-    flags += ["--cores-per-rank", str(host.usable_cores() / NODES)]
-    for name in FOR_THE_NODES:
-        if (value := getattr(args, name)) is not None:
-            flags += [f"--{name.replace('_', '-')}", str(value)]
-    return flags
+    cores = str(host.usable_cores() / NODES)
+    return [*flags_for_nodes(args, FOR_THE_NODES), "--cores-per-rank", cores]
 
 
 if __name__ == "__main__":

@@ -31,6 +31,7 @@ from _train_progress import Progress
 from _train_report import report_training, report_verdict, say_what_runs
 from _train_saver import Saver
 from _train_stop import StopRequest
+from _training_state import settle_buckets
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel as DDP
 
@@ -130,15 +131,9 @@ class Trainer:
         self.settle_buckets(self.batches.local_batch_size // args.accumulate)
 
     def settle_buckets(self, sequences: int) -> None:
-        """Go forward and backward once, on nothing, and forget the gradients.
-
-        DDP puts its buckets into the order in which the first backward pass has made the gradients.
-        With more than two ranks another order is another rounding: without this a resumed run,
-        whose first step that would be, differs in the last bit. Compilation happens here too.
-        """
+        """Give DDP its order of buckets, on a batch of nothing. Compilation happens here too."""
         nothing = torch.zeros(sequences, self.args.seq_len, dtype=torch.int64, device=self.device)
-        self.loss(nothing, nothing).backward()
-        self.optimizer.zero_grad()
+        settle_buckets(self.ddp, lambda: self.loss(nothing, nothing))
 
     def __enter__(self) -> "Trainer":
         return self

@@ -4,10 +4,17 @@ from distlab.cluster import availability
 from distlab.cluster import slurm as _slurm
 from distlab.cluster.commands import NodeProcess
 from distlab.cluster.network import Traffic
-from distlab.cluster.recording import record_of
+from distlab.cluster.recording import flags_for_nodes, record_of
 from distlab.cluster.virtual import VirtualCluster
 
-__all__ = ["NodeProcess", "Traffic", "VirtualCluster", "record_of", "unavailable"]
+__all__ = [
+    "NodeProcess",
+    "Traffic",
+    "VirtualCluster",
+    "flags_for_nodes",
+    "record_of",
+    "unavailable",
+]
 
 
 def unavailable(slurm: bool = False) -> str | None:

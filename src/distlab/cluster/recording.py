@@ -2,6 +2,7 @@
 
 import sys
 import tempfile
+from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,17 @@ from distlab.errors import RunError
 CHECK_FAILED = 1
 # The nodes share this machine's cores, and what they measure goes into the record of who asked.
 RANK_VARIABLES = {"OMP_NUM_THREADS": "1", "LAB_RECORD_DIR": ""}
+
+
+def flags_for_nodes(args: Namespace, names: Sequence[str]) -> list[str]:
+    """The flags of a script that runs itself on the nodes: those in `names` that are set in `args`,
+    for gloo on the nodes' CPU."""
+    flags = ["--backend", "gloo", "--device", "cpu"]
+    for name in names:
+        if (value := getattr(args, name)) is not None:
+            values = value if isinstance(value, list) else [value]
+            flags += [f"--{name.replace('_', '-')}", *map(str, values)]
+    return flags
 
 
 def record_of(
