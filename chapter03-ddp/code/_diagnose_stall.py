@@ -1,6 +1,7 @@
 """Judges of a job that stands still: who waits where, and for whom."""
 
 import re
+import time
 
 from _diagnose_difference import GO_WITH_THE_OTHERS, first_difference
 from _diagnose_verdict import Verdict, shown, source
@@ -9,14 +10,22 @@ from _diagnose_watch import Call, Place, Rank, as_place
 LOCKS = re.compile(r"\.acquire\(|\bwith\b.*lock\b", re.IGNORECASE)
 
 
-def stalled_since(ranks: list[Rank]) -> float | None:
-    """When the last rank began to wait; None while one works, or while none is in a collective."""
+def stalled_since(ranks: list[Rank], stall_after: float) -> float | None:
+    """When the last rank began to wait, if all have waited for `stall_after` seconds.
+
+    None while one works, or while none is in a collective; and while a rank has not told for half
+    of that time that it waits: it may be one that cannot tell anything.
+    """
     world = ranks[0].hello["world"] if ranks else 0
     if len(ranks) < world or not any(rank.pulse.get("pending") for rank in ranks):
         return None
-    since = [rank.stuck_since() for rank in ranks]
-    known = [moment for moment in since if moment is not None]
-    return max(known) if len(known) == len(since) else None
+    moments = [rank.stuck_since() for rank in ranks]
+    known = [moment for moment in moments if moment is not None]
+    if len(known) < len(moments) or time.time() - max(known) <= stall_after:
+        return None
+    living = [rank for rank in ranks if rank.exit is None and rank.died is None]
+    told = min((rank.pulse["t"] for rank in living), default=time.time())
+    return max(known) if told - max(known) > stall_after / 2 else None
 
 
 def judge_stall(ranks: list[Rank]) -> Verdict | None:

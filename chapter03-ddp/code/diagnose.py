@@ -170,7 +170,7 @@ def watch(job: Job, folder: Path, stall_after: float, ignored: Set[str]) -> Foun
 def judge(ranks: list[Rank], stall_after: float) -> Found | None:
     """What is wrong with a job that runs."""
     now = time.time()
-    if (since := stalled_since(ranks)) is not None and now - since > stall_after:
+    if (since := stalled_since(ranks, stall_after)) is not None:
         verdict = judge_stall(ranks)
         return Found(verdict, "stands still", now - since) if verdict else None
     if verdict := silent_rank(ranks, stall_after):

@@ -18,7 +18,11 @@ from distlab.files import repo_root
 
 CONFIGS = repo_root() / "chapter03-ddp" / "configs"
 LIMIT_S = 150.0  # of waits on a machine that may be busy with other things
-TRAINING = ["--preset", "smoke", "--device", "cpu", "--steps", "900", "--eval-every", "300"]
+STEPS = 900
+TRAINING = [
+    *("--preset", "smoke", "--device", "cpu"),
+    *("--steps", str(STEPS), "--eval-every", "300"),
+]
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(3 * LIMIT_S)]
 
 
@@ -103,7 +107,7 @@ def has_saved(job: Job) -> bool:
 
 def outcome(job: Job) -> str:
     """The last losses that the job printed."""
-    return re.findall(r"^step 1500: .*$", job.told(), re.M)[-1]
+    return re.findall(rf"^step {STEPS}: .*$", job.told(), re.M)[-1]
 
 
 def test_a_job_on_two_nodes_trains_to_its_end(jobs: Jobs) -> None:
