@@ -1,11 +1,18 @@
-"""`lab run CH [SCRIPT]`: type a chapter's commands for the reader, and say what came out."""
+"""`lab run CH [SCRIPT]`: type a chapter's commands for the reader, and say what came out.
+
+With $LAB_OUTCOMES set to a folder, what became of each command is left there as JSON, for whoever
+would otherwise run them again.
+"""
 
 import argparse
+import json
+import os
+from dataclasses import asdict
 from pathlib import Path
 
 from distlab.display import quantity, text_table
 from distlab.errors import UsageError
-from distlab.files import repo_root
+from distlab.files import repo_root, write_text
 from distlab.lab.blocks import Outcome, gpu_count
 from distlab.lab.lessons import Block, Chapter, chapter
 from distlab.lab.playing import play
@@ -24,6 +31,8 @@ def main(argv: list[str]) -> int:
     backend = "nccl" if gpu_count() else "gloo"
     folders = [(block, records / block_folder(block)) for block in blocks]
     outcomes = list(play(folders, args.preset, backend, BLOCK_LIMIT_S, records / "servers"))
+    if folder := os.environ.get("LAB_OUTCOMES"):
+        save_outcomes(Path(folder), outcomes)
     print("\n" + summary(outcomes))
     print("a page of these results: python3 scripts/lab.py report")
     return CHECK_FAILED if any(outcome.result == "failed" for outcome in outcomes) else 0
@@ -50,6 +59,23 @@ def runs_folder(one: Chapter) -> Path:
 def block_folder(block: Block) -> str:
     """A folder name for a block's records that stays the same while its lesson is edited."""
     return block.record or "-".join([*(Path(s).stem for s in block.scripts), f"line{block.line}"])
+
+
+def save_outcomes(folder: Path, outcomes: list[Outcome]) -> None:
+    """A file for each block and back end."""
+    for outcome in outcomes:
+        text = json.dumps({**asdict(outcome), "block": outcome.block.id}, indent=1)
+        write_text(outcome_file(folder, outcome.block, outcome.backend), text + "\n")
+
+
+def saved_outcome(folder: Path, block: Block, backend: str) -> Outcome | None:
+    """What `save_outcomes` left of `block`, if it did."""
+    path = outcome_file(folder, block, backend)
+    return Outcome(**{**json.loads(path.read_text()), "block": block}) if path.exists() else None
+
+
+def outcome_file(folder: Path, block: Block, backend: str) -> Path:
+    return folder / f"{block.id.replace('/', '-')}-{backend}.json"
 
 
 def summary(outcomes: list[Outcome]) -> str:
