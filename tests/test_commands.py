@@ -14,7 +14,7 @@ import pytest
 from distlab.lab import shape
 from distlab.lab.blocks import run_block
 from distlab.lab.lessons import Block, all_blocks
-from distlab.lab.running import saved_outcome
+from distlab.lab.running import kept_outcome
 from distlab.lab.servers import Servers
 
 SMOKE_LIMIT_S = 240
@@ -57,7 +57,7 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 def test_command(
     block: Block, backend: str, servers: Servers, outcomes: Path, ledger, tmp_path: Path
 ) -> None:
-    outcome = saved_outcome(outcomes, block, backend)
+    outcome = kept_outcome(outcomes, block, backend)
     if outcome is None:
         if not block.norun:
             servers.start_for(block)

@@ -38,6 +38,10 @@ def add_train_flags(parser: script.Parser) -> None:
         "--accumulate", type=script.positive_int, default=1, metavar="N",
         help="micro-batches of a rank in each optimizer step",
     )  # fmt: skip
+    execution.add_argument(
+        "--prove", type=script.positive_int, metavar="N",
+        help="afterwards repeat the first N steps on one process and compare the losses",
+    )  # fmt: skip
     execution.add_argument("--compile", action=argparse.BooleanOptionalAction, default=False)
     files = parser.add_argument_group("files")
     files.add_argument("--checkpoint-dir", metavar="DIR")

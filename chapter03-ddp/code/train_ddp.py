@@ -22,17 +22,20 @@ import contextlib
 import math
 from argparse import Namespace
 from collections.abc import Iterator
+from functools import partial
 
 import torch
 from _train_export import export
 from _train_flags import add_train_flags, refuse, refuse_for, take_shape
 from _train_held_out import HeldOut, autocast
 from _train_progress import Progress
+from _train_proof import prove
 from _train_report import report_training, report_verdict, say_what_runs
 from _train_saver import Saver
 from _train_stop import StopRequest
 from _training_state import settle_buckets
 from torch import Tensor
+from torch.distributed import ProcessGroup
 from torch.nn.parallel import DistributedDataParallel as DDP
 
 from distlab import data, hardware, runtime, script
@@ -88,6 +91,8 @@ def train_and_report(run: Run, args: Namespace, job: Runtime, stop: StopRequest)
         progress = Progress(run, args, job, first_step=saver.resume(trainer))
         if train(args, trainer, held_out, saver, progress, stop):
             report_training(run, args, job, trainer, tokens, progress, held_out)
+            if args.prove:
+                prove(run, args, job, progress, partial(Trainer, args, tokens=tokens))
             if args.export and job.is_main:
                 export(run, trainer.model.cpu(), args.export, tokens)
             report_verdict(run, progress)
@@ -117,10 +122,16 @@ def train(
 class Trainer:
     """This rank's replica of the model, with its optimizer, its scaler and its batches."""
 
-    def __init__(self, args: Namespace, job: Runtime, tokens: data.Tokens) -> None:
+    def __init__(
+        self,
+        args: Namespace,
+        job: Runtime,
+        tokens: data.Tokens,
+        group: ProcessGroup | None = None,
+    ) -> None:
         self.args, self.device = args, job.device
         self.model = model_from_args(args, job.device)
-        self.ddp = DDP(self.model, gradient_as_bucket_view=True)
+        self.ddp = DDP(self.model, process_group=group, gradient_as_bucket_view=True)
         self.forward = torch.compile(self.ddp) if args.compile else self.ddp
         self.optimizer = new_optimizer(args, self.model)
         self.scaler = torch.amp.GradScaler(job.device.type, enabled=args.dtype == "float16")

@@ -6,6 +6,7 @@ node up, and nearly that to run a requeued job again.
 
 import os
 import re
+import subprocess
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -150,3 +151,22 @@ def test_a_job_that_lost_a_node_goes_on_from_its_checkpoint_when_the_node_is_bac
     assert "preempted: " not in lost.told()
     assert f"job: resumed from {lost.checkpoints}/step_0000" in lost.told()
     assert outcome(lost) == outcome(jobs.undisturbed)
+
+
+@pytest.mark.parametrize(
+    ("status", "restarts", "goes_back"),
+    [(0, "", False), (1, "", True), (1, "2", True), (1, "3", False), (2, "", False)],
+)
+def test_a_failed_training_goes_back_into_the_queue_three_times(
+    tmp_path: Path, status: int, restarts: str, goes_back: bool
+) -> None:
+    """The file's own shell, with stand-ins for Slurm's commands: a real requeue takes a minute."""
+    asked = tmp_path / "asked"
+    for name, does in (("srun", f"exit {status}"), ("scontrol", f'echo "$@" >>{asked}')):
+        (tmp_path / name).write_text(f"#!/bin/sh\n{does}\n")
+        (tmp_path / name).chmod(0o755)
+    env = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_JOB_ID": "7",
+           "SLURM_JOB_NODELIST": "node[0-1]", "SLURM_RESTART_COUNT": restarts}  # fmt: skip
+    done = subprocess.run(["bash", str(CONFIGS / "train_ddp.sbatch")], env=env, timeout=60)
+    assert done.returncode == status
+    assert ("requeue 7" in asked.read_text()) == goes_back

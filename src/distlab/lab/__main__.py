@@ -6,6 +6,7 @@ import sys
 from distlab import script
 
 COMMANDS = {
+    "tour": ("tour:main", "the book in five minutes: train, prove, serve, ask, measure"),
     "list": ("listing:main", "every script: its chapter, what it shows, what it needs"),
     "run": ("running:main", "run a chapter, or one script of it: run CH [SCRIPT] [--preset …]"),
     "test": ("testing:main", "run the tests: test [--fast] [CH]"),

@@ -153,9 +153,10 @@ def chapter(wanted: str) -> Chapter:
 
 
 def all_blocks() -> list[Block]:
-    """Every block of README.md and of each written chapter, in reading order."""
-    lessons = [repo_root() / "README.md", *(c.lesson for c in chapters() if c.written)]
-    return [block for lesson in lessons for block in read_blocks(lesson)]
+    """Every block of README.md, of the tour and of each written chapter, in reading order."""
+    lessons = [repo_root() / "README.md", repo_root() / "tour.md"]
+    lessons += [c.lesson for c in chapters() if c.written]
+    return [block for lesson in lessons if lesson.is_file() for block in read_blocks(lesson)]
 
 
 def read_blocks(lesson: Path) -> list[Block]:

@@ -31,8 +31,7 @@ def main(argv: list[str]) -> int:
     backend = "nccl" if gpu_count() else "gloo"
     folders = [(block, records / block_folder(block)) for block in blocks]
     outcomes = list(play(folders, args.preset, backend, BLOCK_LIMIT_S, records / "servers"))
-    if folder := os.environ.get("LAB_OUTCOMES"):
-        save_outcomes(Path(folder), outcomes)
+    keep_outcomes(outcomes)
     print("\n" + summary(outcomes))
     print("a page of these results: python3 scripts/lab.py report")
     return CHECK_FAILED if any(outcome.result == "failed" for outcome in outcomes) else 0
@@ -61,15 +60,17 @@ def block_folder(block: Block) -> str:
     return block.record or "-".join([*(Path(s).stem for s in block.scripts), f"line{block.line}"])
 
 
-def save_outcomes(folder: Path, outcomes: list[Outcome]) -> None:
-    """A file for each block and back end."""
+def keep_outcomes(outcomes: list[Outcome]) -> None:
+    """Leave a file for each block and back end in $LAB_OUTCOMES, if it is set."""
+    if not (folder := os.environ.get("LAB_OUTCOMES")):
+        return
     for outcome in outcomes:
         text = json.dumps({**asdict(outcome), "block": outcome.block.id}, indent=1)
-        write_text(outcome_file(folder, outcome.block, outcome.backend), text + "\n")
+        write_text(outcome_file(Path(folder), outcome.block, outcome.backend), text + "\n")
 
 
-def saved_outcome(folder: Path, block: Block, backend: str) -> Outcome | None:
-    """What `save_outcomes` left of `block`, if it did."""
+def kept_outcome(folder: Path, block: Block, backend: str) -> Outcome | None:
+    """What `keep_outcomes` left of `block`, if it did."""
     path = outcome_file(folder, block, backend)
     return Outcome(**{**json.loads(path.read_text()), "block": block}) if path.exists() else None
 
