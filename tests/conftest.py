@@ -2,6 +2,7 @@
 
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 # Tests prove results, not speed. With a thread for each core, OpenMP's threads spin while they wait
@@ -28,6 +29,16 @@ def one_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
     """Tokenizers and shards made by the suite are shared by its tests, and leave with it."""
     os.environ.setdefault("DISTLAB_CACHE", str(tmp_path_factory.mktemp("cache")))
     os.environ["HF_HUB_OFFLINE"] = "1"
+
+
+@pytest.fixture(autouse=True)
+def same_environment() -> Iterator[None]:
+    """No test leaves its variables to the next one, as a command called in this process may."""
+    before = dict(os.environ)
+    yield
+    if os.environ != before:
+        os.environ.clear()
+        os.environ.update(before)
 
 
 class Ledger:

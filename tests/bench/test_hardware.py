@@ -153,6 +153,7 @@ def test_links_between_gpus_are_named_as_nvidia_smi_names_them(nvml_of, between_
 
 
 def test_a_gpu_that_is_not_named_has_no_specified_peak(monkeypatch):
+    monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: "highest")
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "NVIDIA H200")
     cuda = torch.device("cuda", 0)
     assert hardware.peak_flops(cuda, torch.bfloat16) == GPUS["h200"].peak_flops["bf16"]

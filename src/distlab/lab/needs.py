@@ -26,6 +26,7 @@ from distlab.lab.lessons import chapters
 ALL = tuple(range(1, 12))
 CHROMIUM = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 NVIDIA_PCI_VENDOR = "0x10de"
+COMPILED = "torch.compile, DeepSpeed, the paged engine's operators"
 
 
 @dataclass(frozen=True)
@@ -79,10 +80,8 @@ def _system_needs() -> list[Need]:
     clustered = (2, 3, 4, 5, 6, 7, 8, 10)
     return [
         system(ALL, "chromium", "the test of lab report", partial(_one_of, CHROMIUM), "chromium"),
-        system(
-            (1, 3, 5), "C++ compiler", "torch.compile, DeepSpeed", partial(_one_of, ["g++"]), "g++"
-        ),
-        system((1, 3, 5), "Python headers", "torch.compile, DeepSpeed", _python_headers, python),
+        system((1, 3, 5, 6), "C++ compiler", COMPILED, partial(_one_of, ["g++"]), "g++"),
+        system((1, 3, 5, 6), "Python headers", COMPILED, _python_headers, python),
         system(clustered, "ip and tc", "nodes and shaped links", _iproute2, "iproute2"),
         system(
             (2, 3, 4, 5),

@@ -7,6 +7,7 @@ Ctrl-C the next one goes on where this one was.
 import argparse
 import hashlib
 import json
+import shutil
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,14 +20,16 @@ from distlab.lab.playing import play
 from distlab.lab.running import block_folder, keep_outcomes, runs_folder, summary
 from distlab.script import CHECK_FAILED, PRESET_NAMES, Parser
 
+FOLDER = repo_root() / "build" / "tour"
 STEP_LIMIT_S = 3600.0
 
 
 def main(argv: list[str]) -> int:
     args = _parse(argv)
     blocks = [block for block in read_blocks(repo_root() / "tour.md") if not block.background]
-    done = Done(repo_root() / "build" / "tour" / "done.json", args.preset)
-    if args.afresh:
+    done = Done(FOLDER / "done.json", args.preset)
+    if args.afresh or not any(block in done for block in blocks):
+        shutil.rmtree(FOLDER, ignore_errors=True)  # what an older tour trained and exported
         done.forget()
     began = time.monotonic()
     outcomes = list(_walk(blocks, done, args.preset))
@@ -47,9 +50,8 @@ def _walk(blocks: list[Block], done: "Done", preset: str) -> Iterator[Outcome]:
         print(f"tour: {len(blocks) - len(left)} of {len(blocks)} steps were done before")
     backend = "nccl" if gpu_count() else "gloo"
     folders = [(block, _records(block)) for block in left]
-    servers = repo_root() / "build" / "tour" / "servers"
     try:
-        for outcome in play(folders, preset, backend, STEP_LIMIT_S, servers):
+        for outcome in play(folders, preset, backend, STEP_LIMIT_S, FOLDER / "servers"):
             yield outcome
             if outcome.result == "failed":
                 return
@@ -66,7 +68,7 @@ def _records(block: Block) -> Path:
     for one in chapters():
         if block.scripts and block.scripts[0].startswith(one.folder.name):
             return runs_folder(one) / f"tour-{block_folder(block)}"
-    return repo_root() / "build" / "tour" / "records"
+    return FOLDER / "records"
 
 
 class Done:
