@@ -1,0 +1,119 @@
+"""Requests to an OpenAI server, streamed and timed, many at once: for scripts that load one."""
+
+import asyncio
+import os
+import time
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+
+import openai
+
+from distlab.errors import RunError
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One answered request. Times are seconds; `tokens` are those that the server counted."""
+
+    text: str
+    tokens: int
+    ttft: float
+    seconds: float
+    finish_reason: str | None
+
+    @property
+    def tpot(self) -> float | None:
+        """Seconds per output token after the first one; None for an answer of one."""
+        return (self.seconds - self.ttft) / (self.tokens - 1) if self.tokens > 1 else None
+
+
+@dataclass(frozen=True)
+class Server:
+    """A server that answers, and the model that it is asked for."""
+
+    client: openai.AsyncOpenAI
+    model: str
+
+    async def ask(self, prompt: str, max_tokens: int) -> Answer:
+        """A greedy completion of `prompt`, streamed."""
+        started = time.perf_counter()
+        first, pieces, tokens, reason = None, [], 0, None
+        stream = await self.client.completions.create(
+            **self._question(prompt, max_tokens),
+            stream=True,
+            stream_options={"include_usage": True},
+        )
+        async for chunk in stream:
+            if chunk.usage is not None:
+                tokens = chunk.usage.completion_tokens
+            for choice in chunk.choices:
+                if first is None:
+                    first = time.perf_counter()
+                pieces.append(choice.text)
+                reason = choice.finish_reason or reason
+        ended = time.perf_counter()
+        ttft = (first or ended) - started
+        return Answer("".join(pieces), tokens, ttft, ended - started, reason)
+
+    async def ask_whole(self, prompt: str, max_tokens: int) -> tuple[str, int]:
+        """The same completion in one piece: its text and its number of tokens."""
+        made = await self.client.completions.create(**self._question(prompt, max_tokens))
+        return made.choices[0].text, made.usage.completion_tokens if made.usage else 0
+
+    async def ask_all(
+        self, prompts: Sequence[str], max_tokens: int, concurrency: int
+    ) -> tuple[list[Answer], float]:
+        """The answers, `concurrency` requests at a time, and the seconds that all took.
+
+        A closed loop: who has an answer sends the next request at once.
+        """
+        places = asyncio.Semaphore(concurrency)
+
+        async def one(prompt: str) -> Answer:
+            async with places:
+                return await self.ask(prompt, max_tokens)
+
+        started = time.perf_counter()
+        answers = await asyncio.gather(*(one(prompt) for prompt in prompts))
+        return list(answers), time.perf_counter() - started
+
+    def _question(self, prompt: str, max_tokens: int) -> dict:
+        return {
+            "model": self.model,
+            "prompt": prompt,
+            "max_tokens": max_tokens,
+            "temperature": 0.0,
+        }
+
+
+@asynccontextmanager
+async def connected(
+    base_url: str, timeout_s: float, model: str | None = None
+) -> AsyncIterator[Server]:
+    """The server at `base_url`, asked for `model`, or for the first one that it names.
+
+    The key is OPENAI_API_KEY's, where one is set. Raises `RunError`, in one line, when nobody
+    answers there, or while a request of the block fails.
+    """
+    key = os.environ.get("OPENAI_API_KEY") or "none"
+    async with openai.AsyncOpenAI(
+        base_url=base_url, api_key=key, timeout=timeout_s, max_retries=0
+    ) as client:
+        try:
+            names = [known.id async for known in client.models.list()]
+            if not names or (model is not None and model not in names):
+                wanted = f"model {model}" if model else "model"
+                raise RunError(f"the server at {base_url} has no {wanted}; it has {names}")
+            yield Server(client, model or names[0])
+        except openai.APITimeoutError as error:
+            raise RunError(f"{base_url} did not answer within {timeout_s:g} s") from error
+        except openai.APIConnectionError as error:
+            raise RunError(
+                f"no server answers at {base_url} ({error.__cause__ or error}); start one, such as "
+                "bash chapter06-vllm/code/vllm_server.sh, or name another by --base-url"
+            ) from error
+        except openai.APIStatusError as error:
+            raise RunError(
+                f"the server at {base_url} answered {error.status_code}: {error.message}"
+            ) from error

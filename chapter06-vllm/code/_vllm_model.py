@@ -1,0 +1,95 @@
+"""The model that the vLLM scripts serve: the folder of --model, else a tiny one trained here.
+
+As a program it prints that folder, for the shell scripts: _vllm_model.py [--model DIR].
+"""
+
+import argparse
+import hashlib
+import json
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import torch
+
+from distlab import script
+from distlab.data import split_documents, train_tokenizer
+from distlab.data.corpus import read_corpus
+from distlab.errors import UsageError
+from distlab.files import cache_dir
+from distlab.model import SIZES, Llama, read_config, save
+
+CORPUS_BYTES, DOCUMENT_CHARS = 2_000_000, 4_000
+STEPS = {"smoke": 80, "laptop": 60, "gpu": 60}
+BATCH, SEQ = 8, 64
+# The smoke size's heads are 16 wide, and vLLM's attention on CPUs begins with 32.
+SHAPES = {**SIZES, "smoke": replace(SIZES["smoke"], head_dim=32)}
+PRESETS = {name: {"size": name} for name in SHAPES}
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = script.Parser(__doc__, PRESETS)
+    add_model_flags(parser)
+    print(model_directory(parser.parse_args(argv)))
+    return 0
+
+
+def add_model_flags(parser: argparse.ArgumentParser) -> None:
+    """--model DIR, and the --size of the one that is trained here where there is no --model."""
+    parser.add_argument("--model", metavar="DIR", help="a Hugging Face folder (default: tiny)")
+    parser.add_argument("--size", choices=list(SHAPES), help="of the model that is trained here")
+
+
+def model_directory(args: argparse.Namespace) -> Path:
+    """The folder of --model, checked, or that of the tiny model, made now if it is not there."""
+    if args.model is None:
+        return tiny_model(args.size)
+    folder = Path(args.model)
+    if not (folder / "config.json").is_file():
+        raise UsageError(
+            f"--model {args.model} is no model folder, as it holds no config.json; "
+            "use the folder of a Hugging Face model, such as train_ddp.py --export writes"
+        )
+    read_config(folder)  # another architecture is named now, not after vLLM's minute of start-up
+    return folder.resolve()
+
+
+def tiny_model(size: str) -> Path:
+    """A model of one of the SHAPES, trained for a moment on the standard library's sources.
+
+    Enough that its answers look like Python and its greedy choices are no coin tosses. It is kept
+    in the cache under a name that tells how it was made.
+    """
+    shape = SHAPES[size]
+    recipe = json.dumps([asdict(shape), CORPUS_BYTES, STEPS[size], BATCH, SEQ])
+    name = f"tiny-{size}-{hashlib.sha256(recipe.encode()).hexdigest()[:12]}"
+    folder = cache_dir() / "models" / name
+    if not (folder / "config.json").is_file():
+        training, _ = split_documents(read_corpus("stdlib", CORPUS_BYTES))
+        tokenizer = train_tokenizer(training, shape.vocab_size)
+        begins = "\n".join(document[:DOCUMENT_CHARS] for document in training)
+        tokens = torch.tensor(tokenizer.encode(begins).ids)
+        torch.manual_seed(0)
+        model = _train(Llama(shape).to(_device()), tokens, STEPS[size])
+        save(model, folder, tokenizer, overwrite=True)
+    return folder
+
+
+def _train(model: Llama, tokens: torch.Tensor, steps: int) -> Llama:
+    """Some steps of Adam on random windows of `tokens` [length]."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    for _ in range(steps):
+        starts = torch.randint(len(tokens) - SEQ, (BATCH,))
+        window = torch.stack([tokens[start : start + SEQ + 1] for start in starts])
+        window = window.to(_device())
+        optimizer.zero_grad()
+        model.loss(window[:, :-1], window[:, 1:]).backward()
+        optimizer.step()
+    return model
+
+
+def _device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+if __name__ == "__main__":
+    script.exit(main)

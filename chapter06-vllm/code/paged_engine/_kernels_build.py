@@ -1,0 +1,123 @@
+"""Compiles the C++ operators for this machine's instructions once, and loads them.
+
+The source is plain C++ with no header of torch's, so that a compiler is done in seconds, and every
+function has C linkage and takes pointers and sizes: `ctypes` calls it in about a microsecond, and
+lets other Python threads run meanwhile. What is compiled is kept in the user's cache, under a name
+that tells sources, compiler and instruction set apart.
+"""
+
+import ctypes
+import functools
+import hashlib
+import os
+import shutil
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+
+from distlab.files import atomic_write, cache_dir
+
+COMPILE_LIMIT_S = 120
+COMMON_FLAGS = ("-std=c++17", "-O3", "-fPIC", "-shared", "-fno-math-errno", "-fno-trapping-math")
+MACHINE_FLAGS = (  # the first that the compiler takes; Apple's has no OpenMP: one thread
+    ("-march=native", "-fopenmp"),
+    ("-mcpu=native", "-fopenmp"),
+    ("-march=native",),
+    (),
+)
+
+POINTER, LONG, INT, FLOAT = ctypes.c_void_p, ctypes.c_long, ctypes.c_int, ctypes.c_float
+LINEAR = [POINTER] * 4 + [LONG] * 3 + [INT]
+ATTENTION = [POINTER] * 6 + [LONG] * 7 + [FLOAT, INT]
+ROTATE = [POINTER] * 6 + [LONG] * 5 + [INT]
+SIGNATURES: dict[str, list] = {
+    "linear_float32": LINEAR,
+    "linear_bfloat16": LINEAR,
+    "attention_float32": ATTENTION,
+    "attention_bfloat16": ATTENTION,
+    "rotate_and_store_float32": ROTATE,
+    "rotate_and_store_bfloat16": ROTATE,
+    "rms_norm": [POINTER] * 4 + [LONG] * 2 + [FLOAT, INT],
+    "silu_mul": [POINTER] * 2 + [LONG] * 2 + [INT],
+}
+
+
+class BuildError(Exception):
+    """Why there are no compiled operators, in one line."""
+
+
+@dataclass(frozen=True)
+class Native:
+    """The compiled operators, and how they were compiled."""
+
+    library: ctypes.CDLL
+    flags: tuple[str, ...]
+    columns: int  # of a packed weight's panel: two vectors of float32
+
+    def __str__(self) -> str:
+        threads = "OpenMP" if "-fopenmp" in self.flags else "one thread"
+        return f"compiled C++ (vectors of {self.columns // 2} float32, {threads})"
+
+
+@functools.cache
+def native() -> tuple[Native | None, str]:
+    """The operators and their description, or None and why there are none."""
+    try:
+        built = _load()
+    except (BuildError, OSError) as error:
+        return None, str(error).splitlines()[0]
+    return built, str(built)
+
+
+def _load() -> Native:
+    compiler = _compiler()
+    flags, instructions = _machine_flags(compiler)
+    sources = sorted(Path(__file__).parent.glob("_kernels_*.[ch]*"))
+    if not sources:
+        raise BuildError("the package came without its C++ sources")
+    digest = hashlib.sha256(" ".join([*COMMON_FLAGS, *flags, instructions]).encode())
+    for source in sources:
+        digest.update(source.read_bytes())
+    path = cache_dir() / "kernels" / f"{digest.hexdigest()[:32]}.so"
+    if not path.exists():
+        with atomic_write(path) as temporary:
+            code = [str(source) for source in sources if source.suffix == ".cpp"]
+            _run([compiler, *COMMON_FLAGS, *flags, *code, "-o", str(temporary)])
+    return _bind(ctypes.CDLL(str(path)), flags)
+
+
+def _compiler() -> str:
+    named = os.environ.get("CXX")
+    for name in [named] if named else ["c++", "g++", "clang++"]:
+        if found := shutil.which(name):
+            return found
+    raise BuildError(f"no C++ compiler ({named or 'c++, g++, clang++'}) is there")
+
+
+def _machine_flags(compiler: str) -> tuple[tuple[str, ...], str]:
+    """The best flags that `compiler` takes, and the macros by which it tells its instructions."""
+    for flags in MACHINE_FLAGS:
+        try:
+            return flags, _run([compiler, *flags, "-dM", "-E", "-x", "c++", os.devnull])
+        except BuildError as error:
+            refused = error
+    raise refused
+
+
+def _run(command: list[str]) -> str:
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=COMPILE_LIMIT_S)
+    except subprocess.TimeoutExpired as error:
+        raise BuildError(f"{command[0]} took longer than {COMPILE_LIMIT_S} s") from error
+    if done.returncode:
+        lines = done.stderr.strip().splitlines() or ["no message"]
+        raise BuildError(f"{command[0]} fails: {lines[0]}")
+    return done.stdout
+
+
+def _bind(library: ctypes.CDLL, flags: tuple[str, ...]) -> Native:
+    for name, types in SIGNATURES.items():
+        function = getattr(library, name)
+        function.argtypes, function.restype = types, None
+    library.attention_takes.argtypes = [LONG]
+    return Native(library, flags, library.panel_columns())

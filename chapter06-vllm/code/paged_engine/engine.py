@@ -1,0 +1,203 @@
+"""The engine: requests go in, and each step brings every running sequence one token further.
+
+    engine = Engine(EngineConfig("models/laptop"))
+    engine.add_request("The capital of France is", SamplingParams(max_tokens=20))
+    while engine.has_work:
+        for output in engine.step():
+            print(output.text, end="")
+
+One thread at a time may use it; `paged_engine.async_engine` lets many clients share one.
+"""
+
+import time
+from collections.abc import Sequence as List
+from typing import Any
+
+from distlab.errors import UsageError
+from paged_engine._engine_loading import chat_ids, load_runner, load_tokenizer
+from paged_engine._engine_types import EngineConfig, EngineStats, Output
+from paged_engine.batch import SchedulerConfig
+from paged_engine.block_manager import BlockManager
+from paged_engine.detokenizer import IncrementalDetokenizer
+from paged_engine.request import Request, Sequence
+from paged_engine.sampler import SampledToken, sample
+from paged_engine.sampling_params import SamplingParams
+from paged_engine.scheduler import Scheduler
+
+__all__ = ["Engine", "EngineConfig", "EngineStats", "Output"]
+
+
+class Engine:
+    """Owns tokenizer, scheduler, block manager and model runner; `close` it, or use `with`.
+
+    A test may bring its own `runner` and `tokenizer`. A model without tokenizer takes token ids
+    only, and its outputs have no text.
+
+    Raises:
+        UsageError, RunError: for a model or sizes that cannot be served, in one line.
+    """
+
+    def __init__(self, config: EngineConfig, runner: Any = None, tokenizer: Any = None) -> None:
+        self.config = config
+        self.tokenizer = load_tokenizer(config.model) if tokenizer is None else tokenizer
+        self.runner = load_runner(config) if runner is None else runner
+        self.blocks = BlockManager(self.runner.num_blocks, config.block_size, config.prefix_caching)
+        limits = SchedulerConfig(
+            config.max_batch_tokens, config.max_sequences, self.runner.max_model_len
+        )
+        self.scheduler = Scheduler(limits, self.blocks)
+        self._requests: dict[str, Request] = {}
+        self._texts: dict[Sequence, IncrementalDetokenizer] = {}
+        self._added = self._steps = self._prompt_tokens = self._generation_tokens = 0
+
+    @property
+    def max_model_len(self) -> int:
+        """The most tokens, prompt and output together, that a sequence may have."""
+        return self.scheduler.max_length
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self._requests)
+
+    def add_request(
+        self,
+        prompt: str | List[int],
+        params: SamplingParams | None = None,
+        request_id: str | None = None,
+    ) -> str:
+        """Queue a request; returns its id.
+
+        Raises:
+            UsageError: it could never be answered; the engine goes on as if it had not come.
+        """
+        prompt_ids = self.encode(prompt)
+        self._added += 1
+        name = f"request-{self._added}" if request_id is None else request_id
+        ends = frozenset(self.runner.eos_token_ids)
+        request = Request(name, prompt_ids, params or SamplingParams(), time.monotonic(), ends)
+        self.scheduler.add(request)
+        self._requests[name] = request
+        return name
+
+    def encode(self, prompt: str | List[int]) -> list[int]:
+        """The prompt's token ids. Raises `UsageError` for ids that the model does not have."""
+        if isinstance(prompt, str):
+            if self.tokenizer is None:
+                raise UsageError(f"{self.config.model} has no tokenizer; give token ids")
+            return self.tokenizer.encode(prompt)
+        vocabulary = self.runner.config.vocab_size
+        if prompt and not 0 <= min(prompt) <= max(prompt) < vocabulary:
+            wrong = next(token for token in prompt if not 0 <= token < vocabulary)
+            raise UsageError(f"token id {wrong} is not in the vocabulary of {vocabulary} tokens")
+        return list(prompt)
+
+    def encode_chat(self, messages: List[dict[str, Any]]) -> list[int]:
+        """The token ids of `[{"role": ..., "content": ...}, ...]`, ready for the answer.
+
+        Raises:
+            UsageError: the model has no chat template, or it refuses the messages.
+        """
+        return chat_ids(self.tokenizer, messages, self.config.model)
+
+    def cancel(self, request_id: str) -> bool:
+        """Forget a request, of which no further output comes; False if it is not here."""
+        request = self._requests.pop(request_id, None)
+        if request is None:
+            return False
+        self.scheduler.cancel(request_id)
+        for sequence in request.sequences:
+            self._texts.pop(sequence, None)
+        return True
+
+    def step(self) -> list[Output]:
+        """Compute one batch; returns the tokens that it brought, perhaps none."""
+        batch = self.scheduler.schedule()
+        if not batch.chunks:
+            return []
+        logits = self.runner.execute(batch)
+        pairs = self.scheduler.fork_samples(batch)
+        sequences = [sequence for _, sequence in pairs]
+        rows = [row for row, _ in pairs]
+        if rows != list(range(len(logits))):  # samples of one prompt share its row
+            logits = logits[rows]
+        sampled = sample(logits, sequences) if sequences else []
+        self.scheduler.update(batch, [token.token for token in sampled])
+        self._steps += 1
+        now = time.monotonic()
+        return [
+            self._output(sequence, token, now)
+            for sequence, token in zip(sequences, sampled, strict=True)
+        ]
+
+    def stats(self) -> EngineStats:
+        return EngineStats(
+            num_running=self.scheduler.num_running,
+            num_waiting=self.scheduler.num_waiting,
+            num_blocks=self.blocks.num_blocks,
+            kv_cache_usage=1 - self.blocks.num_free / self.blocks.num_blocks,
+            prefix_cache_queries=self.blocks.queries,
+            prefix_cache_hits=self.blocks.hits,
+            num_preemptions=self.scheduler.num_preemptions,
+            prompt_tokens=self._prompt_tokens,
+            generation_tokens=self._generation_tokens,
+            steps=self._steps,
+        )
+
+    def close(self) -> None:
+        """Give up all requests, and end the runner with its processes."""
+        for request_id in list(self._requests):
+            self.cancel(request_id)
+        self.runner.close()
+
+    def __enter__(self) -> "Engine":
+        return self
+
+    def __exit__(self, *unused: object) -> None:
+        self.close()
+
+    def _output(self, sequence: Sequence, sampled: SampledToken, now: float) -> Output:
+        request = sequence.request
+        text = self._new_text(sequence, sampled.token)
+        logprobs = None if request.params.logprobs is None else [sampled]
+        if logprobs:
+            sequence.logprobs += logprobs
+        self._generation_tokens += 1
+        if sequence.index == 0 and sequence.num_output == 1:
+            self._prompt_tokens += sequence.prompt_length
+        if sequence.finished:
+            self._texts.pop(sequence, None)
+            if request.finished:
+                self._requests.pop(request.request_id, None)
+        return Output(
+            request_id=request.request_id,
+            index=sequence.index,
+            text=text,
+            token_ids=[sampled.token],
+            logprobs=logprobs,
+            finish_reason=sequence.finish_reason,
+            prompt_tokens=sequence.prompt_length,
+            cached_tokens=sequence.cached_tokens,
+            arrival=request.arrival,
+            time=now,
+        )
+
+    def _new_text(self, sequence: Sequence, token: int) -> str:
+        """The text that `token` makes certain; a stop string in it ends the sequence."""
+        if self.tokenizer is None:
+            return ""
+        detokenizer = self._texts.get(sequence)
+        if detokenizer is None:
+            detokenizer = self._texts[sequence] = self._new_detokenizer(sequence)
+        # The token that stops a sequence is not part of its text.
+        text = "" if sequence.finish_reason == "stop" else detokenizer.append(token)
+        if sequence.finished:
+            text += detokenizer.finish()
+        if detokenizer.stopped is not None:
+            self.scheduler.finish(sequence, "stop")
+            sequence.finish_reason = "stop"  # also if it has reached its length with this token
+        return text
+
+    def _new_detokenizer(self, sequence: Sequence) -> IncrementalDetokenizer:
+        params = sequence.params
+        prompt_ids = sequence.request.prompt_ids
+        return IncrementalDetokenizer(self.tokenizer, params.stop, prompt_ids, params.min_tokens)

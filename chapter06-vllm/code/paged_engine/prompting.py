@@ -1,0 +1,90 @@
+"""From what a client sent to token ids: the tokenizer, and a chat's template."""
+
+import asyncio
+import copy
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, TypeVar
+
+from jinja2 import TemplateError, TemplateSyntaxError
+
+from distlab.errors import UsageError
+from paged_engine.protocol import ChatRequest, CompletionRequest, RequestError
+
+Result = TypeVar("Result")
+
+
+class Prompts:
+    """Tokenizes in a thread, so that a long prompt does not hold up the other requests' streams.
+
+    The thread has a tokenizer of its own: the engine's is at work in the engine's thread.
+    """
+
+    def __init__(self, tokenizer: Any, chat_template: str | None = None) -> None:
+        self.tokenizer = copy.deepcopy(tokenizer)
+        self.chat_template = chat_template or getattr(tokenizer, "chat_template", None)
+        if chat_template and tokenizer is not None:
+            self._check_template()
+        self._thread = ThreadPoolExecutor(1, "tokenizer")
+
+    async def of_completion(self, body: CompletionRequest) -> list[list[int]]:
+        return await self._in_thread(lambda: [self._ids(prompt) for prompt in body.prompts])
+
+    async def of_chat(self, body: ChatRequest) -> list[list[int]]:
+        """Raises RequestError without a template, and where the template refuses the messages."""
+        if self.tokenizer is None or self.chat_template is None:
+            raise RequestError(
+                "This model has no chat template; use /v1/completions, or start the server with "
+                "--chat-template FILE",
+                "messages",
+            )
+        return await self._in_thread(lambda: [self._chat_ids(body)])
+
+    def texts(self, token_ids: Sequence[int]) -> list[str]:
+        """Each token by itself; a part of a character reads as U+FFFD."""
+        if self.tokenizer is None:
+            return [f"token_id:{token}" for token in token_ids]  # as vLLM writes it
+        return [self.tokenizer.decode([token]) for token in token_ids]
+
+    def close(self) -> None:
+        self._thread.shutdown(wait=False, cancel_futures=True)
+
+    def _check_template(self) -> None:
+        try:
+            self._chat_text([{"role": "user", "content": "hello"}])
+        except TemplateSyntaxError as mistake:
+            raise UsageError(
+                f"--chat-template is no Jinja template: line {mistake.lineno}: {mistake.message}"
+            ) from None
+        except TemplateError:  # it may refuse this one message
+            return
+
+    def _ids(self, prompt: str | list[int]) -> list[int]:
+        if isinstance(prompt, str) and self.tokenizer is None:
+            raise RequestError("This model has no tokenizer; send token ids", "prompt")
+        ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
+        if not ids:
+            raise RequestError("The prompt has no tokens", "prompt")
+        return ids
+
+    def _chat_ids(self, body: ChatRequest) -> list[int]:
+        messages = [{"role": one.role, "content": one.text} for one in body.messages]
+        try:
+            text = self._chat_text(messages)
+        except (TemplateError, TypeError, KeyError) as refusal:
+            raise RequestError(
+                f"The chat template refuses these messages: {refusal}", "messages"
+            ) from None
+        # The template has put the special tokens where they belong.
+        ids = self.tokenizer.encode(text, add_special_tokens=False)
+        if not ids:
+            raise RequestError("The chat template makes no tokens of these messages", "messages")
+        return ids
+
+    def _chat_text(self, messages: list[dict[str, str]]) -> str:
+        return self.tokenizer.apply_chat_template(
+            messages, chat_template=self.chat_template, tokenize=False, add_generation_prompt=True
+        )
+
+    async def _in_thread(self, work: Callable[[], Result]) -> Result:
+        return await asyncio.get_running_loop().run_in_executor(self._thread, work)

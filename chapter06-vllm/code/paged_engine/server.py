@@ -1,0 +1,232 @@
+"""An OpenAI-compatible server for one model: completions and chats, streamed or whole.
+
+Run:
+    python -m paged_engine.server --model DIR            # or: python -m paged_engine --model DIR
+
+You should see, once the model is loaded, `ready: http://127.0.0.1:8000/v1 serves NAME`. Then:
+
+    curl http://127.0.0.1:8000/v1/completions -H 'Content-Type: application/json' \\
+        -d '{"prompt": "import os", "max_tokens": 32, "temperature": 0}'
+    curl -N http://127.0.0.1:8000/v1/chat/completions -H 'Content-Type: application/json' \\
+        -d '{"messages": [{"role": "user", "content": "Hello"}], "max_tokens": 32,
+             "stream": true, "stream_options": {"include_usage": true}}'
+    curl http://127.0.0.1:8000/v1/models
+    curl http://127.0.0.1:8000/health                    # 503 when the engine has failed
+    curl http://127.0.0.1:8000/metrics                   # Prometheus; vLLM's names, our prefix
+
+and /openapi.json describes every field. What to know before others may use it:
+
+- It listens on 127.0.0.1. Before `--host 0.0.0.0`, set PAGED_ENGINE_API_KEY: /v1/* then needs
+  `Authorization: Bearer KEY`. /health, /metrics and /version stay open.
+- It takes at most --max-sequences + --max-queue sequences; the next request gets 429 with
+  Retry-After. A client that leaves takes its sequences out of the engine at the next step.
+- SIGTERM or Ctrl-C: no new connections, what runs may finish within --drain-seconds, the rest is
+  cancelled; a second Ctrl-C does not wait.
+- Each request is one line in the log, with its X-Request-Id (the client's, or a new one). No
+  prompt and no answer is ever logged.
+"""
+
+import argparse
+import asyncio
+import contextlib
+import errno
+import logging
+import os
+import signal
+import socket
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import uvicorn
+
+from distlab import script
+from distlab.errors import RunError, UsageError
+from paged_engine._server_flags import add_engine_flags, add_limit_flags, engine_config
+from paged_engine.async_engine import AsyncEngine
+from paged_engine.engine import Engine
+from paged_engine.generation import Unavailable
+from paged_engine.limits import Gate, Limits
+from paged_engine.metrics import Metrics
+from paged_engine.prompting import Prompts
+from paged_engine.routes import Service, build_app
+
+API_KEY = "PAGED_ENGINE_API_KEY"
+FAREWELL_SECONDS = 5.0  # after the drain, for the last answers to be written
+LOCAL_HOSTS = ("127.0.0.1", "::1", "localhost")
+log = logging.getLogger("paged_engine.server")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args = parse_args(argv)
+    logging.basicConfig(
+        format="%(asctime)s %(levelname)s %(message)s", level=args.log_level.upper()
+    )
+    logging.getLogger("uvicorn.error").setLevel(logging.WARNING)  # we tell what happens ourselves
+    api_key = read_api_key()
+    template = read_template(args.chat_template)
+    name = args.served_model_name or args.model.resolve().name
+    with (
+        listening_socket(args.host, args.port) as listener,
+        Engine(engine_config(args)) as engine,
+    ):
+        log.info("%s", engine.runner.description)
+        app = serve_engine(
+            engine,
+            name,
+            api_key=api_key,
+            chat_template=template,
+            max_queue=args.max_queue,
+            request_seconds=args.request_seconds,
+            limits=Limits(body_bytes=args.max_body_bytes),
+        )
+        if args.host not in LOCAL_HOSTS and not api_key:
+            log.warning("whoever reaches %s may use this server; set %s", args.host, API_KEY)
+        return Server(app, listener, name, args.drain_seconds).run_to_end()
+
+
+def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = script.OneLineParser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--model", type=Path, required=True, metavar="DIR", help="Hugging Face's")
+    parser.add_argument("--served-model-name", metavar="NAME", help="default: the folder's name")
+    parser.add_argument("--chat-template", type=Path, metavar="FILE", help="Jinja, for all chats")
+    parser.add_argument("--host", default="127.0.0.1", help="default: 127.0.0.1")
+    parser.add_argument("--port", type=int, default=8000, help="default: 8000; 0: a free one")
+    parser.add_argument("--log-level", choices=["debug", "info", "warning"], default="info")
+    add_engine_flags(parser)
+    add_limit_flags(parser)
+    args = parser.parse_args(argv)
+    if not 0 <= args.port <= 65535:
+        parser.error(f"--port {args.port} is not a port; use 0 to 65535")
+    return args
+
+
+def serve_engine(
+    engine: Engine,
+    name: str,
+    *,
+    api_key: str | None = None,
+    chat_template: str | None = None,
+    max_queue: int = 256,
+    request_seconds: float = 600.0,
+    limits: Limits | None = None,
+) -> Gate:
+    """The ASGI application for an engine, which it closes at its end."""
+    asynchronous = AsyncEngine(engine, max_queue, request_seconds, Metrics(name))
+    prompts = Prompts(engine.tokenizer, chat_template)
+    service = Service(name, asynchronous, prompts, created=int(time.time()))
+    return Gate(build_app(service), limits or Limits(), asynchronous, api_key)
+
+
+def read_api_key() -> str | None:
+    """Raises UsageError for an empty one: who sets it does not want an open server."""
+    key = os.environ.get(API_KEY)
+    if key is not None and not key.strip():
+        raise UsageError(f"{API_KEY} is set, but empty; give it a key, or unset it")
+    return key
+
+
+def read_template(file: Path | None) -> str | None:
+    if file is None:
+        return None
+    try:
+        return file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as problem:
+        raise UsageError(f"--chat-template {file} cannot be read: {problem}") from None
+
+
+def listening_socket(host: str, port: int) -> socket.socket:
+    """Bound before the model is loaded, so that a port in use is known at once.
+
+    It listens only when the server is ready: who connects earlier is refused, and does not wait.
+    """
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    bound = socket.socket(family)
+    bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        bound.bind((host, port))
+    except OSError as problem:
+        bound.close()
+        raise _port_error(host, port, problem) from None
+    return bound
+
+
+def _port_error(host: str, port: int, problem: OSError) -> UsageError:
+    if problem.errno == errno.EADDRINUSE:
+        return UsageError(f"--port {port} is in use on {host}; choose another")
+    return UsageError(f"--host {host} --port {port} is not possible: {problem.strerror}")
+
+
+class Server(uvicorn.Server):
+    """Uvicorn with a drain that tells the clients, and a status instead of a signal at the end."""
+
+    def __init__(self, app: Gate, listener: socket.socket, name: str, drain_seconds: float) -> None:
+        engine = app.engine
+        config = uvicorn.Config(
+            app,
+            log_config=None,
+            access_log=False,
+            server_header=False,
+            ws="none",
+            limit_concurrency=2 * engine.capacity + 64,
+            timeout_graceful_shutdown=int(drain_seconds + FAREWELL_SECONDS),
+        )
+        super().__init__(config)
+        self.engine = engine
+        self.listener = listener
+        self.name = name
+        self.drain_seconds = drain_seconds
+        self.signal_number: int | None = None
+
+    def run_to_end(self) -> int:
+        """0 after SIGTERM, 130 after Ctrl-C. Raises RunError when it could not start."""
+        try:
+            self.run(sockets=[self.listener])
+        except SystemExit:
+            raise RunError("the server could not start; the log says why") from None
+        except OSError as problem:  # another process began to listen while the model was loaded
+            host, port = self.listener.getsockname()[:2]
+            raise _port_error(host, port, problem) from None
+        finally:
+            self.engine.stop()
+        return script.INTERRUPTED if self.signal_number == signal.SIGINT else 0
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        host, port = self.listener.getsockname()[:2]
+        shown = f"[{host}]" if ":" in host else host
+        print(f"ready: http://{shown}:{port}/v1 serves {self.name}", flush=True)
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        log.info("no new connections; what runs may take %g s", self.drain_seconds)
+        cancelling = asyncio.create_task(self._cancel_later())
+        await super().shutdown(sockets)
+        cancelling.cancel()
+
+    async def _cancel_later(self) -> None:
+        await asyncio.sleep(self.drain_seconds)
+        self.engine.fail_all(Unavailable("The server is shutting down"))
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """As uvicorn's, but the signal is not raised once more when all is done."""
+        numbers = (signal.SIGINT, signal.SIGTERM)
+        previous = {number: signal.signal(number, self.handle_exit) for number in numbers}
+        try:
+            yield
+        finally:
+            for number, handler in previous.items():
+                signal.signal(number, handler)
+
+    def handle_exit(self, sig: int, frame: object) -> None:
+        self.signal_number = self.signal_number or sig
+        self.force_exit = self.should_exit and sig == signal.SIGINT
+        self.should_exit = True
+
+
+if __name__ == "__main__":
+    script.exit(main)

@@ -1,0 +1,38 @@
+#!/bin/bash
+# One model over several nodes: vLLM with tensor parallelism, a part of every matrix on each node.
+#
+# Start it on each node, with NODE_RANK (0, 1, ...), NNODES and HEAD (node 0's name or address) set.
+# `lab cluster` sets them, on a virtual cluster on this machine:
+#
+#     python -m distlab.lab cluster --nodes 2 -- bash chapter06-vllm/code/vllm_multi_node.sh \
+#         -- python chapter06-vllm/code/vllm_client.py --reference
+#
+# On two machines by hand, from the repository's root, in the environment vllm:
+#
+#     NODE_RANK=0 NNODES=2 HEAD=10.0.0.1 bash chapter06-vllm/code/vllm_multi_node.sh --model DIR
+#     NODE_RANK=1 NNODES=2 HEAD=10.0.0.1 bash chapter06-vllm/code/vllm_multi_node.sh --model DIR
+#
+#   --model DIR        a Hugging Face folder, the same on every node (default: a tiny model)
+#   --port P           of the server, on the head's 127.0.0.1 (default 8100)
+#   --master-port P    of the head's, by which the ranks find each other (default 29511)
+#   --start-timeout S  until the server answers (default 300)
+#   -- COMMAND         run this on the head when the server is ready, then end all nodes
+#
+# Every other flag goes to `vllm serve`. Only the head serves; the others are headless. The ranks
+# meet at HEAD and talk over VLLM_HOST_IP, the address by which a node reaches the head. Slurm's
+# SLURM_NODEID and SLURM_NNODES stand in for NODE_RANK and NNODES; give HEAD the first node's name.
+# Ctrl-C on the head ends all of them: a node whose head is gone ends too.
+set -euo pipefail
+here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+case "${1:-}" in
+    --help | -h)
+        sed -n '2,/^set /{/^#/s/^# \{0,1\}//p}' "$0"
+        exit 0
+        ;;
+esac
+export NODE_RANK="${NODE_RANK:-${SLURM_NODEID:-}}" NNODES="${NNODES:-${SLURM_NNODES:-}}"
+if [ -z "$NODE_RANK" ] || [ -z "$NNODES" ] || [ -z "${HEAD:-}" ]; then
+    echo "error: NODE_RANK, NNODES and HEAD say which node this is; see --help" >&2
+    exit 2
+fi
+exec python "$here/_vllm_node.py" "$@"

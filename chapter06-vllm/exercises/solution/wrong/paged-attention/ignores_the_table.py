@@ -1,0 +1,9 @@
+"""Reads the blocks in the order of the cache."""
+
+SAYS = "in a block that is not its turn"
+
+
+def paged_attention(queries, cache, table, start):
+    from paged_attention import attend
+
+    return attend(queries, cache, sorted(table), start)

@@ -1,0 +1,59 @@
+"""The CPU operators' compilation: once a machine, and told where it fails. Their memory."""
+
+import subprocess
+
+import pytest
+import torch
+from paged_engine import _kernels_build, kernels
+from paged_engine._kernels_memory import ALIGNMENT, CHUNK, Room
+
+
+def test_without_a_compiler_the_reason_is_told(monkeypatch):
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    _kernels_build.native.cache_clear()
+    try:
+        assert kernels.describe() == (
+            "plain torch kernels (no C++ compiler (no-such-compiler) is there)"
+        )
+        assert kernels.pack(torch.eye(3))(torch.ones(2, 3)).tolist() == [[1.0] * 3] * 2
+    finally:
+        _kernels_build.native.cache_clear()
+
+
+def test_a_compiler_that_fails_is_told(monkeypatch, tmp_path):
+    broken = tmp_path / "broken-c++"
+    broken.write_text("#!/bin/sh\necho 'fatal error: no cstring' >&2\nexit 1\n")
+    broken.chmod(0o755)
+    monkeypatch.setenv("CXX", str(broken))
+    with pytest.raises(_kernels_build.BuildError, match="fatal error: no cstring"):
+        _kernels_build._load()
+
+
+def test_a_second_process_compiles_nothing(monkeypatch):
+    if _kernels_build.native()[0] is None:
+        pytest.skip("no compiler is there")
+    commands = []
+    really = subprocess.run
+
+    def watched(command, **options):
+        commands.append(command)
+        return really(command, **options)
+
+    monkeypatch.setattr(subprocess, "run", watched)
+    _kernels_build._load()
+    assert len(commands) == 1 and "-E" in commands[0]  # asks for the instructions, no more
+
+
+def test_packed_weights_share_chunks_and_no_bytes():
+    room = Room()
+    pieces = [
+        room.take((rows, 3), dtype)
+        for rows in (1, 5, 7)
+        for dtype in (torch.float32, torch.bfloat16)
+    ]
+    for number, piece in enumerate(pieces):
+        assert piece.data_ptr() % ALIGNMENT == 0
+        piece.fill_(number)
+    assert [int(piece.min()) for piece in pieces] == [0, 1, 2, 3, 4, 5]
+    assert len({piece.untyped_storage().data_ptr() for piece in pieces}) == 1
+    assert room.take((CHUNK + 1, 1), torch.bfloat16).shape == (CHUNK + 1, 1)

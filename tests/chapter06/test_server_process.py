@@ -1,0 +1,111 @@
+"""The server as a process: what it computes, what `vllm bench serve` asks of it, how it ends."""
+
+import json
+import os
+import re
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import httpx
+import pytest
+import torch
+from fake_runner import tiny_tokenizer
+
+from distlab.files import repo_root
+from distlab.model import SIZES, Llama, load, save
+from distlab.process import Job, job, run_command
+
+pytestmark = pytest.mark.slow
+START_S, BENCH_S, END_S = 120, 240, 60
+SMALL = ["--num-blocks", "256", "--max-sequences", "8", "--max-batch-tokens", "128", "--no-compile"]
+# The command `vllm bench serve`, which the CPU's package cannot run: it asks for its version under
+# the name of the other one.
+BENCH = (
+    "import argparse; from vllm.benchmarks.serve import add_cli_args, main; "
+    "parser = argparse.ArgumentParser(); add_cli_args(parser); main(parser.parse_args())"
+)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Random weights, and a token for each byte."""
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("models") / "tiny"
+    save(Llama(SIZES["smoke"]), folder)
+    tiny_tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def server(model: Path) -> Iterator[SimpleNamespace]:
+    """One process for all tests; SIGTERM ends it with status 0, and nothing of it is left."""
+    command = [sys.executable, "-m", "paged_engine", "--model", str(model), "--port", "0", *SMALL]
+    with job(command, os.environ, repo_root()) as running:
+        url = wait_for_url(running)
+        with httpx.Client(base_url=url, timeout=END_S) as client:
+            yield SimpleNamespace(url=url, client=client, model=model, running=running)
+        running.process.send_signal(signal.SIGTERM)
+        assert running.wait(END_S) == 0
+        assert running.end() == ()
+
+
+def wait_for_url(running: Job) -> str:
+    end = time.monotonic() + START_S
+    while time.monotonic() < end and running.process.poll() is None:
+        printed = "".join(running.texts["stdout"])
+        if found := re.search(r"^ready: (http\S+)/v1 serves tiny$", printed, re.MULTILINE):
+            return found[1]
+        time.sleep(0.05)
+    pytest.fail(f"no server: {''.join(running.texts['stderr'])}")
+
+
+def test_it_serves_what_the_model_computes(server):
+    """The same greedy tokens as the plain decoder of the bench, which keeps no cache in blocks."""
+    prompt = [5, 17, 200, 3, 3, 98]
+    body = {"prompt": prompt, "temperature": 0, "max_tokens": 12, "ignore_eos": True, "logprobs": 0}
+    answer = server.client.post("/v1/completions", json=body).json()
+    plain, ids = load(server.model), list(prompt)
+    with torch.no_grad():
+        for _ in range(12):
+            ids.append(int(plain(torch.tensor([ids]))[0, -1].argmax()))
+    tokenizer = tiny_tokenizer()
+    texts = [tokenizer.decode([token]) for token in ids[len(prompt) :]]
+    assert answer["choices"][0]["logprobs"]["tokens"] == texts
+
+
+def test_its_log_has_the_request_and_not_its_text(server):
+    asked = {"prompt": "do not write this down", "max_tokens": 2}
+    answer = server.client.post("/v1/completions", json=asked, headers={"x-request-id": "known"})
+    assert answer.status_code == 200
+    end = time.monotonic() + END_S
+    while "known POST /v1/completions 200" not in "".join(server.running.texts["stderr"]):
+        assert time.monotonic() < end
+        time.sleep(0.02)
+    assert "write this down" not in "".join(server.running.texts["stderr"])
+
+
+@pytest.mark.timeout(900)  # in CI with the time that building the environment takes
+def test_vllm_bench_serve_runs_without_an_error(vllm_python, server, tmp_path):
+    result = run_vllm_bench(vllm_python, server, tmp_path)
+    assert (result["completed"], result["failed"]) == (12, 0)
+    assert result["total_output_tokens"] == 12 * 8
+
+
+def run_vllm_bench(python: Path, server: SimpleNamespace, folder: Path) -> dict[str, Any]:
+    flags = {
+        "--backend": "openai", "--base-url": server.url, "--endpoint": "/v1/completions",
+        "--model": "tiny", "--tokenizer": str(server.model), "--dataset-name": "random",
+        "--random-input-len": "20", "--random-output-len": "8", "--num-prompts": "12",
+        "--max-concurrency": "4", "--result-dir": str(folder), "--result-filename": "result.json",
+    }  # fmt: skip
+    words = [word for flag in flags.items() for word in flag]
+    bench = [str(python), "-c", BENCH, *words, "--ignore-eos", "--save-result", "--disable-tqdm"]
+    offline = {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "VLLM_CACHE_ROOT": str(folder)}
+    ended = run_command(bench, {**os.environ, **offline}, timeout_s=BENCH_S)
+    assert ended.status == 0, ended.stdout[-2000:] + ended.stderr[-3000:]
+    return json.loads((folder / "result.json").read_text())
