@@ -39,6 +39,7 @@ SIGNATURES: dict[str, list] = {
     "rotate_and_store_bfloat16": ROTATE,
     "rms_norm": [POINTER] * 4 + [LONG] * 2 + [FLOAT, INT],
     "silu_mul": [POINTER] * 2 + [LONG] * 2 + [INT],
+    "decoder_layers": [POINTER, LONG, POINTER],
 }
 
 

@@ -33,6 +33,11 @@ class Linear:
         self._product = getattr(built.library, name)
         self._many = many
 
+    @property
+    def is_alone(self) -> bool:
+        """Whether it is the compiled product for any number of rows."""
+        return self._many is None
+
     def __call__(self, x: Tensor) -> Tensor:
         *shape, depth = x.shape
         if depth != self.depth:

@@ -124,7 +124,6 @@ class Shard:
         if self.device.type == "cuda":
             return ("Triton", 1) if has_triton() else ("gathered blocks", 0)
         config, (built, _) = self.shape.config, native()
-        group = config.num_attention_heads // config.num_key_value_heads
-        if built is None or not built.library.attention_takes(config.dim_per_head, group):
+        if built is None or not built.library.attention_takes(config.dim_per_head):
             return "gathered blocks", 0
         return "compiled C++", COMPILED_CHUNK

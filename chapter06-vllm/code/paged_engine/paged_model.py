@@ -14,6 +14,7 @@ from torch import Tensor
 
 from distlab.layers import rope_tables
 from paged_engine import kernels
+from paged_engine._kernels_layers import LayerStack
 from paged_engine._loading_weights import LayerWeights, Weights
 from paged_engine._model_operators import operators
 from paged_engine.attention import PagedCache, Plan
@@ -36,6 +37,7 @@ class Sharing:
 
     reduce: Callable[[Tensor], Tensor] = lambda partial: partial  # sums outputs, in place
     gather: Callable[[Tensor], Tensor] = lambda part: part  # joins parts of the vocabulary
+    is_shared: bool = False  # with other processes
 
 
 class PagedModel:
@@ -68,20 +70,29 @@ class PagedModel:
         # Packing copies: letting go of each layer's own weights keeps the peak at one copy.
         taken = (weights.layers.pop(0) for _ in range(config.num_hidden_layers))
         self.layers = [Layer(self, index, layer) for index, layer in enumerate(taken)]
+        self.stack = None if sharing.is_shared else LayerStack.of(self.layers, cache)
 
     @torch.inference_mode()
     def __call__(self, inputs: StepInputs) -> Tensor:
         """Logits [rows, vocab] float32 of the wanted tokens; new keys and values are stored."""
         x = F.embedding(inputs.tokens, self.embedding).to(self.dtype)
         rope = self.cos[inputs.positions], self.sin[inputs.positions]
-        added = None  # what the layer before adds to x: joined with the next normalisation
+        if self.stack is not None and self.stack.takes(inputs.plan):
+            last = self.stack(x, rope, inputs.plan)
+            return self._logits(x[inputs.wanted], last[inputs.wanted])
+        added: Tensor | None = (
+            None  # what the layer before adds to x: joined with the next normalisation
+        )
         for layer in self.layers[:-1]:
             added = layer(x, added, rope, inputs.plan)
         attended = self.layers[-1].attend(x, added, rope, inputs.plan)
         if inputs.wanted.shape[0] == 0:  # only the middle of long prompts: nothing is asked for
             return x.new_empty(0, self.vocab_size, dtype=torch.float32)
         x, attended = x[inputs.wanted], attended[inputs.wanted]
-        added = self.layers[-1].feed(x, attended)
+        return self._logits(x, self.layers[-1].feed(x, attended))
+
+    def _logits(self, x: Tensor, added: Tensor) -> Tensor:
+        """Logits [rows, vocab] of the residual stream `x` [rows, hidden] and what joins it."""
         logits = self.head(self.operators.rms_norm(x, self.norm, self.eps, added))
         return self.sharing.gather(logits)[:, : self.vocab_size].float()
 

@@ -50,7 +50,7 @@ class TensorParallel:
         self.workers = [_Worker(rank, place) for rank in range(1, size)]
         try:
             torch.set_num_threads(threads)
-            self.shard = Shard(settings, Part(0, size), Sharing(reduce, gather))
+            self.shard = Shard(settings, Part(0, size), Sharing(reduce, gather, is_shared=True))
             self._wait_for_workers(size)
             _join(self.store, self.shard.device, 0, size, limit_s)
         except BaseException:
@@ -165,7 +165,7 @@ def work(
     """A worker's life: load, join, and execute what comes until the driver closes the socket."""
     with socket.socket(fileno=descriptor) as driver:
         store = dist.TCPStore("127.0.0.1", port, timeout=timedelta(seconds=limit_s))
-        shard = Shard(settings, Part(rank, size), Sharing(reduce, gather))
+        shard = Shard(settings, Part(rank, size), Sharing(reduce, gather, is_shared=True))
         store.set(f"loaded/{rank}", "")
         _join(store, shard.device, rank, size, START_S)
         if message := _receive(driver):
