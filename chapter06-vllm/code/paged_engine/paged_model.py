@@ -80,9 +80,7 @@ class PagedModel:
         if self.stack is not None and self.stack.takes(inputs.plan):
             last = self.stack(x, rope, inputs.plan)
             return self._logits(x[inputs.wanted], last[inputs.wanted])
-        added: Tensor | None = (
-            None  # what the layer before adds to x: joined with the next normalisation
-        )
+        added: Tensor | None = None  # the layer before's, which joins x in the next normalisation
         for layer in self.layers[:-1]:
             added = layer(x, added, rope, inputs.plan)
         attended = self.layers[-1].attend(x, added, rope, inputs.plan)
