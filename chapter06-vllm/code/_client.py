@@ -9,7 +9,17 @@ from dataclasses import dataclass
 
 import openai
 
+from distlab import script
 from distlab.errors import RunError
+
+
+def add_server_flags(parser: script.Parser) -> None:
+    """Which server is asked, for what, and how long an answer may be and take."""
+    add = parser.add_argument
+    add("--base-url", default="http://127.0.0.1:8100/v1", metavar="URL")
+    add("--model", help="its name on the server (default: the first that the server names)")
+    add("--max-tokens", type=script.positive_int, metavar="N", help="of an answer")
+    add("--timeout", type=script.positive_float, default=120.0, metavar="S", help="of a request")
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from argparse import Namespace
 from urllib.parse import urlsplit
 
 import httpx
-from _client import Answer, connected
+from _client import Answer, add_server_flags, connected
 from _metrics_text import Metrics, parse
 
 from distlab import script
@@ -55,12 +55,9 @@ def main(argv: list[str] | None = None) -> int:
 
 def parse_args(argv: list[str] | None) -> Namespace:
     parser = script.Parser(__doc__, PRESETS)
+    add_server_flags(parser)
     add = parser.add_argument
-    add("--base-url", default="http://127.0.0.1:8100/v1", metavar="URL")
-    add("--model", help="its name on the server (default: the first that the server names)")
     add("--requests", type=script.positive_int, metavar="N", help="sent at once")
-    add("--max-tokens", type=script.positive_int, metavar="N", help="of an answer")
-    add("--timeout", type=script.positive_float, default=120.0, metavar="S", help="of a request")
     return parser.parse_args(argv)
 
 

@@ -19,7 +19,7 @@ from argparse import Namespace
 from collections.abc import Sequence
 
 import numpy as np
-from _client import Answer, Server, connected
+from _client import Answer, Server, add_server_flags, connected
 from _vllm_model import tiny_model
 
 from distlab import script
@@ -51,13 +51,10 @@ def main(argv: list[str] | None = None) -> int:
 
 def parse_args(argv: list[str] | None) -> Namespace:
     parser = script.Parser(__doc__, PRESETS)
+    add_server_flags(parser)
     add = parser.add_argument
-    add("--base-url", default="http://127.0.0.1:8100/v1", metavar="URL")
-    add("--model", help="its name on the server (default: the first that the server names)")
     add("--requests", type=script.positive_int, metavar="N", help="at each concurrency")
     add("--concurrency", type=script.positive_int, nargs="+", metavar="N", help="requests at once")
-    add("--max-tokens", type=script.positive_int, metavar="N", help="of an answer")
-    add("--timeout", type=script.positive_float, default=120.0, metavar="S", help="of a request")
     add("--reference", nargs="?", const=TINY, metavar="DIR",
         help="compare with transformers, from this folder (default: the tiny model's)")  # fmt: skip
     return parser.parse_args(argv)

@@ -9,17 +9,16 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from paged_engine import kernels
+from paged_engine import _kernels_torch, kernels
 
 
 @dataclass(frozen=True)
 class Operators:
     """See the functions of the same names in `kernels`."""
 
-    rms_norm: Callable[..., Tensor]  # (x, weight, eps, added=None)
+    rms_norm: Callable[..., Tensor]  # (x, weight, eps, added)
     silu_mul: Callable[[Tensor], Tensor]
     rotate_and_store: Callable[..., None]  # (qkv, cos, sin, slots, k_cache, v_cache)
 
@@ -28,22 +27,11 @@ def operators(device: torch.device, compile: bool) -> Operators:
     """The operators for `device`; `compile`: whether torch.compile may make CUDA's."""
     if device.type == "cpu":
         return Operators(kernels.rms_norm, kernels.silu_mul, kernels.rotate_and_store)
-    made = Operators(_rms_norm, _silu_mul, _rotate_and_store)
+    made = Operators(_kernels_torch.rms_norm, _kernels_torch.silu_mul, _rotate_and_store)
     if not compile:
         return made
     fused = {name: torch.compile(f, dynamic=True) for name, f in vars(made).items()}
     return Operators(**fused)
-
-
-def _rms_norm(x: Tensor, weight: Tensor, eps: float, added: Tensor | None = None) -> Tensor:
-    if added is not None:
-        x += added
-    return F.rms_norm(x, weight.shape, weight, eps)
-
-
-def _silu_mul(gate_up: Tensor) -> Tensor:
-    gate, up = gate_up.chunk(2, dim=-1)
-    return F.silu(gate) * up
 
 
 def _rotate_and_store(
