@@ -15,7 +15,7 @@ from distlab.display import text_table
 from distlab.files import repo_root, write_text
 from distlab.lab.blocks import Outcome
 
-LEDGER = pytest.StashKey[list[dict]]()
+LEDGER = "ledger"  # the name of a test's property: what its block did
 
 
 @pytest.fixture(scope="session")
@@ -42,49 +42,74 @@ def same_environment() -> Iterator[None]:
 
 
 class Ledger:
-    """Every block × back end × ranks: ran, failed or skipped, and why."""
+    """Every block × back end × ranks: ran, failed or skipped, and why.
 
-    def __init__(self, rows: list[dict]) -> None:
-        self.rows = rows
+    A test's report carries its row, since the test may run in another process than the one that
+    prints the ledger.
+    """
+
+    def __init__(self, properties: list[tuple[str, object]]) -> None:
+        self.properties = properties
 
     def add(self, outcome: Outcome) -> None:
-        self.rows.append(
-            {
-                "block": outcome.block.id,
-                "backend": outcome.backend,
-                "ranks": outcome.block.ranks,
-                "result": outcome.result,
-                "reason": outcome.reason,
-                "seconds": round(outcome.seconds, 1),
-            }
-        )
+        row = {
+            "block": outcome.block.id,
+            "backend": outcome.backend,
+            "ranks": outcome.block.ranks,
+            "result": outcome.result,
+            "reason": outcome.reason,
+            "seconds": round(outcome.seconds, 1),
+        }
+        self.properties.append((LEDGER, row))
 
 
 @pytest.fixture
 def ledger(request: pytest.FixtureRequest) -> Ledger:
-    return Ledger(request.config.stash[LEDGER])
+    return Ledger(request.node.user_properties)
 
 
-def pytest_configure(config: pytest.Config) -> None:
-    config.stash[LEDGER] = []
-
-
-@pytest.hookimpl(tryfirst=True)  # before the tier is chosen by its mark
+@pytest.hookimpl(tryfirst=True)  # before the tier is chosen by its mark, and xdist reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """A chapter's own tests are not in the fast tier, which keeps its time as chapters come.
+    """Which tests are slow, which stay together in one of `lab test`'s processes, which come first.
 
-    It has the bench, the lab, and the first commands of each lesson; `lab test 3` has the rest.
+    A chapter's own tests are not in the fast tier, which keeps its time as chapters come. It has
+    the bench, the lab, and the first commands of each lesson; `lab test 3` has the rest.
+
+    The lessons' commands come first: a newcomer wants to know of those, and what takes long must
+    not begin when another process has nothing left to do.
     """
     for item in items:
         if item.path.parent.name.startswith(("chapter", "cluster")):
             item.add_marker(pytest.mark.slow)
+        item.add_marker(pytest.mark.xdist_group(group_of(item)))
+    items.sort(key=lambda item: item.path.name != "test_commands.py")
 
 
-def pytest_terminal_summary(terminalreporter, config: pytest.Config) -> None:
+def group_of(item: pytest.Item) -> str:
+    """A file's tests stay together, since they share what it sets up; those of the lessons'
+    commands by lesson, where README runs the first chapter's commands and the tour's."""
+    block = getattr(item, "callspec", None) and item.callspec.params.get("block")
+    if block is None:
+        return item.path.name
+    lesson = str(block.lesson.relative_to(repo_root()))
+    return "README.md" if lesson.startswith(("tour", "chapter01")) else lesson
+
+
+def pytest_terminal_summary(terminalreporter) -> None:
     """Print the ledger, write it to build/ledger.json, and say what every skip was for."""
-    rows = config.stash[LEDGER]
+    calls = [
+        report
+        for reports in terminalreporter.stats.values()
+        for report in reports
+        if getattr(report, "when", None) == "call"
+    ]
+    rows = [row for report in calls for name, row in report.user_properties if name == LEDGER]
+    rows.sort(key=_place)
     skips = [
-        {"test": report.nodeid, "reason": str(report.longrepr[2]).removeprefix("Skipped: ")}
+        {
+            "test": report.nodeid.partition("@")[0],  # xdist appends the test's group
+            "reason": str(report.longrepr[2]).removeprefix("Skipped: "),
+        }
         for report in terminalreporter.stats.get("skipped", [])
     ]
     if not rows and not skips:
@@ -103,6 +128,11 @@ def pytest_terminal_summary(terminalreporter, config: pytest.Config) -> None:
     others = [s for s in skips if "test_commands" not in s["test"]]
     for skip in others:
         terminalreporter.write_line(f"skipped {skip['test']}: {skip['reason']}")
+
+
+def _place(row: dict) -> tuple[str, int]:
+    lesson, _, line = row["block"].rpartition(":")
+    return lesson, int(line)
 
 
 def _first_line(row: dict) -> str:

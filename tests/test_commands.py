@@ -17,7 +17,7 @@ from distlab.lab.lessons import Block, all_blocks
 from distlab.lab.running import kept_outcome
 from distlab.lab.servers import Servers
 
-SMOKE_LIMIT_S = 240
+SMOKE_LIMIT_S = 420
 FAST_BLOCKS = 3  # of a lesson
 
 

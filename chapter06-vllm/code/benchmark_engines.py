@@ -11,7 +11,7 @@ stands what the fastest engine reached. In float32 every engine must give the sa
 
 Run (in the environment vllm, which has all three):
     python chapter06-vllm/code/benchmark_engines.py
-    python chapter06-vllm/code/benchmark_engines.py --model DIR --dtype float32 bfloat16
+    python chapter06-vllm/code/benchmark_engines.py --model DIR --dtype float32 --requests 1 8
 
 You should see: tokens/s, TTFT and TPOT of each engine at 1, 8 and 64 requests, and the ratio to
 vLLM; a paged engine ahead of transformers wherever lengths differ or beginnings are shared.
@@ -41,8 +41,8 @@ PRESETS = {
         "shared_tokens": 64,
     },
     "laptop": {
-        "size": "laptop", "dtype": ["float32"], "requests": [1, 8, 64], "new_tokens": 64,
-        "repeats": 3, "shared_tokens": 256,
+        "size": "laptop", "dtype": ["float32", "bfloat16"], "requests": [1, 8, 64],
+        "new_tokens": 64, "repeats": 3, "shared_tokens": 256,
     },
     "gpu": {
         "size": "gpu", "dtype": ["bfloat16"], "requests": [1, 8, 64, 256], "new_tokens": 128,

@@ -1,6 +1,7 @@
-"""What several tests of the chapter share: the environment of vLLM."""
+"""What several tests of the chapter share: the environments of vLLM and of genai-bench."""
 
 import os
+import sys
 from pathlib import Path
 
 import pytest
@@ -11,11 +12,24 @@ from distlab.lab.blocks import environment_python
 
 @pytest.fixture
 def vllm_python() -> Path:
+    """The Python of the environment vllm."""
+    return python_of("vllm")
+
+
+@pytest.fixture
+def bench_python() -> Path:
+    """The Python of the environment bench, which has genai-bench."""
+    if sys.version_info >= (3, 13):
+        pytest.skip("genai-bench needs Python 3.12 or older")
+    return python_of("bench")
+
+
+def python_of(environment: str) -> Path:
     """The environment's Python, as it stands. Only CI builds it: a test does not fetch gigabytes
     unasked, nor replace an environment that others use, because its pins have changed."""
-    folder = Path(os.environ.get("LAB_VENV_DIR") or repo_root() / ".venv", "vllm")
+    folder = Path(os.environ.get("LAB_VENV_DIR") or repo_root() / ".venv", environment)
     if (folder / ".lab-stamp.json").is_file():
         return folder / "bin" / "python"
     if os.environ.get("CI") == "true":
-        return environment_python("vllm")
-    pytest.skip("the environment vllm is not built; python3 scripts/lab.py env vllm builds it")
+        return environment_python(environment)
+    pytest.skip(f"no environment {environment}; python3 scripts/lab.py env {environment} builds it")

@@ -1,4 +1,4 @@
-"""The server as a process: what it computes, what `vllm bench serve` asks of it, how it ends."""
+"""The server as a process: what it computes, what benchmarks ask of it, how it ends."""
 
 import json
 import os
@@ -94,6 +94,34 @@ def test_vllm_bench_serve_runs_without_an_error(vllm_python, server, tmp_path):
     result = run_vllm_bench(vllm_python, server, tmp_path)
     assert (result["completed"], result["failed"]) == (12, 0)
     assert result["total_output_tokens"] == 12 * 8
+
+
+@pytest.mark.timeout(900)  # in CI with the time that building the environment takes
+def test_genai_bench_runs_without_an_error(bench_python, server, tmp_path):
+    """It talks in streams to /v1/chat/completions, as one client and as four."""
+    for result in run_genai_bench(bench_python, server, tmp_path):
+        metrics = result["aggregated_metrics"]
+        assert metrics["num_completed_requests"] == metrics["num_requests"] == 8
+        assert metrics["num_error_requests"] == 0
+
+
+def run_genai_bench(python: Path, server: SimpleNamespace, folder: Path) -> list[dict[str, Any]]:
+    flags = {
+        "--api-backend": "openai", "--api-base": server.url, "--api-key": "none",
+        "--api-model-name": "tiny", "--task": "text-to-text",
+        "--model-tokenizer": str(server.model), "--traffic-scenario": "D(50,20)",
+        "--max-time-per-run": "1", "--max-requests-per-run": "8",
+        "--experiment-base-dir": str(folder), "--experiment-folder-name": "experiment",
+        "--log-dir": str(folder / "logs"),
+    }  # fmt: skip
+    words = [word for flag in flags.items() for word in flag]
+    words += ["--num-concurrency", "1", "--num-concurrency", "4"]
+    bench = [str(python.with_name("genai-bench")), "benchmark", *words]
+    ended = run_command(bench, {**os.environ, "HF_HUB_OFFLINE": "1"}, timeout_s=BENCH_S)
+    assert ended.status == 0, ended.stdout[-2000:] + ended.stderr[-3000:]
+    runs = sorted((folder / "experiment").glob("D*.json"))
+    assert len(runs) == 2, list(folder.rglob("*"))
+    return [json.loads(run.read_text()) for run in runs]
 
 
 def run_vllm_bench(python: Path, server: SimpleNamespace, folder: Path) -> dict[str, Any]:

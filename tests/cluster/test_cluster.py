@@ -96,6 +96,15 @@ def test_a_command_has_the_callers_files_folder_and_variables(cluster, tmp_path,
         assert str(Path(PYTHON).parent) in path.split(os.pathsep)  # torchrun is there
 
 
+def test_an_active_environment_stays_first_in_the_path(cluster, monkeypatch):
+    for active, first in [("/of/vllm", "/of/vllm/bin"), ("/not/in/path", str(Path(PYTHON).parent))]:
+        monkeypatch.setenv("VIRTUAL_ENV", active)
+        monkeypatch.setenv("PATH", "/of/vllm/bin:/usr/bin:/bin")
+        assert {
+            path.split(":")[0] for path in outputs(cluster.run(["sh", "-c", "echo $PATH"]))
+        } == {first}
+
+
 def test_nodes_share_the_cores_between_them(cluster, monkeypatch):
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     share = max(1, len(os.sched_getaffinity(0)) // 3)

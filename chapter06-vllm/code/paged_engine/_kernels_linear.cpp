@@ -10,7 +10,7 @@
 #include "_kernels_simd.h"
 
 constexpr long kColumns = 2 * kLanes;
-constexpr long kDepth = 256;  // of a panel's slice, which the first cache holds
+constexpr long kDepth = 288;  // at most, of a panel's slice, which the first cache holds
 constexpr long kRows = 192;   // of x, whose slice the second cache holds
 
 namespace {
@@ -55,13 +55,14 @@ void panel_product(const float* x, const Weight* panel, long rows, long depth, f
   alignas(64) float widened[sizeof(Weight) == 2 ? kDepth * kColumns : 1];
   long tiles = (rows + kTileRows - 1) / kTileRows;  // of nearly equal heights
   bool widen = sizeof(Weight) == 2 && tiles > 1;    // once for all tiles
-  for (long k = 0; k < depth; k += kDepth) {
+  long slices = (depth + kDepth - 1) / kDepth;  // of nearly equal depths, too
+  for (long s = 0; s < slices; s++) {
+    long k = depth * s / slices, deep = depth * (s + 1) / slices - k;
     const Weight* slice = panel + k * kColumns;
-    long deep = smaller(kDepth, depth - k);
     if (widen)
       for (long i = 0; i < deep * kColumns; i += kLanes) store(widened + i, load(slice + i));
     // While one slice is worked on, the tiles together fetch the next.
-    const char* ahead = (const char*)(slice + kDepth * kColumns);
+    const char* ahead = (const char*)(slice + deep * kColumns);
     long step = kColumns * sizeof(Weight) / tiles;
     for (long t = 0; t < tiles; t++) {
       long from = rows * t / tiles, to = rows * (t + 1) / tiles;
@@ -83,17 +84,20 @@ void linear(const float* x, const Weight* weight, const float* bias, float* y, l
 #pragma omp parallel for collapse(2) num_threads(threads) schedule(dynamic)
   for (long row = 0; row < rows; row += kRows)
     for (long p = 0; p < panels; p++) {
-      long count = smaller(kRows, rows - row);
+      long count = smaller(kRows, rows - row), width = smaller(kColumns, columns - p * kColumns);
       alignas(64) float sums[kRows * kColumns];
-      for (long r = 0; r < count; r++)
-        if (bias)
+      if (bias)
+        for (long r = 0; r < count; r++)
           std::memcpy(sums + r * kColumns, bias + p * kColumns, kColumns * 4);
-        else
-          std::memset(sums + r * kColumns, 0, kColumns * 4);
+      else
+        std::memset(sums, 0, count * kColumns * 4);
       panel_product(x + row * depth, weight + p * depth * kColumns, count, depth, sums);
-      long width = smaller(kColumns, columns - p * kColumns);
+      float* to = y + row * columns + p * kColumns;
       for (long r = 0; r < count; r++)
-        std::memcpy(y + (row + r) * columns + p * kColumns, sums + r * kColumns, width * 4);
+        if (width == kColumns)  // a copy of known size is two stores
+          std::memcpy(to + r * columns, sums + r * kColumns, kColumns * 4);
+        else
+          std::memcpy(to + r * columns, sums + r * kColumns, width * 4);
     }
 }
 

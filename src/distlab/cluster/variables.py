@@ -16,18 +16,26 @@ def node_variables(index: int, names: Sequence[str], env: Mapping[str, str]) -> 
     each other, and a step take twice as long.
     """
     caller = {k: v for k, v in os.environ.items() if k.lower() not in PROXIES}
-    here = str(Path(sys.executable).parent)  # for torchrun
-    path = caller.get("PATH", os.defpath)
     threads = max(1, len(os.sched_getaffinity(0)) // len(names))
     return {
         "OMP_NUM_THREADS": str(threads),
         **caller,
-        "PATH": path if here in path.split(os.pathsep) else f"{here}{os.pathsep}{path}",
+        "PATH": path_with_torchrun(caller),
         "NODE_RANK": str(index),
         "NNODES": str(len(names)),
         "HEAD": names[0],
         **env,
     }
+
+
+def path_with_torchrun(caller: Mapping[str, str]) -> str:
+    """The caller's PATH, with this Python's programs first unless an environment is active in it:
+    another one than ours, it may be, such as the one that has vLLM."""
+    here, path = str(Path(sys.executable).parent), caller.get("PATH", os.defpath)
+    known = {here}
+    if active := caller.get("VIRTUAL_ENV"):
+        known.add(str(Path(active) / "bin"))
+    return path if known & set(path.split(os.pathsep)) else f"{here}{os.pathsep}{path}"
 
 
 def rank_variables(

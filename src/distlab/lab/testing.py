@@ -1,5 +1,8 @@
 """`lab test [--fast] [CH] [-- PYTEST ARGUMENTS]`: the whole suite, or a part of it.
 
+It takes two processes, as most tests wait for something most of the time: ranks that start, nodes
+that time out. `-- -n 0` takes one, for a debugger or a test's own prints.
+
 With CI=true and root on Debian it first installs the system packages that tests need; elsewhere the
 tests that need a missing one are skipped, and `lab doctor` names the install line.
 """
@@ -11,11 +14,13 @@ import sys
 
 from distlab.errors import RunError
 from distlab.files import repo_root
+from distlab.host import usable_cores
 from distlab.lab.lessons import chapter
 from distlab.lab.needs import install_line, missing_system_packages
 from distlab.script import OneLineParser
 
 INSTALL_LIMIT_S = 900
+PROCESSES = 2
 
 
 def main(argv: list[str]) -> int:
@@ -24,7 +29,7 @@ def main(argv: list[str]) -> int:
     args, for_pytest = _parse(argv[:place]), argv[place + 1 :]
     if os.environ.get("CI") == "true":
         install_system_packages()
-    command = [sys.executable, "-m", "pytest"]
+    command = [sys.executable, "-m", "pytest", *processes()]
     if args.fast:
         command += ["-m", "not slow"]
     if args.chapter:
@@ -34,6 +39,13 @@ def main(argv: list[str]) -> int:
     os.chdir(repo_root())
     sys.stdout.flush()
     os.execv(sys.executable, [*command, *for_pytest])
+
+
+def processes() -> list[str]:
+    """pytest's flags for as many processes as pay; tests/conftest.py says what stays together."""
+    if usable_cores() < PROCESSES:
+        return []
+    return ["-n", str(PROCESSES), "--dist", "loadgroup", "--no-loadscope-reorder"]
 
 
 def install_system_packages() -> None:
