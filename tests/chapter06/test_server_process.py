@@ -101,7 +101,8 @@ def test_genai_bench_runs_without_an_error(bench_python, server, tmp_path):
     """It talks in streams to /v1/chat/completions, as one client and as four."""
     for result in run_genai_bench(bench_python, server, tmp_path):
         metrics = result["aggregated_metrics"]
-        assert metrics["num_completed_requests"] == metrics["num_requests"] == 8
+        # It looks now and then whether there have been enough.
+        assert metrics["num_completed_requests"] == metrics["num_requests"] >= 8
         assert metrics["num_error_requests"] == 0
 
 
