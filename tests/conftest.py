@@ -68,31 +68,20 @@ def ledger(request: pytest.FixtureRequest) -> Ledger:
     return Ledger(request.node.user_properties)
 
 
-@pytest.hookimpl(tryfirst=True)  # before the tier is chosen by its mark, and xdist reads the groups
+@pytest.hookimpl(tryfirst=True)  # before the tier is chosen by its mark
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Which tests are slow, which stay together in one of `lab test`'s processes, which come first.
+    """Which tests are slow, and which come first.
 
     A chapter's own tests are not in the fast tier, which keeps its time as chapters come. It has
     the bench, the lab, and the first commands of each lesson; `lab test 3` has the rest.
 
     The lessons' commands come first: a newcomer wants to know of those, and what takes long must
-    not begin when another process has nothing left to do.
+    not begin when the other process of `lab test` has nothing left to do.
     """
     for item in items:
         if item.path.parent.name.startswith(("chapter", "cluster")):
             item.add_marker(pytest.mark.slow)
-        item.add_marker(pytest.mark.xdist_group(group_of(item)))
     items.sort(key=lambda item: item.path.name != "test_commands.py")
-
-
-def group_of(item: pytest.Item) -> str:
-    """A file's tests stay together, since they share what it sets up; those of the lessons'
-    commands by lesson, where README runs the first chapter's commands and the tour's."""
-    block = getattr(item, "callspec", None) and item.callspec.params.get("block")
-    if block is None:
-        return item.path.name
-    lesson = str(block.lesson.relative_to(repo_root()))
-    return "README.md" if lesson.startswith(("tour", "chapter01")) else lesson
 
 
 def pytest_terminal_summary(terminalreporter) -> None:
@@ -107,7 +96,7 @@ def pytest_terminal_summary(terminalreporter) -> None:
     rows.sort(key=_place)
     skips = [
         {
-            "test": report.nodeid.partition("@")[0],  # xdist appends the test's group
+            "test": report.nodeid,
             "reason": str(report.longrepr[2]).removeprefix("Skipped: "),
         }
         for report in terminalreporter.stats.get("skipped", [])

@@ -23,7 +23,7 @@ def stalled_since(ranks: list[Rank], stall_after: float) -> float | None:
     known = [moment for moment in moments if moment is not None]
     if len(known) < len(moments) or time.time() - max(known) <= stall_after:
         return None
-    living = [rank for rank in ranks if rank.exit is None and rank.died is None]
+    living = [rank for rank in ranks if rank.lives]
     told = min((rank.pulse["t"] for rank in living), default=time.time())
     return max(known) if told - max(known) > stall_after / 2 else None
 

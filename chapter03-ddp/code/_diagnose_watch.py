@@ -69,6 +69,14 @@ class Rank:
         return self.events.get(kind, [])
 
     @property
+    def lives(self) -> bool:
+        return self.exit is None and self.died is None
+
+    def ask(self) -> None:
+        """Have it tell all that it knows, the lines of its collectives too, and `answered`."""
+        self.crash_file.with_suffix(".ask").touch()
+
+    @property
     def exit(self) -> dict[str, Any] | None:
         return self.told("exit")[0] if self.told("exit") else None
 

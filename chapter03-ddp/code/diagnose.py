@@ -182,8 +182,17 @@ def judge(ranks: list[Rank], stall_after: float) -> Found | None:
 
 
 def mixed_up(ranks: list[Rank]) -> Verdict | None:
-    """Collectives that differ and were answered nevertheless: their results are nonsense."""
-    return first_difference(ranks) if ranks else None
+    """Collectives that differ and were answered nevertheless: their results are nonsense.
+
+    Ranks that run on tell what they call, but not from which line: that is asked for first.
+    """
+    verdict = first_difference(ranks) if ranks else None
+    unasked = [rank for rank in ranks if rank.lives and not rank.told("answered")]
+    if verdict and verdict.place is None and unasked:
+        for rank in unasked:
+            rank.ask()
+        return None
+    return verdict
 
 
 def judge_end(job: Job, watched: Watch, stall_after: float) -> Found | None:

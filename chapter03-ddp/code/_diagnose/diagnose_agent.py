@@ -54,6 +54,7 @@ class Agent:
         self.crash = os.open(f"{stem}.crash", os.O_WRONLY | os.O_CREAT, 0o644)
         faulthandler.enable(self.crash)  # a line for SIGABRT and SIGSEGV, which Python never sees
         faulthandler.register(signal.SIGUSR2, self.crash, all_threads=True)
+        self.asked = Path(f"{stem}.ask")  # touched by who wants a report
         self.file = os.open(f"{stem}.jsonl", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
         self.tell(
             "hello", rank=rank, world=int(os.environ.get("WORLD_SIZE", 1)), pid=os.getpid(),
@@ -88,6 +89,10 @@ class Agent:
             self.samples[frames.main_place()] += 1
             if tick % PULSE == 0:
                 self.pulse()
+                if self.asked.exists():
+                    self.asked.unlink()
+                    self.report("is asked")
+                    self.tell("answered")
             if tick % TOLD == 0 and dist.is_initialized():
                 self.collectives(stacks=False)
             self.flush()

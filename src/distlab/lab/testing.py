@@ -42,10 +42,10 @@ def main(argv: list[str]) -> int:
 
 
 def processes() -> list[str]:
-    """pytest's flags for as many processes as pay; tests/conftest.py says what stays together."""
+    """pytest's flags for as many processes as pay; a file's tests share what it sets up."""
     if usable_cores() < PROCESSES:
         return []
-    return ["-n", str(PROCESSES), "--dist", "loadgroup", "--no-loadscope-reorder"]
+    return ["-n", str(PROCESSES), "--dist", "loadfile", "--no-loadscope-reorder"]
 
 
 def install_system_packages() -> None:
