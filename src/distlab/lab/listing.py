@@ -67,7 +67,8 @@ def summary(path: Path) -> str:
 
 
 def needs(blocks: list[Block]) -> str:
-    """What the blocks that run a script need beside Python: ranks, GPUs, nodes, Slurm."""
+    """What the blocks that run a script need beside Python: ranks, GPUs, nodes, Slurm, and, for a
+    server, a terminal of its own."""
     ranks = sorted({block.ranks for block in blocks} - {1})
     gpus = max([0, *(block.gpus for block in blocks)])
     parts = [f"{'/'.join(map(str, ranks))} processes"] if ranks else []
@@ -75,6 +76,7 @@ def needs(blocks: list[Block]) -> str:
     nodes = max([0, *(block.nodes for block in blocks)])
     parts += [f"{nodes} nodes"] if nodes else []
     parts += ["Slurm"] if any(block.slurm for block in blocks) else []
+    parts += ["its own terminal"] if any(block.background for block in blocks) else []
     return ", ".join(parts) or "—"
 
 
