@@ -11,6 +11,6 @@
 set -uo pipefail
 cd "$(dirname "$0")/.."
 out=$(mkdir -p "${1:-build/gpu}" && cd "${1:-build/gpu}" && pwd)
-export PYTHONPATH="$PWD/src${PYTHONPATH:+:$PYTHONPATH}" DISTLAB_CACHE="$out/cache"
+export PYTHONPATH="$PWD/src:$PWD/chapter06-vllm/code${PYTHONPATH:+:$PYTHONPATH}" DISTLAB_CACHE="$out/cache"
 python=${PYTHON:-python3}
 "$python" -m distlab.lab.gpu_check --out "$out"
