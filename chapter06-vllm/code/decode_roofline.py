@@ -1,4 +1,4 @@
-"""A decode step of the whole engine against the memory's bandwidth: how much of it is machinery?
+"""A decode step of the whole engine against the memory's bandwidth: what its machinery costs.
 
 A step reads all weights once and each sequence's keys and values; it takes at least those bytes
 over the bandwidth of reading, or the FLOPs over the peak where the batch is large. Here the engine
