@@ -95,10 +95,7 @@ def pytest_terminal_summary(terminalreporter) -> None:
     rows = [row for report in calls for name, row in report.user_properties if name == LEDGER]
     rows.sort(key=_place)
     skips = [
-        {
-            "test": report.nodeid,
-            "reason": str(report.longrepr[2]).removeprefix("Skipped: "),
-        }
+        {"test": report.nodeid, "reason": str(report.longrepr[2]).removeprefix("Skipped: ")}
         for report in terminalreporter.stats.get("skipped", [])
     ]
     if not rows and not skips:

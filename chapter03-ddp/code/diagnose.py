@@ -187,9 +187,9 @@ def mixed_up(ranks: list[Rank]) -> Verdict | None:
     Ranks that run on tell what they call, but not from which line: that is asked for first.
     """
     verdict = first_difference(ranks) if ranks else None
-    unasked = [rank for rank in ranks if rank.lives and not rank.told("answered")]
-    if verdict and verdict.place is None and unasked:
-        for rank in unasked:
+    unanswered = [rank for rank in ranks if rank.lives and not rank.told("answered")]
+    if verdict and verdict.place is None and unanswered:
+        for rank in unanswered:
             rank.ask()
         return None
     return verdict

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 
 from distlab import hardware
-from distlab.measure import measure
+from distlab.measure import compare
 from distlab.model import ModelConfig
 from distlab.predict import forward_flops_per_token, kv_bytes_per_token, roofline_seconds
 from distlab.predict.params import matmul_parameters
@@ -26,13 +26,10 @@ class Roofline:
     ) -> float:
         """The least seconds of a step that gives each of `requests` one token.
 
-        The weights are read once for all, the keys and values of `context` tokens for each
-        (Pope et al. 2022, "Efficiently Scaling Transformer Inference", section 2).
+        See Pope et al. 2022, "Efficiently Scaling Transformer Inference", section 2.
         """
-        a, short = config.architecture, NAMES[dtype]
-        width = torch.empty(0, dtype=getattr(torch, dtype)).element_size()
-        moved = width * matmul_parameters(a) + requests * context * kv_bytes_per_token(a, short)
-        flops = requests * forward_flops_per_token(a, context)
+        moved = decode_bytes(config, dtype, requests, context)
+        flops = requests * forward_flops_per_token(config.architecture, context)
         return roofline_seconds(flops, moved, self.peak_flops, self.bandwidth)
 
     def generate_seconds(
@@ -46,6 +43,13 @@ class Roofline:
         prefill = requests * prompt * forward_flops_per_token(config.architecture, prompt / 2)
         step = self.decode_seconds(config, dtype, requests, prompt + new_tokens / 2)
         return prefill / self.peak_flops + (new_tokens - 1) * step
+
+
+def decode_bytes(config: ModelConfig, dtype: str, requests: int, context: float) -> float:
+    """Bytes that such a step reads: the weights once for all, the keys and values of `context`
+    tokens for each of `requests`."""
+    a, width = config.architecture, getattr(torch, dtype).itemsize
+    return width * matmul_parameters(a) + requests * context * kv_bytes_per_token(a, NAMES[dtype])
 
 
 def measured_roofline(dtype: str) -> Roofline:
@@ -71,5 +75,6 @@ def read_bandwidth(device: torch.device) -> float:
     rows = hardware.beyond_cache_bytes(device) // (4 * columns)
     matrix = torch.ones(rows, columns, device=device)
     vector, product = torch.ones(columns, device=device), torch.empty(rows, device=device)
-    readers = (lambda: torch.mv(matrix, vector, out=product), matrix.sum)
-    return max(4 * rows * columns / measure(reader, 2, 9, device).median for reader in readers)
+    readers = {"product": lambda: torch.mv(matrix, vector, out=product), "sum": matrix.sum}
+    timings = compare(readers, 2, 9, device).values()
+    return 4 * rows * columns / min(timing.median for timing in timings)

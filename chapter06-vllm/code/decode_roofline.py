@@ -26,15 +26,15 @@ from argparse import Namespace
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from statistics import median
 
 import torch
-from _engine_roofline import Roofline, measured_roofline
+from _engine_roofline import Roofline, decode_bytes, measured_roofline
 from paged_engine import SamplingParams
 from paged_engine.engine import Engine, EngineConfig
 
 from distlab import hardware, script
 from distlab.errors import UsageError
+from distlab.measure import measure
 from distlab.model import Llama, ModelConfig, num_parameters, save
 from distlab.run import Run
 
@@ -63,8 +63,8 @@ def main(argv: list[str] | None = None) -> int:
         run.metric("matmul_peak", limit.peak_flops, "FLOP/s")
         with Engine(engine_config(Path(folder) / "model", args)) as engine:
             run.print(f"job: {engine.runner.description}")
-            times = {batch: decode(run, engine, batch, args) for batch in args.batches}
-            show(run, config, limit, times, args)
+            seconds = {batch: decode(run, engine, batch, args) for batch in args.batches}
+            show(run, config, limit, seconds, args)
             profile(run, engine, args)
     return run.status
 
@@ -86,6 +86,8 @@ def parse_args(argv: list[str] | None) -> Namespace:
     args = parser.parse_args(argv)
     if args.hidden % HEAD_DIM:
         raise UsageError(f"--hidden {args.hidden} is no multiple of {HEAD_DIM}; use 256 or 768")
+    if args.steps < 3:
+        raise UsageError(f"--steps {args.steps} gives no median; use at least 3")
     args.batches = sorted(set(args.batches))
     # While the last prompts are computed, each a step at most, the first ones decode already.
     args.longest = args.context + max(args.batches) + WARMUP + args.steps + PROFILED + 1
@@ -120,18 +122,14 @@ def engine_config(model: Path, args: Namespace) -> EngineConfig:
     )  # fmt: skip
 
 
-def decode(run: Run, engine: Engine, batch: int, args: Namespace) -> list[float]:
-    """Seconds of each timed step of `batch` sequences; all of them decode in every step."""
-    times, tokens = [], 0
+def decode(run: Run, engine: Engine, batch: int, args: Namespace) -> float:
+    """Median seconds of a step of `batch` sequences; all of them decode in every step."""
+    tokens: list[int] = []  # of each step
     with decoding(engine, batch, args):
-        for number in range(WARMUP + args.steps):
-            started = time.perf_counter()
-            outputs = engine.step()
-            if number >= WARMUP:
-                times.append(time.perf_counter() - started)
-                tokens += len(outputs)
-    run.check_equal(f"tokens of {args.steps} steps of {batch}", tokens, args.steps * batch)
-    return times
+        timing = measure(lambda: tokens.append(len(engine.step())), WARMUP, args.steps)
+    timed = sum(tokens[WARMUP:])
+    run.check_equal(f"tokens of {args.steps} steps of {batch}", timed, args.steps * batch)
+    return timing.median
 
 
 @contextmanager
@@ -150,19 +148,18 @@ def decoding(engine: Engine, batch: int, args: Namespace) -> Iterator[None]:
 
 
 def show(
-    run: Run, config: ModelConfig, limit: Roofline, times: dict[int, list[float]], args: Namespace
+    run: Run, config: ModelConfig, limit: Roofline, medians: dict[int, float], args: Namespace
 ) -> None:
     """Bound and measurement of each batch, as a table and a figure; a bound is one."""
     context = args.context + WARMUP + args.steps / 2
-    bounds = {b: limit.decode_seconds(config, args.dtype, b, context) for b in times}
-    medians = {batch: median(some) for batch, some in times.items()}
+    bounds = {b: limit.decode_seconds(config, args.dtype, b, context) for b in medians}
     for batch, bound in bounds.items():
         run.compare(f"decode step of {batch}", 1e3 * bound, 1e3 * medians[batch], "ms")
     run.table(
         "decode",
         ["sequences", "bound, ms", "measured, ms", "% of bound", "GB/s", "tok/s"],
         [[batch, 1e3 * bound, 1e3 * medians[batch], 100 * bound / medians[batch],
-          bytes_read(limit, config, args, batch, context) / medians[batch] / 1e9,
+          decode_bytes(config, args.dtype, batch, context) / medians[batch] / 1e9,
           batch / medians[batch]] for batch, bound in bounds.items()],
         caption=f"Steps of the engine at a context of {context:.0f} tokens",
     )  # fmt: skip
@@ -177,14 +174,6 @@ def show(
     best = max(bound / medians[batch] for batch, bound in bounds.items())
     run.metric("best_share_of_bound", best)
     run.check_below("no step is faster than its bound", best, args.tolerance, "of the bound")
-
-
-def bytes_read(
-    limit: Roofline, config: ModelConfig, args: Namespace, batch: int, context: float
-) -> float:
-    """Of a step: what it would take if nothing but the memory counted, times the bandwidth."""
-    memory_alone = Roofline(limit.bandwidth, float("inf"))
-    return memory_alone.decode_seconds(config, args.dtype, batch, context) * limit.bandwidth
 
 
 def profile(run: Run, engine: Engine, args: Namespace) -> None:

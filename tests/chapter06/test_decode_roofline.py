@@ -12,7 +12,7 @@ from distlab.model import Llama
 
 sys.path.insert(0, str(repo_root() / "chapter06-vllm" / "code"))
 import decode_roofline
-from _engine_roofline import Roofline
+from _engine_roofline import decode_bytes
 from paged_engine.engine import Engine
 
 SMALL = ["--preset", "smoke", "--batches", "1", "3", "--steps", "4"]
@@ -25,10 +25,7 @@ def test_a_steps_bytes_are_those_of_the_matrices_and_the_cache():
         model = Llama(config)
     matrices = sum(4 * p.numel() for p in model.parameters() if p.dim() == 2)  # tied: head read
     cache = 2 * config.num_hidden_layers * config.num_key_value_heads * 64 * 4
-    limit = Roofline(bandwidth=1e9, peak_flops=1e12)
-    assert decode_roofline.bytes_read(limit, config, args, 5, 100) == pytest.approx(
-        matrices + 5 * 100 * cache
-    )
+    assert decode_bytes(config, args.dtype, 5, 100) == pytest.approx(matrices + 5 * 100 * cache)
 
 
 def test_all_sequences_decode_and_nothing_is_left_behind(tmp_path):
@@ -53,6 +50,13 @@ def test_the_script_bounds_every_batch_and_writes_a_trace(tmp_path):
     assert json.loads(trace.read_text())["traceEvents"]
 
 
-def test_a_width_without_whole_heads_is_one_line():
-    with pytest.raises(UsageError, match="--hidden 100 is no multiple of 64; use 256"):
-        decode_roofline.parse_args(["--hidden", "100"])
+@pytest.mark.parametrize(
+    ("flags", "told"),
+    [
+        (["--hidden", "100"], "--hidden 100 is no multiple of 64; use 256"),
+        (["--steps", "2"], "--steps 2 gives no median; use at least 3"),
+    ],
+)
+def test_what_cannot_be_is_one_line(flags, told):
+    with pytest.raises(UsageError, match=told):
+        decode_roofline.parse_args(flags)

@@ -115,11 +115,8 @@ def run_genai_bench(python: Path, server: SimpleNamespace, folder: Path) -> list
         "--experiment-base-dir": str(folder), "--experiment-folder-name": "experiment",
         "--log-dir": str(folder / "logs"),
     }  # fmt: skip
-    words = [word for flag in flags.items() for word in flag]
-    words += ["--num-concurrency", "1", "--num-concurrency", "4"]
-    bench = [str(python.with_name("genai-bench")), "benchmark", *words]
-    ended = run_command(bench, {**os.environ, "HF_HUB_OFFLINE": "1"}, timeout_s=BENCH_S)
-    assert ended.status == 0, ended.stdout[-2000:] + ended.stderr[-3000:]
+    bench = [str(python.with_name("genai-bench")), "benchmark"]
+    run_bench([*bench, "--num-concurrency", "1", "--num-concurrency", "4"], flags, {})
     runs = sorted((folder / "experiment").glob("D*.json"))
     assert len(runs) == 2, list(folder.rglob("*"))
     return [json.loads(run.read_text()) for run in runs]
@@ -132,9 +129,14 @@ def run_vllm_bench(python: Path, server: SimpleNamespace, folder: Path) -> dict[
         "--random-input-len": "20", "--random-output-len": "8", "--num-prompts": "12",
         "--max-concurrency": "4", "--result-dir": str(folder), "--result-filename": "result.json",
     }  # fmt: skip
-    words = [word for flag in flags.items() for word in flag]
-    bench = [str(python), "-c", BENCH, *words, "--ignore-eos", "--save-result", "--disable-tqdm"]
-    offline = {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "VLLM_CACHE_ROOT": str(folder)}
-    ended = run_command(bench, {**os.environ, **offline}, timeout_s=BENCH_S)
-    assert ended.status == 0, ended.stdout[-2000:] + ended.stderr[-3000:]
+    bench = [str(python), "-c", BENCH, "--ignore-eos", "--save-result", "--disable-tqdm"]
+    run_bench(bench, flags, {"VLLM_NO_USAGE_STATS": "1", "VLLM_CACHE_ROOT": str(folder)})
     return json.loads((folder / "result.json").read_text())
+
+
+def run_bench(command: list[str], flags: dict[str, str], variables: dict[str, str]) -> None:
+    """Run a benchmark of the server to its good end, with no model hub in reach."""
+    words = [word for flag in flags.items() for word in flag]
+    env = {**os.environ, "HF_HUB_OFFLINE": "1", **variables}
+    ended = run_command([*command, *words], env, timeout_s=BENCH_S)
+    assert ended.status == 0, ended.stdout[-2000:] + ended.stderr[-3000:]
