@@ -32,7 +32,7 @@ from _engine_roofline import Roofline, decode_bytes, measured_roofline
 from paged_engine import SamplingParams
 from paged_engine.engine import Engine, EngineConfig
 
-from distlab import hardware, script
+from distlab import files, hardware, script
 from distlab.errors import UsageError
 from distlab.measure import measure
 from distlab.model import Llama, ModelConfig, num_parameters, save
@@ -206,8 +206,8 @@ def profile(run: Run, engine: Engine, args: Namespace) -> None:
         caption=f"Steps of {max(args.batches)} sequences, profiled: time on {where}",
     )
     if args.trace:
-        Path(args.trace).parent.mkdir(parents=True, exist_ok=True)
-        profiler.export_chrome_trace(args.trace)
+        with files.atomic_write(args.trace) as temporary:
+            profiler.export_chrome_trace(str(temporary))
         run.print(f"trace: {args.trace}")
 
 
