@@ -26,8 +26,13 @@ def root() -> Path:
 
 @pytest.fixture(scope="session", autouse=True)
 def one_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
-    """Tokenizers and shards made by the suite are shared by its tests, and leave with it."""
-    os.environ.setdefault("DISTLAB_CACHE", str(tmp_path_factory.mktemp("cache")))
+    """Tokenizers, shards and kernels made by the suite are shared by its tests, and leave with it.
+
+    The processes of `lab test` share them too: each has a folder of its own in one of the run's.
+    """
+    own = tmp_path_factory.getbasetemp()
+    of_all = own.parent if "PYTEST_XDIST_WORKER" in os.environ else own
+    os.environ.setdefault("DISTLAB_CACHE", str(of_all / "cache"))
     os.environ["HF_HUB_OFFLINE"] = "1"
 
 

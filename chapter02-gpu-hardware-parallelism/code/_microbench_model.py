@@ -6,7 +6,9 @@ things are known of gloo's own all-reduce (gloo/allreduce.cc, transport/tcp/pair
 where a link has a delay:
 - it is a ring whose shares are cut into segments, at least two for each rank, of at most 1 MiB;
 - a segment leaves only when its receiver has said that it waits for it, and a rank waits for two at
-  a time. So two segments take at least a round trip, however fast the link is.
+  a time. A receiver says so when it has the last but one; and its word queues behind the segment
+  that it is sending itself. So two segments take a round trip at least, and where a segment takes
+  longer than a message's latency the link idles for that latency after each.
 """
 
 import math
@@ -46,30 +48,43 @@ class Link:
     def seconds(self, collective: str, n: float, workers: int, backend: str) -> float:
         if collective == "all_reduce" and backend == "gloo":
             alpha, beta = self.cost
-            return gloo_all_reduce(n, workers, alpha, beta, min(self.burst * beta, 2 * self.delay))
+            return gloo_all_reduce(n, workers, alpha, beta, self.burst * beta)
         return formula(collective, backend)(n, workers, *self.cost)
 
 
-def gloo_all_reduce(n: float, workers: int, alpha: float, beta: float, saved: float = 0.0) -> float:
-    """Seconds of gloo's segmented ring with its handshake.
+def gloo_all_reduce(
+    n: float, workers: int, alpha: float, beta: float, bucket: float = 0.0
+) -> float:
+    """Seconds of gloo's segmented ring with its handshake: a reduce-scatter, then an all-gather.
 
-    A segment of s seconds arrives s after the one before it, and 2·alpha + s after the last but
-    one: its receiver's word takes alpha, it takes alpha + s. So two take max(2·s, 2·alpha + s), but
-    the last two of a phase 2·alpha + 2·s. Without latency it is the ring's 2·(K - 1)/K·n·beta. For
-    a single number, which each rank hands on, the receivers' words are always there already.
-
-    Nobody sends for 2·alpha at the beginning of a phase. `saved` are the seconds of sending that a
-    shaper's bucket gathers meanwhile.
+    Without latency it is the ring's 2·(K - 1)/K·n·beta. For a single number, which each rank hands
+    on, the receivers' words are always there already. `bucket` is how many seconds of sending the
+    link makes up for at once after a pause as long.
     """
     segments = max(math.ceil(n / MAX_SEGMENT), 2 * workers)
     segments = math.ceil(segments / workers) * workers
     if workers == 1 or n < 4 * segments:
         return predict.ring_all_reduce(n, workers, alpha, beta)
     passed_on = segments - segments // workers  # by each rank, in each of the two phases
-    segment = n / segments * beta
-    pairs, last = (passed_on - 1) // 2, 2 - passed_on % 2  # the last pair may be a single one
-    phase = 2 * alpha + last * segment + pairs * max(2 * segment, 2 * alpha + segment)
-    return 2 * (phase - min(saved, 2 * alpha))
+    return 2 * _phase(passed_on, n / segments * beta, alpha, bucket)
+
+
+def _phase(count: int, segment: float, alpha: float, bucket: float) -> float:
+    """Seconds until the last of `count` segments has come, each of which a link sends in `segment`.
+
+    All ranks keep the same time, so one is enough: what it sends, its neighbour sends it. It asks
+    for a segment when it has the last but one. The word for that waits behind what the own link
+    has still to send, and then takes alpha, as the segment does that answers it.
+    """
+    begun: list[float] = []
+    sent = [-alpha]  # the phase before ended when its last segment came
+    for index in range(count):
+        asked = sent[index - 1] + alpha if index > 1 else 0.0
+        ahead = [end for begin, end in zip(begun, sent[1:], strict=True) if begin <= asked]
+        begun.append(max([asked, *ahead]) + alpha)
+        pause = max(0.0, begun[-1] - sent[-1])
+        sent.append(sent[-1] + pause + max(0.0, segment - min(bucket, pause)))
+    return sent[-1] + alpha
 
 
 def formula(collective: str, backend: str) -> Formula:

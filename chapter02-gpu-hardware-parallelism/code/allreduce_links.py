@@ -4,7 +4,9 @@ For each link and number of nodes a virtual cluster is made on this machine, wit
 and shaped links, and `allreduce_microbench.py` runs in it, a rank on each node. Its prediction
 knows the rate, the delay and the bucket of the link, and what the hosts add to a message of 4
 bytes; no time of the sizes that it predicts. `lab cluster` makes such a cluster for any command.
-Where the kernel cannot delay packets, a switch in user space does, for links of up to 300 Mbit/s.
+Where the kernel cannot delay packets, a switch in user space does, for links of up to 1 Gbit/s.
+Where the machine is a virtual one whose cores its host takes away now and then, a cluster is made
+again, up to --rounds times in all, and the fastest time of a size counts: that can only add to it.
 
 Run:
     python chapter02-gpu-hardware-parallelism/code/allreduce_links.py
@@ -14,9 +16,12 @@ You should see: the time falls with the rate, not with the number of nodes; a de
 the smaller the message is and the more nodes there are; and the predictions are within 10 %.
 """
 
+import time
 from argparse import Namespace
 from pathlib import Path
 from typing import Any
+
+import psutil
 
 from distlab import script
 from distlab.cluster import VirtualCluster, record_of, unavailable
@@ -25,12 +30,14 @@ from distlab.errors import Skipped, UsageError
 from distlab.run import Run
 
 PRESETS = {
-    "smoke": {"links": ["100mbit", "100mbit,2ms"], "nodes": [2], "max_mib": 1, "tolerance": 1.0},
-    "laptop": {"links": ["1gbit", "100mbit", "300mbit,2ms", "100mbit,2ms"], "nodes": [2, 4],
-               "max_mib": 16, "tolerance": 0.1},
-    "gpu": {"links": ["1gbit", "100mbit", "300mbit,2ms", "100mbit,2ms"], "nodes": [2, 4],
-            "max_mib": 16, "tolerance": 0.1},
+    "smoke": {"links": ["100mbit", "100mbit,2ms"], "nodes": [2], "max_mib": 1, "rounds": 1,
+              "tolerance": 1.0},
+    "laptop": {"links": ["1gbit", "100mbit", "1gbit,2ms", "100mbit,2ms"], "nodes": [2, 4],
+               "max_mib": 16, "rounds": 4, "tolerance": 0.1},
+    "gpu": {"links": ["1gbit", "100mbit", "1gbit,2ms", "100mbit,2ms"], "nodes": [2, 4],
+            "max_mib": 16, "rounds": 4, "tolerance": 0.1},
 }  # fmt: skip
+MOST_STOLEN = 0.01  # of the cores' time: at 0.05 an all-reduce over 1 Gbit/s took a quarter longer
 MICROBENCH = Path(__file__).with_name("allreduce_microbench.py")
 
 
@@ -48,6 +55,7 @@ def parse_args(argv: list[str] | None) -> Namespace:
     parser.add_argument("--links", nargs="+", metavar="LINK", help="1gbit, or 1gbit,2ms")
     parser.add_argument("--nodes", nargs="+", type=script.positive_int, metavar="K")
     parser.add_argument("--max-mib", type=script.positive_int, help="sizes are 1, 4, … to this")
+    parser.add_argument("--rounds", type=script.positive_int, help="where cores are taken away")
     parser.add_argument("--tolerance", type=script.fraction, help="of the check, relative")
     parser.add_argument("--timeout", type=script.positive_float, default=120.0, help="of a job, s")
     args = parser.parse_args(argv)
@@ -70,9 +78,12 @@ def split_link(text: str) -> tuple[str, str | None]:
 def compare_links(run: Run, args: Namespace) -> None:
     """Measure every link with every number of nodes, and check the worst prediction."""
     jobs = [(link, nodes) for link in args.links for nodes in args.nodes]
-    rows: list[list[Any]] = []
-    for link, nodes in run.progress(jobs, "clusters"):
-        rows += measured(link, nodes, args)
+    rows, made = [], 0
+    for link, nodes in run.progress(jobs, "links"):
+        rounds = undisturbed(link, nodes, args)
+        made += len(rounds)
+        rows += [min(same, key=lambda row: row[5]) for same in zip(*rounds, strict=True)]
+    run.print(f"clusters made: {made} for {len(jobs)}; again where the host took cores away")
     run.table(
         "links",
         ["link", "K", "MiB", "#wrong", "predicted (ms)", "measured (ms)", "error (%)"],
@@ -83,6 +94,24 @@ def compare_links(run: Run, args: Namespace) -> None:
     run.check_equal("no wrong element", sum(row[3] for row in rows), 0)
     worst = max(abs(row[-1]) for row in rows)
     run.check_below("the worst error of a prediction", worst, 100 * args.tolerance, "%")
+
+
+def undisturbed(link: str, nodes: int, args: Namespace) -> list[list[list[Any]]]:
+    """The rows of one cluster after another, until the machine had its cores for one of them."""
+    rounds = []
+    while len(rounds) < args.rounds:
+        stolen, begun = steal_s(), time.monotonic()
+        rounds.append(measured(link, nodes, args))
+        lost = (steal_s() - stolen) / (time.monotonic() - begun) / psutil.cpu_count()
+        if lost < MOST_STOLEN:
+            break
+    return rounds
+
+
+def steal_s() -> float:
+    """Seconds for which a hypervisor has kept this machine's cores from it, of all cores together;
+    0 where there is none."""
+    return getattr(psutil.cpu_times(), "steal", 0.0)
 
 
 def measured(link: str, nodes: int, args: Namespace) -> list[list[Any]]:
@@ -101,7 +130,7 @@ def measured(link: str, nodes: int, args: Namespace) -> list[list[Any]]:
     return [
         [
             link.replace(",", " + "), nodes, line["size (B)"] // 2**20, line["#wrong"],
-            line["predicted (us)"] / 1e3, line["time (us)"] / 1e3, line["error (%)"],
+            line["predicted (us)"] / 1e3, line["quartile (us)"] / 1e3, line["error (%)"],
         ]
         for line in lines
     ]  # fmt: skip

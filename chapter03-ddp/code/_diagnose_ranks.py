@@ -4,7 +4,6 @@ torchrun imports torch in its own process and in each rank. A table of thirty jo
 need the ranks and not the launcher, so they start them here, with the variables that torchrun sets.
 """
 
-import multiprocessing
 import os
 import runpy
 import signal
@@ -19,7 +18,8 @@ from typing import Self
 import torch
 import torch.distributed as dist
 
-PRELOADED = ["torch", "torch._dynamo", "numpy", "distlab.runtime", "distlab.run", "distlab.script"]
+from distlab.spawning import fork_context
+
 GRACE_S = 2.0  # that a rank has for its last words when another has failed
 AGENT = str(Path(__file__).parent / "_diagnose")
 
@@ -41,8 +41,7 @@ class ForkedRanks:
         self.until = time.monotonic() + limit_s
 
     def __enter__(self) -> Self:
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(PRELOADED)
+        context = fork_context()
         self.folder = TemporaryDirectory()
         self.store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         self.ranks = [

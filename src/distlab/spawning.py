@@ -7,6 +7,7 @@ import time
 import traceback
 from collections.abc import Callable
 from multiprocessing.connection import Connection, wait
+from multiprocessing.context import ForkServerContext
 from typing import Any
 
 import torch
@@ -15,10 +16,24 @@ import torch.distributed as dist
 from distlab.errors import RunError
 from distlab.runtime import DEFAULT_TIMEOUT_S, distributed
 
-# Imported once for all ranks. The last two are what the first step of an optimizer, of DDP or of
-# DTensor imports, in every process anew: as long as torch itself.
-PRELOADED = ["torch", "numpy", "torch._dynamo", "torch.distributed.tensor"]
+# Imported once for all ranks. torch's second and third are what the first step of an optimizer, of
+# DDP or of DTensor imports, in every process anew: as long as torch itself.
+PRELOADED = [
+    "torch", "torch._dynamo", "torch.distributed.tensor",
+    "distlab.data", "distlab.model", "distlab.run", "distlab.runtime", "distlab.script",
+]  # fmt: skip
 BLAME_S = 0.5  # after one rank's failure, how long another may take to tell of an earlier one
+
+
+def fork_context() -> ForkServerContext:
+    """Where processes start that are forked from one which has imported torch and distlab.
+
+    A Python process has one such server, which imports what the first to start it asked for: so
+    all should ask for the same, by this function.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOADED)
+    return context
 
 
 def spawn(
@@ -36,10 +51,9 @@ def spawn(
     Raises `RunError` with a rank's traceback when it fails, or when `timeout_s` has passed; the
     other ranks are killed then.
     """
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(PRELOADED)
+    context = fork_context()
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    threads = max(1, (os.cpu_count() or 1) // world_size)
+    threads = max(1, torch.get_num_threads() // world_size)
     ranks, readers = [], []
     for rank in range(world_size):
         env = {

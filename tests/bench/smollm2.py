@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from filelock import FileLock
 
 from distlab.files import cache_dir
 
@@ -24,15 +25,21 @@ def model_directory(dtype: torch.dtype = torch.float32) -> Path:
     """The Hugging Face directory in `dtype`; skips the test if it cannot be fetched."""
     name = str(dtype).removeprefix("torch.")
     target = cache_dir() / "models" / f"smollm2-135m-instruct-{name}"
-    if not (target / "config.json").is_file():
-        pytest.importorskip("gguf", reason="reading GGUF needs the package gguf")
-        pytest.importorskip("accelerate", reason="reading GGUF needs the package accelerate")
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
-            made = Path(scratch, "model")
-            _convert(_download(Path(scratch)), made, dtype)
-            made.rename(target)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    # Several test processes share the cache.
+    with FileLock(f"{target}.lock", timeout=2 * DOWNLOAD_SECONDS):
+        if not (target / "config.json").is_file():
+            _make(target, dtype)
     return target
+
+
+def _make(target: Path, dtype: torch.dtype) -> None:
+    pytest.importorskip("gguf", reason="reading GGUF needs the package gguf")
+    pytest.importorskip("accelerate", reason="reading GGUF needs the package accelerate")
+    with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
+        made = Path(scratch, "model")
+        _convert(_download(Path(scratch)), made, dtype)
+        made.rename(target)
 
 
 def _download(folder: Path) -> Path:

@@ -1,7 +1,6 @@
 """Files appear whole or not at all, whatever ends the writer."""
 
 import errno
-import multiprocessing
 import os
 import resource
 import shutil
@@ -16,6 +15,7 @@ import pytest
 
 from distlab import files
 from distlab.errors import RunError, UsageError
+from distlab.spawning import fork_context
 
 
 def test_the_file_is_there_when_the_block_succeeds_and_not_before(tmp_path):
@@ -100,13 +100,13 @@ def write_past_a_limit(folder: Path) -> int:
 
 
 def run_in_a_child(function, *args) -> int:
-    with multiprocessing.get_context("forkserver").Pool(1) as pool:
+    with fork_context().Pool(1) as pool:
         return pool.apply(function, args)
 
 
 def test_concurrent_writers_never_mix(tmp_path):
     path = tmp_path / "result"
-    with multiprocessing.get_context("forkserver").Pool(4) as pool:
+    with fork_context().Pool(4) as pool:
         writing = pool.starmap_async(write_often, [(path, letter) for letter in "abcd"])
         seen = set()
         while not writing.ready():

@@ -18,7 +18,7 @@ import torch.distributed as dist
 from distlab import runtime, script
 from distlab.errors import RunError, UsageError
 from distlab.launch import Launch, detect_launch, first_host
-from distlab.spawning import spawn
+from distlab.spawning import fork_context, spawn
 
 TORCHRUN = {
     "RANK": "5",
@@ -290,8 +290,7 @@ def ranks_running() -> list[multiprocessing.Process]:
 
 def launched(function, *variables: dict[str, str]) -> list[tuple[int, str, str]]:
     """Status, output and errors of `function` in a process for each set of variables, at once."""
-    context = multiprocessing.get_context("forkserver")
-    with context.Pool(len(variables)) as pool:
+    with fork_context().Pool(len(variables)) as pool:
         started = [pool.apply_async(as_a_script, (function, one)) for one in variables]
         return [one.get(timeout=120) for one in started]
 

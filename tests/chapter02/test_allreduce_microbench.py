@@ -1,6 +1,8 @@
 """The microbenchmark counts wrong elements, fits and predicts as it says, and ends on Ctrl-C."""
 
 import argparse
+import heapq
+import itertools
 import os
 import signal
 import sys
@@ -103,43 +105,68 @@ def test_without_latency_gloos_ring_is_the_ring(workers, mebibytes):
 @pytest.mark.parametrize("workers", [2, 3, 4, 6])
 @pytest.mark.parametrize("mebibytes", [0.1, 1, 5, 16])  # 5 and 16 make odd numbers of segments
 @pytest.mark.parametrize("alpha", [0.0, 1e-4, 2e-3, 0.05])
-def test_the_formula_is_what_the_ring_does_event_by_event(workers, mebibytes, alpha):
+@pytest.mark.parametrize("bucket", [0.0, 1e-3])
+def test_the_formula_is_what_the_ring_does_event_by_event(workers, mebibytes, alpha, bucket):
     from _microbench_model import gloo_all_reduce
 
     n, beta = mebibytes * 2**20, 8e-9
     segments = max(-(-int(n) // 2**20), 2 * workers)
     each = -(-segments // workers)
-    simulated = simulate(workers, each, n / (each * workers) * beta, alpha)
-    assert gloo_all_reduce(n, workers, alpha, beta) == pytest.approx(simulated, rel=1e-9)
+    segment = n / (each * workers) * beta
+    phases = [simulate(workers, each * (workers - 1), segment, alpha, bucket) for _ in range(2)]
+    assert gloo_all_reduce(n, workers, alpha, beta, bucket) == pytest.approx(sum(phases), rel=1e-9)
 
 
-def simulate(workers, each, segment, alpha):
-    """gloo's loop over segments on every rank: two on their way, each asked for by its receiver."""
-    clock, link_free = [0.0] * workers, [0.0] * workers
-    count = each * (workers - 1)
-    for _ in range(2):  # the reduce-scatter, then the all-gather
-        arrival = [[0.0] * count for _ in range(workers)]
-        for i in range(count + 2):
-            if i >= 2:
-                clock = [max(clock[r], arrival[r][i - 2]) for r in range(workers)]
-            if i < count:
-                for r in range(workers):
-                    to = (r - 1) % workers
-                    begin = max(clock[r], clock[to] + alpha, link_free[r])
-                    link_free[r] = begin + segment
-                    arrival[to][i] = begin + segment + alpha
-    return max(clock)
+def simulate(workers, count, segment, alpha, bucket):
+    """A phase of gloo's loop: two segments on their way, each asked for by its receiver's word.
+
+    Words and segments of a rank leave by one link, in the order in which they are put there.
+    """
+    WORD, SEGMENT = 0, 1  # of two that come at the same time, the word is looked at first
+    free = [-alpha] * workers  # when each rank's link has sent all that it was given
+    arrivals, ended = [], 0.0
+
+    def put(now, rank, kind, index):
+        start = max(now, free[rank])
+        saved = min(bucket, start - free[rank], segment) if kind == SEGMENT else 0.0
+        if kind == SEGMENT:
+            free[rank] = start + segment - saved
+        came = (start if kind == WORD else free[rank]) + alpha
+        to = (rank + (1 if kind == WORD else -1)) % workers
+        heapq.heappush(arrivals, (came, kind, index, to))
+
+    for rank in range(workers):
+        for index in range(min(2, count)):
+            put(0.0, rank, WORD, index)
+    while arrivals:
+        now, kind, index, rank = heapq.heappop(arrivals)
+        if kind == WORD:
+            put(now, rank, SEGMENT, index)
+        else:
+            ended = now
+            if index + 2 < count:
+                put(now, rank, WORD, index + 2)
+    return ended
 
 
-def test_a_bucket_pays_for_what_follows_the_wait_before_each_phase():
+def test_where_a_segment_is_longer_than_the_latency_each_costs_it_once():
+    """1 Gbit/s, 2 ms and 16 MiB: the word for a segment waits behind the segment before it."""
+    from _microbench_model import gloo_all_reduce
+
+    segment, alpha = 2**20 * 8e-9, 2e-3
+    assert gloo_all_reduce(2**24, 2, alpha, 8e-9) == pytest.approx(2 * 8 * (segment + alpha))
+
+
+def test_a_bucket_pays_for_what_follows_a_pause():
     from _microbench_model import Link
 
     def seconds(burst, delay):
         return Link(8e9 * 1514 / 1448, delay, burst=burst).seconds("all_reduce", 1e6, 2, "gloo")
 
-    assert seconds(1e5, 0.0) == pytest.approx(1e-3)  # without delay there is no wait
+    assert seconds(1e5, 0.0) == pytest.approx(1e-3)  # without delay there is no pause
     assert seconds(0, 2e-3) - seconds(1e5, 2e-3) == pytest.approx(2 * 1e-4)  # 100 kB, two phases
-    assert seconds(1e9, 2e-3) == pytest.approx(1e-3)  # no more than the waits
+    # Never more than a segment: the second of a phase follows at once.
+    assert seconds(0, 2e-3) - seconds(1e9, 2e-3) == pytest.approx(2 * 2.5e-4)
 
 
 def test_a_single_number_is_handed_on_without_asking():
@@ -294,3 +321,18 @@ def test_a_machine_without_virtual_clusters_skips(monkeypatch):
     monkeypatch.setattr(allreduce_links, "unavailable", lambda: "no namespaces here")
     with pytest.raises(script.Skipped, match="no namespaces here"):
         allreduce_links.main(["--preset", "smoke"])
+
+
+def test_a_cluster_is_made_again_while_the_host_takes_cores_away(monkeypatch):
+    import allreduce_links
+
+    args = argparse.Namespace(rounds=3)
+    monkeypatch.setattr(allreduce_links, "measured", lambda *_: [["row"]])
+    stolen = iter([0.0, 60.0, 60.0, 60.0])  # a minute in the first round, nothing in the second
+    monkeypatch.setattr(allreduce_links, "steal_s", lambda: next(stolen))
+    assert len(allreduce_links.undisturbed("1gbit", 2, args)) == 2
+    always = itertools.count(0.0, 60.0)
+    monkeypatch.setattr(allreduce_links, "steal_s", lambda: next(always))
+    assert len(allreduce_links.undisturbed("1gbit", 2, args)) == 3
+    monkeypatch.undo()
+    assert allreduce_links.steal_s() >= 0.0

@@ -2,7 +2,6 @@
 
 import errno
 import json
-import multiprocessing
 import os
 import shutil
 import subprocess
@@ -26,6 +25,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 from distlab.errors import RunError, UsageError
+from distlab.spawning import fork_context
 
 sys.path.insert(0, CODE)
 _checkpoint = import_module("_checkpoint")
@@ -319,9 +319,8 @@ def test_reading_while_another_writes_and_deletes(tmp_path, said):
     ("kill", "times"), [(killed_at_random_moments, 12), (killed_before_each_system_call, 36)]
 )
 def test_a_killed_writer_leaves_a_whole_checkpoint(tmp_path, kill, times):
-    context = multiprocessing.get_context("forkserver")  # no threads there, so it may fork
-    context.set_forkserver_preload(["torch", "numpy"])
-    process = context.Process(target=kill, args=(tmp_path, times), daemon=True)
+    # no threads there, so it may fork
+    process = fork_context().Process(target=kill, args=(tmp_path, times), daemon=True)
     process.start()
     process.join(200)
     assert process.exitcode == 0

@@ -11,7 +11,7 @@ from distlab.cluster.world import LIMIT_S, World
 from distlab.errors import RunError, Skipped
 
 JITTER_S = 5e-3  # how late it may be on a busy machine; the link catches up on as much
-FASTEST = "300mbit"  # what it hands on safely on a small machine
+FASTEST = "1gbit"  # what it handed on for each of four nodes, on a machine with two cores
 
 
 def kernel_has_netem(world: World) -> bool:
