@@ -81,7 +81,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     the bench, the lab, and the first commands of each lesson; `lab test 3` has the rest.
 
     The lessons' commands come first: a newcomer wants to know of those, and what takes long must
-    not begin when the other process of `lab test` has nothing left to do.
+    not begin when the other processes of `lab test` have nothing left to do.
     """
     for item in items:
         if item.path.parent.name.startswith(("chapter", "cluster")):

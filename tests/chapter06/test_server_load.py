@@ -32,8 +32,8 @@ async def crowd(served) -> list[tuple[str, int, str]]:
     async with httpx.AsyncClient(base_url=served.url, timeout=LIMIT_S, limits=limits) as client:
         clients = [one_client(client, number) for number in range(CLIENTS)]
         stayed = [text for text in await asyncio.gather(*clients) if text is not None]
-        await until(lambda: is_empty(served.engine))
-        assert served.behind.reserved == 0
+        # A client's handler gives its place back when the engine has let its request go.
+        await until(lambda: is_empty(served.engine) and served.behind.reserved == 0)
         assert (await client.get("/health")).status_code == 200
         answer = await client.post("/v1/completions", json={"prompt": "still there?"})
         assert answer.status_code == 200

@@ -1,7 +1,7 @@
 """`lab test [--fast] [CH] [-- PYTEST ARGUMENTS]`: the whole suite, or a part of it.
 
-It takes two processes, as most tests wait for something most of the time: ranks that start, nodes
-that time out. `-- -n 0` takes one, for a debugger or a test's own prints.
+It takes three processes from two cores on, as tests wait for something half of the time: ranks that
+start, nodes that time out. `-- -n 0` takes one, for a debugger or a test's own prints.
 
 With CI=true and root on Debian it first installs the system packages that tests need; elsewhere the
 tests that need a missing one are skipped, and `lab doctor` names the install line.
@@ -20,7 +20,7 @@ from distlab.lab.needs import install_line, missing_system_packages
 from distlab.script import OneLineParser
 
 INSTALL_LIMIT_S = 900
-PROCESSES = 2
+PROCESSES = 3
 
 
 def main(argv: list[str]) -> int:
@@ -43,7 +43,7 @@ def main(argv: list[str]) -> int:
 
 def processes() -> list[str]:
     """pytest's flags for as many processes as pay; a file's tests share what it sets up."""
-    if usable_cores() < PROCESSES:
+    if usable_cores() < 2:
         return []
     return ["-n", str(PROCESSES), "--dist", "loadfile", "--no-loadscope-reorder"]
 
