@@ -90,6 +90,7 @@ def _system_needs() -> list[Need]:
             partial(_all_of, slurm.PROGRAMS),
             *slurm.PACKAGES,
         ),
+        system((3,), "nft", "a firewall between nodes", partial(_all_of, ["nft"]), "nftables"),
         system((5,), "libaio", "offload to NVMe", _libaio, "libaio-dev"),
     ]
 
