@@ -89,6 +89,26 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: item.path.name != "test_commands.py")
 
 
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> object:
+    """For `lab test`: a file's tests in one process, but the commands of each chapter in its own.
+
+    README's first commands run the tour and chapter 1, and tell what became of their commands: all
+    of those stay together.
+    """
+    from xdist.scheduler import LoadFileScheduling
+
+    class ByFileAndChapter(LoadFileScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file, _, lesson = nodeid.partition("::test_command[")
+            chapter = lesson.partition("/")[0]
+            if chapter.startswith("chapter") and not chapter.startswith("chapter01"):
+                return f"{file}::{chapter}"
+            return super()._split_scope(nodeid)
+
+    return ByFileAndChapter(config, log) if config.getoption("dist") == "loadfile" else None
+
+
 def pytest_terminal_summary(terminalreporter) -> None:
     """Print the ledger, write it to build/ledger.json, and say what every skip was for."""
     calls = [
