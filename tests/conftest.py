@@ -15,6 +15,7 @@ from distlab.display import text_table
 from distlab.files import repo_root, write_text
 from distlab.lab.blocks import Outcome
 
+LONG = ["test_commands.py", "test_grade.py", "test_train_slurm.py"]  # files, in this order
 LEDGER = "ledger"  # the name of a test's property: what its block did
 
 
@@ -86,7 +87,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.path.parent.name.startswith(("chapter", "cluster")):
             item.add_marker(pytest.mark.slow)
-    items.sort(key=lambda item: item.path.name != "test_commands.py")
+    items.sort(key=lambda item: LONG.index(item.path.name) if item.path.name in LONG else len(LONG))
 
 
 @pytest.hookimpl(optionalhook=True)

@@ -11,7 +11,7 @@ from torch.utils.checkpoint import set_checkpoint_early_stop
 from torch.utils.flop_counter import FlopCounterMode
 
 from distlab import predict
-from distlab.hardware import has_cuda
+from distlab.hardware import default_device, has_cuda
 from distlab.measure import LiveBytes, PeakMemory, tensor_bytes
 from distlab.model import SIZES, Llama, ModelConfig
 from distlab.run import Run
@@ -119,7 +119,7 @@ class Step:
     """A model, its optimizer and a batch; gradients, once there, are added to in place."""
 
     def __init__(self, case: Case) -> None:
-        self.device = torch.device("cuda" if has_cuda() else "cpu")
+        self.device = torch.device(default_device())
         dtype = torch.bfloat16 if case.precision == "bf16" else torch.float32
         self.autocast = case.precision == "autocast"
         self.model = Llama(case.config).to(self.device, dtype)

@@ -58,7 +58,7 @@ def measured_roofline(dtype: str) -> Roofline:
     A narrow type may be widened and multiplied in float32, so its peak is never the lower one: many
     CPUs have no instructions for bfloat16, and torch's own product in it is slow there.
     """
-    device = torch.device("cuda" if hardware.has_cuda() else "cpu")
+    device = torch.device(hardware.default_device())
     kinds = {torch.float32, getattr(torch, dtype)}
     peak = max(hardware.measured_peak_flops(device, kind) for kind in kinds)
     return Roofline(read_bandwidth(device), peak)

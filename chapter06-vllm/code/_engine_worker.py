@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from distlab.hardware import has_cuda
+from distlab.hardware import default_device
 
 Event = tuple[int, list[int], float, bool]  # request, its new tokens, when, and whether it ended
 
@@ -134,9 +134,11 @@ class Paged:
     """This chapter's engine; `options` are those of `paged_engine.EngineConfig`."""
 
     def __init__(self, model: str, dtype: str, **options: Any) -> None:
+        from paged_engine._dedicated import dedicate_process
         from paged_engine.engine import Engine, EngineConfig
 
         self._engine = Engine(EngineConfig(model, dtype=dtype, **options))
+        dedicate_process()  # as its server does
         self.description = f"paged_engine, {self._engine.runner.description}"
         self.cached_tokens = 0
 
@@ -170,7 +172,7 @@ class Transformers:
 
         transformers.utils.logging.disable_progress_bar()
         transformers.utils.logging.set_verbosity_error()
-        self._device = "cuda" if has_cuda() else "cpu"
+        self._device = default_device()
         network = transformers.AutoModelForCausalLM.from_pretrained(
             model, dtype=getattr(torch, dtype)
         )

@@ -16,6 +16,7 @@ from distlab.data import split_documents, train_tokenizer
 from distlab.data.corpus import read_corpus
 from distlab.errors import UsageError
 from distlab.files import cache_dir
+from distlab.hardware import default_device
 from distlab.model import SIZES, Llama, read_config, save
 
 CORPUS_BYTES, DOCUMENT_CHARS = 2_000_000, 4_000
@@ -69,7 +70,7 @@ def tiny_model(size: str) -> Path:
         begins = "\n".join(document[:DOCUMENT_CHARS] for document in training)
         tokens = torch.tensor(tokenizer.encode(begins).ids)
         torch.manual_seed(0)
-        model = _train(Llama(shape).to(_device()), tokens, STEPS[size])
+        model = _train(Llama(shape).to(default_device()), tokens, STEPS[size])
         save(model, folder, tokenizer, overwrite=True)
     return folder
 
@@ -80,15 +81,11 @@ def _train(model: Llama, tokens: torch.Tensor, steps: int) -> Llama:
     for _ in range(steps):
         starts = torch.randint(len(tokens) - SEQ, (BATCH,))
         window = torch.stack([tokens[start : start + SEQ + 1] for start in starts])
-        window = window.to(_device())
+        window = window.to(default_device())
         optimizer.zero_grad()
         model.loss(window[:, :-1], window[:, 1:]).backward()
         optimizer.step()
     return model
-
-
-def _device() -> str:
-    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 if __name__ == "__main__":

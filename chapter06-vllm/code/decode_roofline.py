@@ -107,7 +107,7 @@ def model_config(args: Namespace) -> ModelConfig:
 def make_model(config: ModelConfig, args: Namespace, folder: Path) -> int:
     """Save random weights in a Hugging Face folder; gives their number."""
     torch.manual_seed(0)
-    with torch.device("cuda" if hardware.has_cuda() else "cpu"):
+    with torch.device(hardware.default_device()):
         model = Llama(config)
     save(model.to(getattr(torch, args.dtype)), folder)
     return num_parameters(model)

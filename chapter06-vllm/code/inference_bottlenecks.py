@@ -97,7 +97,7 @@ def parse_args(argv: list[str] | None) -> Namespace:
     if args.device == "cuda" and not hardware.has_cuda():
         raise UsageError("--device cuda needs a GPU and there is none; use --device cpu")
     if args.device == "auto":
-        args.device = "cuda" if hardware.has_cuda() else "cpu"
+        args.device = hardware.default_device()
     for name in ("batches", "prompts"):
         setattr(args, name, sorted(set(getattr(args, name))))
         if len(getattr(args, name)) < 2:

@@ -32,7 +32,7 @@ from _paged_attention_report import gathered_bytes, show_times
 from torch import Tensor
 
 from distlab import measure, script
-from distlab.hardware import has_cuda
+from distlab.hardware import default_device, has_cuda
 from distlab.script import Run, UsageError
 
 PRESETS = {
@@ -80,7 +80,7 @@ def parse_args(argv: list[str] | None) -> Namespace:
     if args.device == "cuda" and not has_cuda():
         raise UsageError("--device cuda needs a GPU and there is none; use --device cpu")
     if args.device == "auto":
-        args.device = "cuda" if has_cuda() else "cpu"
+        args.device = default_device()
     return args
 
 

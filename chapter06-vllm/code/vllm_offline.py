@@ -29,7 +29,7 @@ from _vllm_model import add_model_flags, model_directory
 from _vllm_settings import add_engine_flags, running
 
 from distlab import script
-from distlab.hardware import has_cuda
+from distlab.hardware import default_device
 from distlab.model import read_config
 from distlab.run import Run
 
@@ -146,7 +146,7 @@ def transformers_greedy(model: Path, args: Namespace) -> list[list[int]]:
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()
-    device = "cuda" if has_cuda() else "cpu"
+    device = default_device()
     tokenizer = AutoTokenizer.from_pretrained(model)
     network = AutoModelForCausalLM.from_pretrained(model, dtype=getattr(torch, args.dtype))
     network.to(device)

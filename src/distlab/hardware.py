@@ -98,6 +98,11 @@ def has_cuda() -> bool:
     return torch.cuda.is_available()
 
 
+def default_device() -> str:
+    """The device of a script that was not told one: a GPU where there is one."""
+    return "cuda" if has_cuda() else "cpu"
+
+
 def driver_present() -> bool:
     """Whether an NVIDIA driver is loaded."""
     return any(os.path.exists(file) for file in DRIVER_FILES)

@@ -21,6 +21,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from distlab.errors import RunError, UsageError
+from paged_engine._dedicated import dedicate_process
 from paged_engine._loading_weights import Part
 from paged_engine._runner_inputs import Step
 from paged_engine._runner_shard import Settings, Shard
@@ -170,6 +171,7 @@ def work(
         _join(store, shard.device, rank, size, START_S)
         if message := _receive(driver):
             shard.allocate(*struct.unpack("q", message))
+        dedicate_process()
         while message := _receive(driver):
             shard.run(Step.from_bytes(message))
 

@@ -42,6 +42,7 @@ import uvicorn
 
 from distlab import script
 from distlab.errors import RunError, UsageError
+from paged_engine._dedicated import dedicate_process
 from paged_engine._server_flags import add_engine_flags, add_limit_flags, engine_config
 from paged_engine.async_engine import AsyncEngine
 from paged_engine.engine import Engine
@@ -71,6 +72,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         Engine(engine_config(args)) as engine,
     ):
         log.info("%s", engine.runner.description)
+        dedicate_process()
         app = serve_engine(
             engine,
             name,
