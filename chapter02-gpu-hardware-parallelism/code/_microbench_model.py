@@ -76,13 +76,12 @@ def _phase(count: int, segment: float, alpha: float, bucket: float) -> float:
     for a segment when it has the last but one. The word for that waits behind what the own link
     has still to send, and then takes alpha, as the segment does that answers it.
     """
-    begun: list[float] = []
+    begun = math.inf  # when the last segment was given to the link; none yet
     sent = [-alpha]  # the phase before ended when its last segment came
     for index in range(count):
         asked = sent[index - 1] + alpha if index > 1 else 0.0
-        ahead = [end for begin, end in zip(begun, sent[1:], strict=True) if begin <= asked]
-        begun.append(max([asked, *ahead]) + alpha)
-        pause = max(0.0, begun[-1] - sent[-1])
+        begun = (max(asked, sent[-1]) if begun <= asked else asked) + alpha
+        pause = max(0.0, begun - sent[-1])
         sent.append(sent[-1] + pause + max(0.0, segment - min(bucket, pause)))
     return sent[-1] + alpha
 

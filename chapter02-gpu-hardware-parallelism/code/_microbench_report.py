@@ -55,16 +55,16 @@ def report(
     sizes, seconds = [row.size for row in rows], [row.timing.median for row in rows]
     predicted: list[float | None]
     if link is None:
-        predicted = left_out(sizes, seconds)
+        held, predicted = seconds, left_out(sizes, seconds)
     else:
+        held = [row.timing.q1 for row in rows]
         predicted = [link.seconds(collective, n, job.world_size, job.backend) for n in sizes]
-        seconds = [row.timing.q1 for row in rows]
-    print_table(run, job, collective, rows, seconds, predicted, link)
+    print_table(run, job, collective, rows, held, predicted, link)
     print_fit(run, job, collective, sizes, seconds, predicted, link)
     draw(run, job, collective, rows, predicted, link)
     run.check_equal(f"{collective}: no wrong element", sum(row.wrong for row in rows), 0)
     if link is not None and collective == "all_reduce" and job.world_size > 1:
-        check_link(run, sizes, seconds, predicted, args.tolerance)
+        check_link(run, sizes, held, predicted, args.tolerance)
 
 
 def print_table(
@@ -72,12 +72,13 @@ def print_table(
     job: Runtime,
     collective: str,
     rows: Sequence[Row],
-    seconds: Sequence[float],
+    held: Sequence[float],
     predicted: Sequence[float | None],
     link: Link | None,
 ) -> None:
+    """Each size's times; the error is the prediction's, of what is `held` against it."""
     cells = []
-    for row, taken, guess in zip(rows, seconds, predicted, strict=True):
+    for row, taken, guess in zip(rows, held, predicted, strict=True):
         median = row.timing.median
         cells.append([
             row.size, row.count, row.dtype, 1e6 * median, row.size / median / 1e9,

@@ -5,8 +5,9 @@ and shaped links, and `allreduce_microbench.py` runs in it, a rank on each node.
 knows the rate, the delay and the bucket of the link, and what the hosts add to a message of 4
 bytes; no time of the sizes that it predicts. `lab cluster` makes such a cluster for any command.
 Where the kernel cannot delay packets, a switch in user space does, for links of up to 1 Gbit/s.
+Measured is the lower quartile of the calls: what else the machine does can only add to a time.
 Where the machine is a virtual one whose cores its host takes away now and then, a cluster is made
-again, up to --rounds times in all, and the fastest time of a size counts: that can only add to it.
+again, up to --rounds times in all, and the fastest time of a size counts.
 
 Run:
     python chapter02-gpu-hardware-parallelism/code/allreduce_links.py
@@ -99,7 +100,7 @@ def compare_links(run: Run, args: Namespace) -> None:
 def undisturbed(link: str, nodes: int, args: Namespace) -> list[list[list[Any]]]:
     """The rows of one cluster after another, until the machine had its cores for one of them."""
     rounds = []
-    while len(rounds) < args.rounds:
+    for _ in range(args.rounds):
         stolen, begun = steal_s(), time.monotonic()
         rounds.append(measured(link, nodes, args))
         lost = (steal_s() - stolen) / (time.monotonic() - begun) / psutil.cpu_count()

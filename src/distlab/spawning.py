@@ -46,7 +46,7 @@ def spawn(
     """Run `function(runtime, *args)` on `world_size` processes here; their results, by rank.
 
     No torchrun is needed. `function` and its arguments must be picklable, so a function at the top
-    of a module.
+    of a module. The ranks share the threads that torch has in this process.
 
     Raises `RunError` with a rank's traceback when it fails, or when `timeout_s` has passed; the
     other ranks are killed then.

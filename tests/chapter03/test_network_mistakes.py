@@ -1,13 +1,13 @@
 """What the lesson's table of networks says: each mistake is made, and looks as the table has it."""
 
 import os
-import shutil
 import sys
 import tempfile
 
 import pytest
 
 from distlab.cluster import VirtualCluster, unavailable
+from distlab.cluster.availability import find_program, install_line
 
 pytestmark = [
     pytest.mark.slow,
@@ -61,7 +61,7 @@ def cluster():
 
 
 def on_all_nodes(cluster, shell):
-    for done in cluster.run(["sh", "-ec", shell]):
+    for done in cluster.run(["sh", "-ec", f"PATH=$PATH:/usr/sbin:/sbin\n{shell}"]):
         assert done.status == 0, done.stderr
 
 
@@ -82,8 +82,8 @@ def test_ranks_that_offer_an_address_of_another_network_are_refused_there(cluste
 
 
 def test_behind_a_firewall_the_store_answers_and_the_ranks_time_out(cluster):
-    if shutil.which("nft") is None and os.environ.get("CI") != "true":
-        pytest.skip("no nft here: apt-get install nftables")
+    if find_program("nft") is None and os.environ.get("CI") != "true":
+        pytest.skip(f"no nft here: {install_line(['nftables'])}")
     on_all_nodes(cluster, FIREWALL)
     statuses, told = run_job(cluster)
     assert statuses == [1, 1] and "could not meet the others" in told
