@@ -18,7 +18,10 @@ from pathlib import Path
 from distlab.files import atomic_write, cache_dir
 
 COMPILE_LIMIT_S = 120
-COMMON_FLAGS = ("-std=c++17", "-O3", "-fPIC", "-shared", "-fno-math-errno", "-fno-trapping-math")
+COMMON_FLAGS = (
+    *("-std=c++17", "-O3", "-fPIC", "-shared", "-fno-math-errno", "-fno-trapping-math"),
+    "-falign-loops=64",  # a tile's short loop that begins within a line of code is 3 to 25 % slower
+)
 MACHINE_FLAGS = (  # the first that the compiler takes; Apple's has no OpenMP: one thread
     ("-march=native", "-fopenmp"),
     ("-mcpu=native", "-fopenmp"),

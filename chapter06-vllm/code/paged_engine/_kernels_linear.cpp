@@ -2,76 +2,87 @@
 //
 // A tile of kTileRows x kColumns sums stays in registers while it walks down the depth: two vectors
 // of a panel and one number of each row give 2 * kTileRows multiply-adds. With one row a panel is
-// read once and in order, at the memory's speed; with many it is read from the first cache. A sum
-// adds its products in the order of the depth, and the slices' sums, however many the rows: a row's
-// result does not depend on the rows beside it.
+// read once and in order, at the memory's speed; with many it is read from a cache. A sum adds its
+// products in the order of the depth, however that is cut into slices: a row's result does not
+// depend on the rows beside it.
 #include <cstring>
 
 #include "_kernels_simd.h"
 
 constexpr long kColumns = 2 * kLanes;
-constexpr long kDepth = 288;  // at most, of a panel's slice, which the first cache holds
-constexpr long kRows = 192;   // of x, whose slice the second cache holds
+constexpr long kDepth = 9216 / kColumns;      // at most, of a panel's slice: 36 KiB of float32
+constexpr long kNearDepth = 3072 / kColumns;  // for a lone tile, which is soon done with it
+constexpr long kRows = 192;                   // of x, whose slice the second cache holds
 
 namespace {
 
+template <class Number>
+struct Matrix {
+  Number* first;
+  long stride;
+  Number* operator[](long row) const { return first + row * stride; }
+};
+
+// y [Rows, kColumns] = from + x [Rows, depth] · panel [depth, kColumns].
 template <int Rows, class Weight>
-void tile(const float* x, long x_stride, const Weight* panel, long depth, float* y,
-          const char* ahead, long step) {
-  Vec sums[Rows][2] = {};
+void tile(Matrix<const float> x, const Weight* panel, long depth, Matrix<const float> from,
+          Matrix<float> y, const char* ahead, long step) {
+  Vec sums[Rows][2];
+#pragma GCC unroll 16
+  for (int r = 0; r < Rows; r++) sums[r][0] = load(from[r]), sums[r][1] = load(from[r] + kLanes);
   for (long k = 0; k < depth; k++) {
     // The hardware's own prefetching suffices only for the plainest stream, one row of float32.
     if (Rows > 1 || sizeof(Weight) == 2) __builtin_prefetch(ahead + k * step);
     Vec left = load(panel + k * kColumns), right = load(panel + k * kColumns + kLanes);
 #pragma GCC unroll 16
     for (int r = 0; r < Rows; r++) {
-      float one = x[r * x_stride + k];
+      float one = x[r][k];
       sums[r][0] += one * left;
       sums[r][1] += one * right;
     }
   }
 #pragma GCC unroll 16
-  for (int r = 0; r < Rows; r++) {
-    float* left = y + r * kColumns;
-    store(left, load(left) + sums[r][0]);
-    store(left + kLanes, load(left + kLanes) + sums[r][1]);
-  }
+  for (int r = 0; r < Rows; r++) store(y[r], sums[r][0]), store(y[r] + kLanes, sums[r][1]);
 }
 
 template <int Rows, class Weight>
-void tile_of(int rows, const float* x, long x_stride, const Weight* panel, long depth, float* y,
-             const char* ahead, long step) {
+void tile_of(int rows, Matrix<const float> x, const Weight* panel, long depth,
+             Matrix<const float> from, Matrix<float> y, const char* ahead, long step) {
   if constexpr (Rows > 0) {
     if (rows == Rows)
-      tile<Rows>(x, x_stride, panel, depth, y, ahead, step);
+      tile<Rows>(x, panel, depth, from, y, ahead, step);
     else
-      tile_of<Rows - 1>(rows, x, x_stride, panel, depth, y, ahead, step);
+      tile_of<Rows - 1>(rows, x, panel, depth, from, y, ahead, step);
   }
 }
 
-// Rows of x against one panel: y [rows, kColumns] += x [rows, depth] · panel [depth, kColumns].
+// y [rows, kColumns] = start [kColumns] + x [rows, depth] · panel [depth, kColumns]; `next` is the
+// panel that this thread will probably take then.
 template <class Weight>
-void panel_product(const float* x, const Weight* panel, long rows, long depth, float* y) {
+void panel_product(Matrix<const float> x, const Weight* panel, const Weight* next,
+                   const float* start, long rows, long depth, Matrix<float> y) {
   alignas(64) float widened[sizeof(Weight) == 2 ? kDepth * kColumns : 1];
   long tiles = (rows + kTileRows - 1) / kTileRows;  // of nearly equal heights
   bool widen = sizeof(Weight) == 2 && tiles > 1;    // once for all tiles
-  long slices = (depth + kDepth - 1) / kDepth;  // of nearly equal depths, too
+  long deepest = tiles > 1 ? kDepth : kNearDepth;
+  long slices = (depth + deepest - 1) / deepest;  // of nearly equal depths, too
   for (long s = 0; s < slices; s++) {
     long k = depth * s / slices, deep = depth * (s + 1) / slices - k;
     const Weight* slice = panel + k * kColumns;
     if (widen)
       for (long i = 0; i < deep * kColumns; i += kLanes) store(widened + i, load(slice + i));
     // While one slice is worked on, the tiles together fetch the next.
-    const char* ahead = (const char*)(slice + deep * kColumns);
+    const char* ahead = (const char*)(s + 1 < slices ? slice + deep * kColumns : next);
     long step = kColumns * sizeof(Weight) / tiles;
     for (long t = 0; t < tiles; t++) {
-      long from = rows * t / tiles, to = rows * (t + 1) / tiles;
-      const float* part = x + from * depth + k;
-      float* sums = y + from * kColumns;
+      long row = rows * t / tiles, high = rows * (t + 1) / tiles - row;
+      Matrix<const float> part{x[row] + k, x.stride};
+      Matrix<float> sums{y[row], y.stride};
+      Matrix<const float> from{s ? y[row] : start, s ? y.stride : 0};
       if (widen)
-        tile_of<kTileRows, float>(to - from, part, depth, widened, deep, sums, ahead, step);
+        tile_of<kTileRows, float>(high, part, widened, deep, from, sums, ahead, step);
       else
-        tile_of<kTileRows, Weight>(to - from, part, depth, slice, deep, sums, ahead, step);
+        tile_of<kTileRows, Weight>(high, part, slice, deep, from, sums, ahead, step);
     }
   }
 }
@@ -79,25 +90,25 @@ void panel_product(const float* x, const Weight* panel, long rows, long depth, f
 template <class Weight>
 void linear(const float* x, const Weight* weight, const float* bias, float* y, long rows,
             long columns, long depth, int threads) {
+  static const float kZeros[kColumns] = {};
   long panels = (columns + kColumns - 1) / kColumns;
   threads = threads_for(rows * columns * depth, threads);
 #pragma omp parallel for collapse(2) num_threads(threads) schedule(dynamic)
   for (long row = 0; row < rows; row += kRows)
     for (long p = 0; p < panels; p++) {
       long count = smaller(kRows, rows - row), width = smaller(kColumns, columns - p * kColumns);
-      alignas(64) float sums[kRows * kColumns];
-      if (bias)
-        for (long r = 0; r < count; r++)
-          std::memcpy(sums + r * kColumns, bias + p * kColumns, kColumns * 4);
-      else
-        std::memset(sums, 0, count * kColumns * 4);
-      panel_product(x + row * depth, weight + p * depth * kColumns, count, depth, sums);
-      float* to = y + row * columns + p * kColumns;
-      for (long r = 0; r < count; r++)
-        if (width == kColumns)  // a copy of known size is two stores
-          std::memcpy(to + r * columns, sums + r * kColumns, kColumns * 4);
-        else
-          std::memcpy(to + r * columns, sums + r * kColumns, width * 4);
+      const Weight* panel = weight + p * depth * kColumns;
+      const Weight* next = panel + threads * depth * kColumns;  // the others take those between
+      const float* start = bias ? bias + p * kColumns : kZeros;
+      Matrix<const float> part{x + row * depth, depth};
+      Matrix<float> to{y + row * columns + p * kColumns, columns};
+      if (width == kColumns) {
+        panel_product(part, panel, next, start, count, depth, to);
+      } else {  // the last panel is wider than what is left of y
+        float sums[kRows * kColumns];
+        panel_product(part, panel, next, start, count, depth, {sums, kColumns});
+        for (long r = 0; r < count; r++) std::memcpy(to[r], sums + r * kColumns, width * 4);
+      }
     }
 }
 
