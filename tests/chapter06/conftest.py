@@ -1,6 +1,7 @@
-"""What several tests of the chapter share: the environments of vLLM and of genai-bench."""
+"""What tests of the chapter share: the environments of vLLM, genai-bench and Triton."""
 
 import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -22,6 +23,16 @@ def bench_python() -> Path:
     if sys.version_info >= (3, 13):
         pytest.skip("genai-bench needs Python 3.12 or older")
     return python_of("bench")
+
+
+@pytest.fixture
+def triton_packages() -> Path:
+    """The folder of the environment triton from which another Python imports it."""
+    if sys.platform != "linux":
+        pytest.skip("Triton is for Linux only")
+    wanted = "import sysconfig; print(sysconfig.get_path('purelib'))"
+    command = [str(python_of("triton")), "-c", wanted]
+    return Path(subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip())
 
 
 def python_of(environment: str) -> Path:

@@ -127,22 +127,6 @@ def test_the_operators_of_cuda_are_those_of_the_cpu() -> None:
     torch.testing.assert_close(*caches)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-@pytest.mark.parametrize(("heads", "dim", "size"), [(6, 16, 4), (9, 64, 16), (5, 24, 8)])
-def test_triton_attention_equals_plain_torch(heads: int, dim: int, size: int) -> None:
-    from paged_engine import _attention_triton, _kernels_torch
-
-    kv_heads, lengths = 1 if heads == 5 else heads // 3, [1, 70, 333, 64]
-    q = torch.randn(4, heads, dim, device="cuda")
-    caches = torch.randn(2, 120, kv_heads, size, dim, device="cuda").unbind()
-    tables = torch.stack([torch.randperm(120)[: -(-333 // size)] for _ in lengths]).int().cuda()
-    seen = torch.tensor(lengths, dtype=torch.int32, device="cuda")
-    asked = (q, *caches, tables, seen, dim**-0.5)
-    mine = _attention_triton.paged_decode_attention(*asked)
-    plain = _kernels_torch.paged_decode_attention(*asked)
-    torch.testing.assert_close(mine, plain, rtol=1e-4, atol=1e-4)
-
-
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_narrow_types_are_near_float32(directory: Path, dtype: str) -> None:
     tokens = random_prompts(2, shared=50)[1]
