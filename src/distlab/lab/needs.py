@@ -63,7 +63,7 @@ def needs() -> list[Need]:
             Need(who, f"environment {name}", why, partial(_environment, name), _env(name))
             for name, who, why in (
                 ("vllm", (6, 9), "the vLLM engine"),
-                ("triton", (6,), "the engine's CUDA kernel in an interpreter, for its test"),
+                ("triton", (6,), "tests of the engine's CUDA kernel without a GPU"),
                 ("sglang", (7, 9), "the SGLang engine and router"),
                 ("tracing", (9,), "Phoenix, which shows traces"),
                 ("bench", (10,), "genai-bench and LoadGen"),
