@@ -82,9 +82,7 @@ def assert_same_greedy(
     warnings.warn(f"token {at}: {tokens[at]} and {expected[at]} tie to {behind:.1g}", stacklevel=2)
 
 
-def random_prompts(
-    count: int, shared: int = 0, longest: int = 60, seed: int = 1
-) -> list[list[int]]:
+def random_prompts(count: int, shared: int = 0, longest: int = 60) -> list[list[int]]:
     """Prompts of 1 to `longest` tokens; every other one begins with the same `shared` tokens."""
     generator = torch.Generator().manual_seed(1)
 

@@ -1,14 +1,19 @@
 """The runner: its rows of logits, its memory, its copies, its narrow types."""
 
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
+from unittest.mock import MagicMock
 
 import pytest
 import torch
 from paged_engine._attention_plan import Planner
 from paged_engine._model_operators import operators
+from paged_engine._runner_graphs import DecodeGraphs
 from paged_engine._runner_inputs import Step
 from paged_engine.attention import CacheShape, PagedCache, Span
 from paged_engine.batch import Batch, Chunk
+from paged_engine.paged_model import StepInputs
 from paged_engine.request import Request, Sequence
 from paged_engine.runner import ModelRunner
 from paged_engine.sampling_params import SamplingParams
@@ -125,6 +130,60 @@ def test_the_operators_of_cuda_are_those_of_the_cpu() -> None:
         made.rotate_and_store(heads, angles.cos(), angles.sin(), slots, *cache)
     torch.testing.assert_close(*turned)
     torch.testing.assert_close(*caches)
+
+
+class RunAgain:
+    """Stands in for a CUDA graph: runs anew what was called while it was open, in its place."""
+
+    def __init__(self) -> None:
+        self.calls: list[tuple] = []
+
+    def pool(self) -> None:
+        return None
+
+    def replay(self) -> None:
+        for model, inputs, out in self.calls:
+            out.copy_(model(inputs))
+
+
+def test_graphs_of_decodes_on_a_stand_in(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Padded batches at fixed addresses give the logits, and leave the cache, of plain steps."""
+    open_graphs: list[RunAgain] = []
+
+    @contextlib.contextmanager
+    def recording(graph: RunAgain, pool: None) -> Iterator[None]:
+        open_graphs.append(graph)
+        yield
+        open_graphs.pop()
+
+    monkeypatch.setattr(torch.cuda, "Stream", MagicMock())
+    monkeypatch.setattr(torch.cuda, "current_stream", MagicMock())
+    monkeypatch.setattr(torch.cuda, "stream", MagicMock())
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", RunAgain)
+    monkeypatch.setattr(torch.cuda, "graph", recording)
+
+    made = enumerate(random_prompts(6, longest=38))
+    prompts = [(sequence(p, [*range(5 * i, 5 * i + 5)]), len(p) - 1) for i, p in made]
+    plain, graphed = (ModelRunner(directory, num_blocks=40, block_size=8) for _ in range(2))
+    for runner in (plain, graphed):
+        runner.execute(Batch([Chunk(s, 0, last, False) for s, last in prompts]))
+    shard = graphed.shard
+    model, shard.model = shard.model, MagicMock()
+
+    def recorded(inputs: StepInputs) -> torch.Tensor:
+        out = model(inputs).clone()  # which a replay may write to
+        for graph in open_graphs:
+            graph.calls.append((model, inputs, out))
+        return out
+
+    shard.graphs = DecodeGraphs(recorded, shard.cache.shape, CPU, most=6, most_blocks=5)
+    for count in (1, 3, 6, 5, 2):  # by the graphs of 1, 4, 6, 6 and 2
+        decodes = [Chunk(s, last, 1, True) for s, last in prompts[:count]]
+        wanted = plain.execute(Batch(decodes))
+        torch.testing.assert_close(graphed.execute(Batch(decodes)), wanted)
+    shard.model.assert_not_called()
+    kept = slice(0, 40)  # the scratch block is behind
+    torch.testing.assert_close(shard.cache.data[:, :, kept], plain.shard.cache.data[:, :, kept])
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
