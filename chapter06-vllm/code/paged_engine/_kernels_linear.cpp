@@ -34,6 +34,7 @@ void tile(Matrix<const float> x, const Weight* panel, long depth, Matrix<const f
     // The hardware's own prefetching suffices only for the plainest stream, one row of float32.
     if (Rows > 1 || sizeof(Weight) == 2) __builtin_prefetch(ahead + k * step);
     Vec left = load(panel + k * kColumns), right = load(panel + k * kColumns + kLanes);
+    keep(left), keep(right);
 #pragma GCC unroll 16
     for (int r = 0; r < Rows; r++) {
       float one = x[r][k];

@@ -33,6 +33,17 @@ static inline Vec load(const uint16_t* p) {
 
 static inline void store(float* p, Vec v) { *(LooseVec*)p = v; }
 
+// Makes the compiler keep `v` in a register: GCC may read it from memory again at each use instead.
+static inline void keep(Vec& v) {
+#if defined(__x86_64__)
+  asm("" : "+v"(v));
+#elif defined(__aarch64__)
+  asm("" : "+w"(v));
+#else
+  (void)v;
+#endif
+}
+
 static inline void put(float* p, float value) { *p = value; }
 
 // Rounds to nearest even, as torch does; a NaN stays one.
