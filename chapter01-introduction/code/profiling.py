@@ -38,7 +38,7 @@ from torch.profiler import ProfilerActivity, profile
 from distlab import data, files, hardware, measure, predict, runtime, script
 from distlab.display import quantity
 from distlab.model import Llama, ModelConfig, add_model_flags, config_from_args
-from distlab.script import Run, UsageError
+from distlab.script import Run
 
 PRESETS = {
     "smoke": {"model": "smoke", "seq_len": 128, "batch_size": 16, "corpus_mb": 1.0, "steps": 4},
@@ -85,12 +85,7 @@ def parse_args(argv: list[str] | None) -> Namespace:
     group.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
     group.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(argv)
-    if args.trace is not None and args.trace.is_dir():
-        raise UsageError(f"--trace {args.trace} is a folder; name a file in it")
-    try:
-        trace_file(args).parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UsageError(f"--trace {args.trace} cannot be written: {error.strerror}") from error
+    files.refuse_unwritable_file("--trace", trace_file(args))
     return args
 
 

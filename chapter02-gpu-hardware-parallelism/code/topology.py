@@ -61,7 +61,10 @@ def parse_args(argv: list[str] | None) -> Namespace:
         "--tp", type=script.positive_int, default=2, help="ranks in a tensor-parallel group"
     )
     parser.add_argument("--mermaid", metavar="FILE", type=Path, help="write a diagram of the links")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if args.mermaid:
+        files.refuse_unwritable_file("--mermaid", args.mermaid)
+    return args
 
 
 def read_matrix(path: str) -> Matrix:

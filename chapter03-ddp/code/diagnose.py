@@ -95,6 +95,8 @@ def parse_args(argv: list[str]) -> tuple[Namespace, list[str]]:
     args, command = parser.parse_args(argv[:end]), argv[end + 1 :]
     if not command:
         raise UsageError("there is no command to run; write it after --, such as -- torchrun X.py")
+    if args.json:
+        files.refuse_unwritable_file("--json", args.json)
     return args, command
 
 

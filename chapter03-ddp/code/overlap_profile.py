@@ -54,7 +54,7 @@ from _overlap_variants import (
     replicas,
 )
 
-from distlab import host, runtime, script
+from distlab import files, host, runtime, script
 from distlab.cluster import VirtualCluster, flags_for_nodes, record_of, unavailable
 from distlab.cluster.links import parse_rate
 from distlab.errors import Skipped, UsageError
@@ -116,8 +116,8 @@ def parse_args(argv: list[str] | None) -> Namespace:
     for flag, rate in (("--rate", args.rate), ("--link-rate", args.link_rate)):
         if rate:
             parse_rate(rate, f"{flag} {rate}")
-    if args.trace and Path(args.trace).is_dir():
-        raise UsageError(f"--trace {args.trace} is a folder; name a file")
+    if args.trace:
+        files.refuse_unwritable_file("--trace", args.trace)
     config_from_args(args)  # a wrong shape is told before anything starts
     return args
 

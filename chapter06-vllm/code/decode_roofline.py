@@ -88,6 +88,8 @@ def parse_args(argv: list[str] | None) -> Namespace:
         raise UsageError(f"--hidden {args.hidden} is no multiple of {HEAD_DIM}; use 256 or 768")
     if args.steps < 3:
         raise UsageError(f"--steps {args.steps} gives no median; use at least 3")
+    if args.trace is not None:
+        files.refuse_unwritable_file("--trace", args.trace)
     args.batches = sorted(set(args.batches))
     # While the last prompts are computed, each a step at most, the first ones decode already.
     args.longest = args.context + max(args.batches) + WARMUP + args.steps + PROFILED + 1

@@ -52,6 +52,36 @@ def write_text(path: str | Path, text: str) -> None:
         temporary.write_text(text, encoding="utf-8")
 
 
+def refuse_unwritable_file(flag: str, path: str | Path) -> None:
+    """Make the folder of `path`; `UsageError` if no file can be written there.
+
+    Called before a long run, so that it is not found out after it.
+    """
+    path = Path(path)
+    if path.is_dir():
+        raise UsageError(f"{flag} {path} is a folder; name a file")
+    if path.exists() and not path.is_file():
+        raise UsageError(f"{flag} {path} is no regular file; name another")
+    _make_writable(f"{flag} {path}", path.parent)
+
+
+def refuse_unwritable_folder(flag: str, path: str | Path) -> None:
+    """As `refuse_unwritable_file`, for a folder of files."""
+    path = Path(path)
+    if path.is_file():
+        raise UsageError(f"{flag} {path} is a file; name a folder")
+    _make_writable(f"{flag} {path}", path)
+
+
+def _make_writable(what: str, folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"{what} cannot be written: {error.strerror}") from error
+    if not os.access(folder, os.W_OK):
+        raise UsageError(f"{what} cannot be written: {folder} is read-only")
+
+
 def cache_dir() -> Path:
     """Where tokenizers and token shards are kept: $DISTLAB_CACHE, or the user's cache folder."""
     if chosen := os.environ.get("DISTLAB_CACHE"):

@@ -9,9 +9,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
-from distlab import check, record
+from distlab import check, files, record
 from distlab.display import quantity, text_table, write_line
-from distlab.errors import UsageError
 
 Item = TypeVar("Item")
 FIGURE_KINDS = ("line", "scatter", "bar", "area", "matrix", "timeline")
@@ -41,7 +40,10 @@ class Run:
 
         self.started = time.perf_counter()
         if self.is_main:
-            _refuse_unwritable(self.args.json, self.args.figures)
+            if self.args.json is not None:
+                files.refuse_unwritable_file("--json", self.args.json)
+            if self.args.figures is not None:
+                files.refuse_unwritable_folder("--figures", self.args.figures)
         self.print(f"machine: {machine_line(machine())}")
         return self
 
@@ -216,29 +218,6 @@ def _plain_progress(items: Iterable[Item], label: str, total: int | None) -> Ite
             last = time.monotonic()
             print(f"{label}: {done}{f'/{total}' if total else ''}", file=sys.stderr, flush=True)
         yield item
-
-
-def _refuse_unwritable(json: str | None, figures: str | None) -> None:
-    """Find out before a long run, not after it, that its results could not be written."""
-    if json is not None:
-        if Path(json).is_dir():
-            raise UsageError(f"--json {json} is a folder; name a file")
-        if Path(json).exists() and not Path(json).is_file():
-            raise UsageError(f"--json {json} is no regular file; name another")
-        _make_writable(f"--json {json}", Path(json).parent)
-    if figures is not None:
-        if Path(figures).is_file():
-            raise UsageError(f"--figures {figures} is a file; name a folder")
-        _make_writable(f"--figures {figures}", Path(figures))
-
-
-def _make_writable(flag: str, folder: Path) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UsageError(f"{flag} cannot be written: {error.strerror}") from error
-    if not os.access(folder, os.W_OK):
-        raise UsageError(f"{flag} cannot be written: {folder} is read-only")
 
 
 def _unused_name(folder: Path, stem: str) -> Path:

@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch.autograd import DeviceType
 
+from distlab.errors import UsageError
 from distlab.files import repo_root
 from distlab.model import SIZES, Llama
 
@@ -175,10 +176,10 @@ def test_bad_arguments_are_told_in_one_line(tmp_path):
     with pytest.raises(SystemExit) as ended:
         profiling.parse_args(["--plant", "gremlins"])
     assert ended.value.code == 2
-    with pytest.raises(profiling.UsageError, match="is a folder"):
+    with pytest.raises(UsageError, match="is a folder"):
         profiling.parse_args(["--preset", "smoke", "--trace", str(tmp_path)])
     (tmp_path / "file").touch()
-    with pytest.raises(profiling.UsageError, match="cannot be written"):
+    with pytest.raises(UsageError, match="cannot be written"):
         profiling.parse_args(
             ["--preset", "smoke", "--trace", str(tmp_path / "file" / "trace.json")]
         )

@@ -28,6 +28,13 @@ def test_a_steps_bytes_are_those_of_the_matrices_and_the_cache():
     assert decode_bytes(config, args.dtype, 5, 100) == pytest.approx(matrices + 5 * 100 * cache)
 
 
+def test_a_trace_that_cannot_be_written_is_refused_first(tmp_path):
+    (tmp_path / "file").touch()
+    trace = str(tmp_path / "file" / "trace.json")
+    with pytest.raises(UsageError, match=f"--trace {trace} cannot be written: File exists"):
+        decode_roofline.parse_args([*SMALL, "--trace", trace])
+
+
 def test_all_sequences_decode_and_nothing_is_left_behind(tmp_path):
     args = decode_roofline.parse_args(SMALL)
     folder = tmp_path / "model"

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from distlab.errors import UsageError
-from distlab.files import repo_root, write_text
+from distlab.files import refuse_unwritable_file, repo_root, write_text
 from distlab.lab.grade_process import Limits, run_tests
 from distlab.script import OneLineParser, positive_float, positive_int
 
@@ -100,8 +100,8 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
         "--memory-limit", metavar="MB", type=positive_int, default=4096, help="MiB per task"
     )
     args = parser.parse_args(argv)
-    if args.json and Path(args.json).is_dir():
-        raise UsageError(f"--json {args.json} is a folder; name a file")
+    if args.json and args.json != "-":
+        refuse_unwritable_file("--json", args.json)
     return args
 
 

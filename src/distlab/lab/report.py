@@ -19,8 +19,8 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from distlab import record
 from distlab.display import number, quantity
-from distlab.errors import RunError, UsageError
-from distlab.files import repo_root, write_text
+from distlab.errors import RunError
+from distlab.files import refuse_unwritable_file, repo_root, write_text
 from distlab.lab.lessons import SCRIPT, Chapter, chapters
 from distlab.lab.listing import summary
 from distlab.lab.running import runs_folder
@@ -228,12 +228,7 @@ def _words(name: str) -> str:
 def _writable(out: str | None) -> Path:
     """The page's path, found fit before the figures are drawn."""
     path = Path(out) if out else repo_root() / "build" / "report.html"
-    if path.is_dir():
-        raise UsageError(f"--out {path} is a folder; name a file")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UsageError(f"--out {path} cannot be written: {error.strerror}") from error
+    refuse_unwritable_file("--out", path)
     return path.resolve()
 
 
