@@ -13,6 +13,7 @@ import pytest
 
 from distlab.display import text_table
 from distlab.files import repo_root, write_text
+from distlab.hardware import has_cuda
 from distlab.lab.blocks import Outcome
 
 LONG = ["test_commands.py", "test_grade.py", "test_train_slurm.py"]  # files, in this order
@@ -76,7 +77,7 @@ def ledger(request: pytest.FixtureRequest) -> Ledger:
 
 @pytest.hookimpl(tryfirst=True)  # before the tier is chosen by its mark
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Which tests are slow, and which come first.
+    """Which tests are slow, which need a GPU, and which come first.
 
     A chapter's own tests are not in the fast tier, which keeps its time as chapters come. It has
     the bench, the lab, and the first commands of each lesson; `lab test 3` has the rest.
@@ -87,6 +88,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.path.parent.name.startswith(("chapter", "cluster")):
             item.add_marker(pytest.mark.slow)
+        if item.get_closest_marker("gpu") and not has_cuda():
+            item.add_marker(pytest.mark.skip(reason="no CUDA device"))
     items.sort(key=lambda item: LONG.index(item.path.name) if item.path.name in LONG else len(LONG))
 
 

@@ -146,7 +146,7 @@ def test_an_error_while_prefetching_is_raised_where_its_batch_would_be():
     prefetcher.close()
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.gpu
 @pytest.mark.parametrize("prefetch", [0, 2])
 def test_batches_arrive_on_the_gpu(prefetch):
     here, there = (

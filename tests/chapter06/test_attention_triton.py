@@ -39,7 +39,7 @@ def compare(
     torch.testing.assert_close(mine.float(), plain, rtol=error, atol=error)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_the_kernel_on_cuda(dtype: torch.dtype, shape: tuple[int, ...], monkeypatch) -> None:

@@ -139,7 +139,7 @@ def test_smollm2() -> None:
             assert_same_greedy(model, prompts[i], tokens, expected[i])
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.gpu
 @pytest.mark.parametrize("compile", [False, True])
 def test_cuda(small: tuple, compile: bool) -> None:
     """Triton's attention, without and within CUDA graphs, at batch sizes that are padded too."""
