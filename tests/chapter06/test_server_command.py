@@ -1,5 +1,6 @@
 """The command `python -m paged_engine.server`: its mistakes in one line, and how it drains."""
 
+import asyncio
 import json
 import os
 import signal
@@ -52,6 +53,27 @@ def test_a_port_taken_while_the_model_is_loaded_is_one_line(capsys):
         server = Server(serve_engine(engine, "fake"), ours, "fake", drain_seconds=1)
         assert script.status_of(server.run_to_end) == 2
     assert f"--port {port} is in use" in capsys.readouterr().err
+
+
+def test_a_first_token_does_not_wait_for_an_acknowledgement():
+    """Nagle's algorithm would keep a stream's second piece until the client has told of the first:
+    asyncio turns it off for the connections of a socket that names its protocol."""
+    without_delay = []
+
+    def connected(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        accepted = writer.get_extra_info("socket")
+        without_delay.append(accepted.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY))
+        writer.close()
+
+    async def connect() -> None:
+        with listening_socket("127.0.0.1", 0) as listener:
+            async with await asyncio.start_server(connected, sock=listener):
+                reader, writer = await asyncio.open_connection(*listener.getsockname())
+                await reader.read()  # until the other end has closed
+                writer.close()
+
+    asyncio.run(asyncio.wait_for(connect(), LIMIT_S))
+    assert without_delay == [1]
 
 
 def test_a_chat_template_with_a_mistake_is_refused_at_the_start():
