@@ -105,10 +105,7 @@ def parse_args(argv: list[str] | None) -> Namespace:
         raise UsageError(
             f"--threads {args.threads[-1]} is more than the {cores} cores that this process may use"
         )
-    if args.device == "cuda" and not hardware.has_cuda():
-        raise UsageError("--device cuda needs a GPU and there is none; use --device cpu")
-    if args.device == "auto":
-        args.device = hardware.default_device()
+    args.device = hardware.chosen_device(args.device)
     return args
 
 

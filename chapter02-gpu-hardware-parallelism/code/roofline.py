@@ -96,10 +96,7 @@ def parse_args(argv: list[str] | None) -> Namespace:
     args = parser.parse_args(argv)
     if args.repeats < 3:
         raise UsageError(f"--repeats {args.repeats} gives no median; use at least 3")
-    if args.device == "cuda" and not hardware.has_cuda():
-        raise UsageError("--device cuda needs a GPU and there is none; use --device cpu")
-    if args.device == "auto":
-        args.device = hardware.default_device()
+    args.device = hardware.chosen_device(args.device)
     for name in ("dtypes", "rows", "pieces"):
         setattr(args, name, list(dict.fromkeys(getattr(args, name))))
     return args

@@ -94,10 +94,7 @@ def parse_args(argv: list[str] | None) -> Namespace:
         raise UsageError(f"--hidden {args.hidden} is no multiple of 64; use 128, 768 or 2048")
     if args.repeats < 3:
         raise UsageError(f"--repeats {args.repeats} gives no median; use at least 3")
-    if args.device == "cuda" and not hardware.has_cuda():
-        raise UsageError("--device cuda needs a GPU and there is none; use --device cpu")
-    if args.device == "auto":
-        args.device = hardware.default_device()
+    args.device = hardware.chosen_device(args.device)
     for name in ("batches", "prompts"):
         setattr(args, name, sorted(set(getattr(args, name))))
         if len(getattr(args, name)) < 2:

@@ -31,8 +31,7 @@ from _paged_attention_cases import Batch, cases, dense, draw_lengths, filled
 from _paged_attention_report import gathered_bytes, show_times
 from torch import Tensor
 
-from distlab import measure, script
-from distlab.hardware import default_device, has_cuda
+from distlab import hardware, measure, script
 from distlab.script import Run, UsageError
 
 PRESETS = {
@@ -77,10 +76,7 @@ def parse_args(argv: list[str] | None) -> Namespace:
         )
     if args.repeats < 3:
         raise UsageError(f"--repeats {args.repeats} gives no median; use at least 3")
-    if args.device == "cuda" and not has_cuda():
-        raise UsageError("--device cuda needs a GPU and there is none; use --device cpu")
-    if args.device == "auto":
-        args.device = default_device()
+    args.device = hardware.chosen_device(args.device)
     return args
 
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from distlab import host, nvml
+from distlab.errors import UsageError
 from distlab.nvml import Gpu
 
 if TYPE_CHECKING:
@@ -101,6 +102,13 @@ def has_cuda() -> bool:
 def default_device() -> str:
     """The device of a script that was not told one: a GPU where there is one."""
     return "cuda" if has_cuda() else "cpu"
+
+
+def chosen_device(asked: str) -> str:
+    """cpu or cuda for a flag's auto, cpu or cuda; `UsageError` for a GPU that is not there."""
+    if asked == "cuda" and not has_cuda():
+        raise UsageError("--device cuda needs a GPU and there is none; use --device cpu")
+    return default_device() if asked == "auto" else asked
 
 
 def driver_present() -> bool:

@@ -9,6 +9,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -25,14 +26,14 @@ def compare(
 ) -> None:
     from paged_engine import _attention_triton, _kernels_torch
 
-    _attention_triton.PROGRAMS = programs
     kv_heads = 1 if heads == 5 else heads // 3
     q = torch.randn(len(LENGTHS), heads, dim).to(device, dtype)
     caches = torch.randn(2, BLOCKS, kv_heads, size, dim).to(device, dtype).unbind()
     own = [torch.randperm(BLOCKS)[: -(-max(LENGTHS) // size)] for _ in LENGTHS]
     tables = torch.stack(own).int().to(device)
     seen = torch.tensor(LENGTHS, dtype=torch.int32, device=device)
-    mine = _attention_triton.paged_decode_attention(q, *caches, tables, seen, dim**-0.5)
+    with patch.object(_attention_triton, "PROGRAMS", programs):
+        mine = _attention_triton.paged_decode_attention(q, *caches, tables, seen, dim**-0.5)
     wide = (part.float() for part in (q, *caches))
     plain = _kernels_torch.paged_decode_attention(*wide, tables, seen, dim**-0.5)
     error = 1e-4 if dtype == torch.float32 else 0.02
@@ -42,8 +43,7 @@ def compare(
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_the_kernel_on_cuda(dtype: torch.dtype, shape: tuple[int, ...], monkeypatch) -> None:
-    monkeypatch.setattr("paged_engine._attention_triton.PROGRAMS", 512)  # put back at the end
+def test_the_kernel_on_cuda(dtype: torch.dtype, shape: tuple[int, ...]) -> None:
     compare("cuda", dtype, *shape)
 
 

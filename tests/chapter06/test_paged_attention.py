@@ -121,7 +121,7 @@ def test_a_smoke_run(paged, tmp_path, flags):
     ],
 )
 def test_wrong_flags(paged, monkeypatch, capsys, flags, words):
-    monkeypatch.setattr(paged, "has_cuda", lambda: False)
+    monkeypatch.setattr(paged.hardware, "has_cuda", lambda: False)
     try:
         status = script.status_of(lambda: paged.main(["--preset", "smoke", *flags]))
     except SystemExit as stop:
