@@ -89,14 +89,12 @@ def test_its_log_has_the_request_and_not_its_text(server):
     assert "write this down" not in "".join(server.running.texts["stderr"])
 
 
-@pytest.mark.timeout(900)  # in CI with the time that building the environment takes
 def test_vllm_bench_serve_runs_without_an_error(vllm_python, server, tmp_path):
     result = run_vllm_bench(vllm_python, server, tmp_path)
     assert (result["completed"], result["failed"]) == (12, 0)
     assert result["total_output_tokens"] == 12 * 8
 
 
-@pytest.mark.timeout(900)  # in CI with the time that building the environment takes
 def test_genai_bench_runs_without_an_error(bench_python, server, tmp_path):
     """It talks in streams to /v1/chat/completions, as one client and as four."""
     for result in run_genai_bench(bench_python, server, tmp_path):

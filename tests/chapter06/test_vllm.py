@@ -23,7 +23,6 @@ def code(monkeypatch):
     monkeypatch.syspath_prepend(CODE)
 
 
-@pytest.mark.timeout(900)  # in CI with the time that building the environment takes
 def test_three_engines_give_the_same_greedy_tokens(vllm_python, tmp_path):
     """Chunked prefill, prompts that begin alike, and more requests than a batch holds."""
     from _engine_process import engine_process

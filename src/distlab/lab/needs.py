@@ -27,6 +27,14 @@ ALL = tuple(range(1, 12))
 CHROMIUM = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 NVIDIA_PCI_VENDOR = "0x10de"
 COMPILED = "torch.compile, DeepSpeed, the paged engine's operators"
+ENVIRONMENTS = (  # beside core: name, chapters, what for
+    ("vllm", (6, 9), "the vLLM engine"),
+    ("triton", (6,), "tests of the engine's CUDA kernel without a GPU"),
+    ("sglang", (7, 9), "the SGLang engine and router"),
+    ("tracing", (9,), "Phoenix, which shows traces"),
+    ("bench", (6, 10), "genai-bench and LoadGen"),
+    ("flower", (11,), "Flower's simulation and deployment"),
+)
 
 
 @dataclass(frozen=True)
@@ -61,14 +69,7 @@ def needs() -> list[Need]:
         ),
         *(
             Need(who, f"environment {name}", why, partial(_environment, name), _env(name))
-            for name, who, why in (
-                ("vllm", (6, 9), "the vLLM engine"),
-                ("triton", (6,), "tests of the engine's CUDA kernel without a GPU"),
-                ("sglang", (7, 9), "the SGLang engine and router"),
-                ("tracing", (9,), "Phoenix, which shows traces"),
-                ("bench", (10,), "genai-bench and LoadGen"),
-                ("flower", (11,), "Flower's simulation and deployment"),
-            )
+            for name, who, why in ENVIRONMENTS
         ),
     ]
 

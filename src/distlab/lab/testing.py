@@ -3,20 +3,23 @@
 It takes three processes from two cores on, as tests wait for something half of the time: ranks that
 start, nodes that time out. `-- -n 0` takes one, for a debugger or a test's own prints.
 
-With CI=true and root on Debian it first installs the system packages that tests need; elsewhere the
-tests that need a missing one are skipped, and `lab doctor` names the install line.
+The environments that the lessons' commands run in are set up first, so that their minutes count
+against no test's limit. With CI=true those follow that other tests use, and the system packages, by
+root on Debian; elsewhere the tests that miss something are skipped, and `lab doctor` tells what.
 """
 
 import argparse
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 from distlab.errors import RunError
 from distlab.files import repo_root
 from distlab.host import usable_cores
-from distlab.lab.lessons import chapter
-from distlab.lab.needs import install_line, missing_system_packages
+from distlab.lab.blocks import environment_python
+from distlab.lab.lessons import Chapter, chapter, chapters
+from distlab.lab.needs import ENVIRONMENTS, install_line, missing_system_packages
 from distlab.script import OneLineParser
 
 INSTALL_LIMIT_S = 900
@@ -27,13 +30,17 @@ def main(argv: list[str]) -> int:
     """Run pytest in this process's place, so that Ctrl-C and its exit status are its own."""
     place = argv.index("--") if "--" in argv else len(argv)
     args, for_pytest = _parse(argv[:place]), argv[place + 1 :]
-    if os.environ.get("CI") == "true":
+    in_ci = os.environ.get("CI") == "true"
+    if in_ci:
         install_system_packages()
+    tested = [chapter(args.chapter)] if args.chapter else [c for c in chapters() if c.written]
+    if not args.fast:
+        set_up(environments(tested, in_ci))
     command = [sys.executable, "-m", "pytest", *processes()]
     if args.fast:
         command += ["-m", "not slow"]
     if args.chapter:
-        folder = chapter(args.chapter).folder.name
+        folder = tested[0].folder.name
         command += ["tests/test_commands.py", "tests/test_lessons.py", f"tests/{folder[:9]}"]
         command += ["-k", f"{folder} or {folder[:9]}"]
     os.chdir(repo_root())
@@ -46,6 +53,24 @@ def processes() -> list[str]:
     if usable_cores() < 2:
         return []
     return ["-n", str(PROCESSES), "--dist", "loadfile", "--no-loadscope-reorder"]
+
+
+def environments(tested: list[Chapter], in_ci: bool) -> list[str]:
+    """Those, beside core, that commands of the chapters run in; in CI also those of their tests."""
+    blocks = [block for chapter in tested for block in chapter.blocks() if not block.norun]
+    numbers = {chapter.number for chapter in tested}
+    of_tests = [name for name, users, _ in ENVIRONMENTS if in_ci and numbers.intersection(users)]
+    return sorted({block.env for block in blocks}.union(of_tests) - {"core"})
+
+
+def set_up(names: list[str]) -> None:
+    """Have these environments ready; one that cannot be had is left to the tests to tell."""
+    with ThreadPoolExecutor(max_workers=usable_cores()) as pool:
+        for building in [pool.submit(environment_python, name) for name in names]:
+            try:
+                building.result()
+            except RunError as error:
+                print(f"lab: {error}; tests that need it fail or are skipped", file=sys.stderr)
 
 
 def install_system_packages() -> None:
