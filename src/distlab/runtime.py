@@ -8,6 +8,7 @@ import os
 import random
 import re
 import socket
+import time
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -149,6 +150,7 @@ def _join(launch: Launch, backend: str, timeout_s: float, device: torch.device) 
         return
     os.environ["MASTER_ADDR"] = launch.master_addr
     os.environ["MASTER_PORT"] = str(launch.master_port)
+    started = time.monotonic()
     try:
         dist.init_process_group(
             backend,
@@ -159,9 +161,11 @@ def _join(launch: Launch, backend: str, timeout_s: float, device: torch.device) 
         )
     except (RuntimeError, socket.gaierror) as error:  # the store's and gloo's are RuntimeErrors
         first_line = str(error).splitlines()[0] if str(error) else type(error).__name__
+        waited = time.monotonic() - started  # gloo's may be five timeouts, for a silent address
         raise RunError(
             f"rank {launch.rank} of {launch.world_size} could not meet the others at "
-            f"{launch.master_addr}:{launch.master_port} within {timeout_s:g} s: {first_line}"
+            f"{launch.master_addr}:{launch.master_port} in {waited:.1f} s "
+            f"(timeout {timeout_s:g} s): {first_line}"
         ) from error
 
 
