@@ -17,7 +17,7 @@ from distlab.lab.lessons import Block, all_blocks
 from distlab.lab.running import kept_outcome
 from distlab.lab.servers import Servers
 
-SMOKE_LIMIT_S = 420
+SMOKE_LIMIT_S, LAB_LIMIT_S = 420, 1500  # of a script's command; of the lab's, which run many
 FAST_BLOCKS = 3  # of a lesson
 
 
@@ -33,8 +33,13 @@ def _cases() -> Iterator[pytest.param]:
         fast = bool(block.scripts) and fast_ones[block.lesson] < FAST_BLOCKS
         fast_ones[block.lesson] += fast
         for backend in ("gloo", "nccl") if block.scripts and not block.norun else ("gloo",):
-            marks = [] if fast else [pytest.mark.slow]
+            marks = [pytest.mark.timeout(_limit_s(block) + 60)]
+            marks += [] if fast else [pytest.mark.slow]
             yield pytest.param(block, backend, marks=marks, id=f"{block.id}-{backend}")
+
+
+def _limit_s(block: Block) -> int:
+    return SMOKE_LIMIT_S if block.scripts else LAB_LIMIT_S
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +57,6 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         yield folder
 
 
-@pytest.mark.timeout(SMOKE_LIMIT_S + 60)
 @pytest.mark.parametrize(("block", "backend"), list(_cases()))
 def test_command(
     block: Block, backend: str, servers: Servers, outcomes: Path, ledger, tmp_path: Path
@@ -61,7 +65,7 @@ def test_command(
     if outcome is None:
         if not block.norun:
             servers.start_for(block)
-        outcome = run_block(block, "smoke", tmp_path / "records", backend, SMOKE_LIMIT_S)
+        outcome = run_block(block, "smoke", tmp_path / "records", backend, _limit_s(block))
     if outcome.result == "ran" and backend == "gloo" and block.output is not None:
         printed = outcome.stdout + (outcome.stderr if block.exit else "")
         if changed := shape.difference(block.output, printed):

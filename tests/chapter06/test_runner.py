@@ -95,7 +95,8 @@ def test_attention_equals_dense_attention(kernel_chunk: int) -> None:
             cache.values[0][where] = qkv[at, -kv_heads:]
     made = [Span(s, n, table) for (s, n), table in zip(spans, tables, strict=True)]
     order = planner.order(made)
-    plan = planner.plan([made[i] for i in order])
+    ordered = [made[i] for i in order]
+    plan = planner.plan(ordered, torch.tensor(planner.slots(ordered)))
     qkv = torch.cat([past[i][spans[i][0] :] for i in order])
     rows = cache.data.shape[2] * size
     for part, new in ((0, qkv[:, -2 * kv_heads : -kv_heads]), (1, qkv[:, -kv_heads:])):

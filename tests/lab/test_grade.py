@@ -69,7 +69,7 @@ def test_solution_gets_full_marks(graded, exercises):
 
 @pytest.fixture(scope="module")
 def graded_variants(tmp_path_factory):
-    """What each wrong variant gets, two at a time; a variant overrides adapters of the solution."""
+    """What each wrong variant gets, as futures; a variant overrides adapters of the solution."""
 
     def grade_variant(variant):
         solution = variant.parents[2]
@@ -81,15 +81,16 @@ def graded_variants(tmp_path_factory):
         tasks = {task.name: task for task in read_tasks(exercises)}
         return grade_task(tasks[variant.parent.name], exercises, student, Limits(60, 2**32))
 
-    with ThreadPoolExecutor(2) as pool:
-        return dict(zip(WRONG, pool.map(grade_variant, WRONG), strict=True))
+    pool = ThreadPoolExecutor(2)
+    yield {variant: pool.submit(grade_variant, variant) for variant in WRONG}
+    pool.shutdown(cancel_futures=True)
 
 
 @pytest.mark.slow  # dozens of them: the solutions' and the starters' points are in the fast tier
 @pytest.mark.parametrize("variant", WRONG, ids=lambda path: f"{path.parent.name}-{path.stem}")
 def test_typical_mistake_loses_points_and_is_explained(graded_variants, variant):
     """A wrong variant names in SAYS what the grader must tell its author."""
-    task = graded_variants[variant]
+    task = graded_variants[variant].result()
     assert task.points < task.max_points
     assert said(variant) in task.message
 

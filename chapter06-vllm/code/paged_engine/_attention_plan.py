@@ -4,6 +4,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -35,45 +36,44 @@ class Planner:
         those with a context.
         """
 
-        def rank(index: int) -> tuple[int, int]:
-            span = spans[index]
-            if span.length <= max(1, self.kernel_chunk):
-                return 0, -span.end
-            return (1, span.length) if span.start == 0 else (2, span.length)
+        short = max(1, self.kernel_chunk)
+        ranks = [
+            (0, -span.end) if span.length <= short else (1 if span.start == 0 else 2, span.length)
+            for span in spans
+        ]
+        return sorted(range(len(spans)), key=ranks.__getitem__)
 
-        return sorted(range(len(spans)), key=rank)
+    def slots(self, spans: Sequence[Span]) -> list[int]:
+        """Where each token's key and value go: block * block_size + place."""
+        size = self.shape.block_size
+        return [
+            blocks[position // size] * size + position % size
+            for start, length, blocks in spans
+            for position in range(start, start + length)
+        ]
 
-    def plan(self, spans: Sequence[Span]) -> Plan:
-        """The plan of `spans`, which are in the order of `order`."""
-        plan = Plan(self._slots(spans).to(self.device))
+    def plan(self, spans: Sequence[Span], slots: Tensor) -> Plan:
+        """The plan of `spans`, which are in the order of `order`; `slots`, on the device."""
+        plan = Plan(slots)
         short = [span for span in spans if span.length <= max(1, self.kernel_chunk)]
         if short and self.kernel_chunk:
-            tables, lengths = self._tables(short)
-            plan.tables, plan.lengths = tables.to(self.device), lengths.to(self.device)
+            plan.tables, plan.lengths = self._tables(short)
         elif short:
             plan.decodes = list(self._decode_groups(short))
         first = sum(span.length for span in short)
         plan.prefills = list(self._prefills(spans[len(short) :], first))
         return plan
 
-    def _slots(self, spans: Sequence[Span]) -> Tensor:
-        size = self.shape.block_size
-        return torch.tensor(
-            [
-                span.blocks[position // size] * size + position % size
-                for span in spans
-                for position in range(span.start, span.end)
-            ]
-        )
-
     def _tables(self, spans: Sequence[Span]) -> tuple[Tensor, Tensor]:
-        """Of each token, int32: its block table, and how many positions it sees."""
-        tables = padded_tables([span.blocks for span in spans], self.shape.blocks)
-        lengths = [end for span in spans for end in range(span.start + 1, span.end + 1)]
-        if len(lengths) > len(spans):
-            counts = torch.tensor([span.length for span in spans])
+        """Of each token, int32 on the device: its block table, how many positions it sees."""
+        filled = padded([span.blocks for span in spans], self.shape.blocks)
+        ends = [end for span in spans for end in range(span.start + 1, span.end + 1)]
+        flat, lengths = moved([filled, ends], np.int32, self.device)
+        tables = flat.view(len(spans), -1)
+        if len(ends) > len(spans):
+            counts = torch.tensor([span.length for span in spans], device=self.device)
             tables = tables.repeat_interleave(counts, 0)
-        return tables, torch.tensor(lengths, dtype=torch.int32)
+        return tables, lengths
 
     def _decode_groups(self, spans: Sequence[Span]) -> Iterable[Decodes]:
         shape = self.shape
@@ -83,7 +83,8 @@ class Planner:
             blocks = -(-spans[first].end // shape.block_size)  # of the longest in the group
             count = max(1, GATHERED_BYTES // (blocks * numbers * self.dtype.itemsize))
             group = spans[first : first + count]
-            tables = padded_tables([span.blocks[:blocks] for span in group], shape.blocks)
+            filled = padded([span.blocks[:blocks] for span in group], shape.blocks)
+            tables = torch.tensor(filled).view(len(group), -1)
             ends = torch.tensor([span.end for span in group])
             hidden = torch.arange(blocks * shape.block_size) >= ends[:, None]
             hidden = hidden.repeat_interleave(shape.kv_heads, 0)[:, None]
@@ -117,8 +118,18 @@ class Planner:
                 first += length
 
 
-def padded_tables(tables: Sequence[Sequence[int]], filler: int) -> Tensor:
-    """Block tables of several sequences [sequences, blocks] int32, short ones filled up."""
-    widest = max(len(table) for table in tables)
-    padded = [[*table, *[filler] * (widest - len(table))] for table in tables]
-    return torch.tensor(padded, dtype=torch.int32)
+def padded(tables: Sequence[Sequence[int]], filler: int) -> list[int]:
+    """Block tables of several sequences, one after the other, all as long as the longest."""
+    filling = [filler] * max(map(len, tables))
+    return [block for table in tables for block in (*table, *filling[len(table) :])]
+
+
+def moved(
+    lists: Sequence[Sequence[int]], dtype: type[np.integer], device: torch.device
+) -> tuple[Tensor, ...]:
+    """A tensor on the device for each list; to a GPU they go together, in one copy."""
+    arrays = [np.array(one, dtype) for one in lists]
+    if device.type == "cpu":
+        return tuple(torch.from_numpy(array) for array in arrays)
+    joined = torch.from_numpy(np.concatenate(arrays)).to(device)
+    return joined.split([len(array) for array in arrays])

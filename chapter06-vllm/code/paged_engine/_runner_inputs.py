@@ -3,11 +3,11 @@
 from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
-import torch
-from torch import Tensor
+import numpy as np
 
-from paged_engine._attention_plan import Planner
+from paged_engine._attention_plan import Planner, moved
 from paged_engine.attention import Span
 from paged_engine.batch import Batch
 from paged_engine.paged_model import StepInputs
@@ -66,22 +66,18 @@ def step_inputs(step: Step, planner: Planner) -> StepInputs:
     """The tensors of `step`, its spans in the order in which attention wants them."""
     places = planner.order(step.spans)
     spans = [step.spans[place] for place in places]
-    tokens = [token for place in places for token in step.tokens[place]]
-    positions = [position for span in spans for position in range(span.start, span.end)]
-    return StepInputs(
-        tokens=torch.tensor(tokens).to(planner.device),
-        positions=torch.tensor(positions).to(planner.device),
-        wanted=_wanted(step, places).to(planner.device),
-        plan=planner.plan(spans),
-    )
+    numbers = [
+        [token for place in places for token in step.tokens[place]],
+        [position for span in spans for position in range(span.start, span.end)],
+        _wanted(step, places),
+        planner.slots(spans),
+    ]
+    tokens, positions, wanted, slots = moved(numbers, np.int64, planner.device)
+    return StepInputs(tokens, positions, wanted, planner.plan(spans, slots))
 
 
-def _wanted(step: Step, places: list[int]) -> Tensor:
+def _wanted(step: Step, places: list[int]) -> list[int]:
     """The last token of each span that samples, in the order of the step."""
-    last: dict[int, int] = {}
-    end = 0
-    for place in places:
-        end += step.spans[place].length
-        last[place] = end - 1
-    samples = [place for place, samples in enumerate(step.samples) if samples]
-    return torch.tensor([last[place] for place in samples], dtype=torch.long)
+    ends = accumulate(step.spans[place].length for place in places)
+    after = dict(zip(places, ends, strict=True))
+    return [after[place] - 1 for place, samples in enumerate(step.samples) if samples]

@@ -17,6 +17,7 @@ PagedAttention", SOSP 2023.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -26,8 +27,7 @@ from torch.utils._triton import has_triton
 from paged_engine import kernels
 
 
-@dataclass(frozen=True)
-class Span:
+class Span(NamedTuple):
     """What one sequence computes in a step: tokens [start, start + length), and its blocks."""
 
     start: int

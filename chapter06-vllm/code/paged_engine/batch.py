@@ -21,7 +21,7 @@ class SchedulerConfig:
                 raise UsageError(f"{limit.name} {value} is not possible; it must be 1 or more")
 
 
-@dataclass
+@dataclass(slots=True)
 class Chunk:
     """Tokens [start, start + length) of a sequence, whose keys and values the step computes.
 

@@ -78,10 +78,12 @@ class BlockManager:
         none: a block that other sequences hold too is copied on write. Returns None, and changes
         nothing, if too few blocks are free.
         """
-        table = sequence.block_table
-        written = range(sequence.computed // self.block_size, len(table))
-        shared = [position for position in written if self._references[table[position]] > 1]
+        table, references = sequence.block_table, self._references
+        first = sequence.computed // self.block_size
+        shared = [p for p in range(first, len(table)) if references[table[p]] > 1]
         missing = self.blocks_for(upto) - len(table)
+        if not shared and missing <= 0:
+            return []  # as in most decodes
         if len(shared) + max(missing, 0) > self.num_free:
             return None
         self.owners[sequence] = None

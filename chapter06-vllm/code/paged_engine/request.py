@@ -18,7 +18,7 @@ class Status(Enum):
     FINISHED = "finished"
 
 
-@dataclass(eq=False)  # two sequences are the same only if they are one object
+@dataclass(eq=False, slots=True)  # two sequences are the same only if they are one object
 class Sequence:
     """One answer in the making: the prompt's tokens and, after them, those sampled so far.
 

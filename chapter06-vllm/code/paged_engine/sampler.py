@@ -49,7 +49,7 @@ def sample(logits: Tensor, sequences: List[Sequence]) -> list[SampledToken]:
 
 
 def _choose(logits: Tensor, sequences: List[Sequence]) -> list[int]:
-    drawn = [row for row, sequence in enumerate(sequences) if not _is_greedy(sequence)]
+    drawn = [row for row, sequence in enumerate(sequences) if not sequence.params.greedy]
     if not drawn:
         return _argmax(logits)
     if len(drawn) == len(sequences):
@@ -59,10 +59,6 @@ def _choose(logits: Tensor, sequences: List[Sequence]) -> list[int]:
     for row, token in zip(drawn, chosen, strict=True):
         tokens[row] = token
     return tokens
-
-
-def _is_greedy(sequence: Sequence) -> bool:
-    return sequence.params.temperature == 0 or sequence.params.top_k == 1
 
 
 def _argmax(logits: Tensor) -> list[int]:
@@ -100,6 +96,8 @@ def _adjust(logits: Tensor, sequences: List[Sequence]) -> Tensor:
     repeats, counts, forbidden = [], [], []
     for row, sequence in enumerate(sequences):
         params = sequence.params
+        if not params.adjusts_logits:
+            continue
         if params.repetition_penalty != 1:
             repeats.append(row)
         if params.presence_penalty or params.frequency_penalty:

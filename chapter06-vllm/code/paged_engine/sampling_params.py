@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass, fields
+from functools import cached_property
 from typing import Any
 
 from distlab.errors import UsageError
@@ -64,9 +65,15 @@ class SamplingParams:
         allowed = f"between 0 and {MOST_LOGPROBS}"
         self._require("logprobs", 0 <= (self.logprobs or 0) <= MOST_LOGPROBS, allowed)
 
-    @property
+    @cached_property  # these two are asked for in every step
     def greedy(self) -> bool:
-        return self.temperature == 0
+        return self.temperature == 0 or self.top_k == 1
+
+    @cached_property
+    def adjusts_logits(self) -> bool:
+        """Whether some tokens are penalised, or forbidden at first."""
+        penalties = self.presence_penalty or self.frequency_penalty or self.repetition_penalty != 1
+        return bool(penalties or self.min_tokens)
 
     def _check_types(self) -> None:
         optional = {field.name for field in fields(self) if field.default is None}

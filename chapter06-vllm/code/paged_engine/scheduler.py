@@ -165,6 +165,8 @@ class Scheduler:
         for each that runs must remain: otherwise it would be preempted before it got anywhere.
         One whose next block is computed in this very step waits a step, and finds it in the cache.
         """
+        if not self.waiting:
+            return
         places = sum(_places(sequence) for sequence in self.running)
         while self.waiting and budget > 0:
             sequence = self.waiting[0]
