@@ -1,0 +1,1 @@
+"""What the scripts of chapter 2 share, and what stands behind them."""

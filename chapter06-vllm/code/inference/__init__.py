@@ -1,0 +1,1 @@
+"""What the scripts of chapter 6 share beside the engine, and what stands behind them."""
