@@ -84,13 +84,17 @@ class Job:
             self.end()
             return 124
 
+    def read_to_end(self) -> None:
+        """Have all in `texts` that a command which has ended wrote; a child may still hold them."""
+        for reader in self._readers:
+            reader.join(GRACE_S)
+
     def end(self) -> tuple[str, ...]:
         """End whatever is left of the job, politely first; the command lines of what there was."""
         names = end_marked(self.mark)
         with suppress(subprocess.TimeoutExpired):
             self.process.wait(GRACE_S)
-        for reader in self._readers:
-            reader.join(GRACE_S)
+        self.read_to_end()
         with suppress(subprocess.TimeoutExpired):  # it has its word: it ends by itself
             self._guardian.communicate(timeout=GRACE_S)
         return names

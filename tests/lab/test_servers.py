@@ -1,7 +1,6 @@
 """Servers live as long as their section, and are waited for."""
 
 import socket
-import threading
 
 import psutil
 import pytest
@@ -9,7 +8,7 @@ import pytest
 from distlab.errors import RunError
 from distlab.lab import blocks, lessons, servers
 from distlab.lab.blocks import run_block
-from distlab.lab.lessons import Block, read_blocks
+from distlab.lab.lessons import read_blocks
 from distlab.lab.servers import Servers
 
 
@@ -117,28 +116,3 @@ def test_a_stranger_at_the_servers_address_is_not_taken_for_it(lesson, checkout)
         ):
             second.start_for(lesson[0])
         assert len(servers_running()) == 1
-
-
-def test_an_answer_that_is_no_http_is_no_answer(checkout):
-    with socket.socket() as stranger:
-        stranger.bind(("127.0.0.1", 0))
-        stranger.listen()
-        one = Block(
-            checkout / "main.md",
-            1,
-            0,
-            "true",
-            ready=f"http://127.0.0.1:{stranger.getsockname()[1]}/",
-            background=True,
-        )
-
-        def babble() -> None:
-            connection, _ = stranger.accept()
-            connection.recv(1000)
-            connection.sendall(b"220 mail ready\r\n")
-            connection.close()
-
-        thread = threading.Thread(target=babble)
-        thread.start()
-        assert not servers._answers(one)
-        thread.join(5)

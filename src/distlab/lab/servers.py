@@ -1,18 +1,13 @@
 """The servers of a lesson: its background blocks, each running while its section is."""
 
-import time
-import urllib.request
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
-from http.client import HTTPException
+from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
 from typing import Self
 
-from distlab.errors import RunError
 from distlab.files import repo_root
 from distlab.lab.blocks import block_environment, command_line
 from distlab.lab.lessons import Block, read_blocks
-from distlab.process import Job, job
+from distlab.service import Service, service
 
 READY_TIMEOUT_S = 120.0
 
@@ -45,36 +40,14 @@ class Servers:
                 self._stack.enter_context(self._serve(other))
                 self._started.add(other.id)
 
-    @contextmanager
-    def _serve(self, block: Block) -> Iterator[Job]:
-        if _answers(block):
-            raise RunError(
-                f"{block.id}: {block.ready} answers before the server is started; end it"
-            )
+    def _serve(self, block: Block) -> AbstractContextManager[Service]:
+        assert block.ready is not None  # the reader of lessons sees to it
         env = block_environment(block, self.preset, self.records, "gloo")
-        with job(command_line(block), env, repo_root()) as server:
-            _await_ready(block, server)
-            yield server
-
-
-def _await_ready(block: Block, server: Job) -> None:
-    deadline = time.monotonic() + READY_TIMEOUT_S
-    while time.monotonic() < deadline:
-        if server.process.poll() is not None:
-            tail = "".join(server.texts["stderr"][-10:])
-            raise RunError(f"{block.id}: the server ended before it was ready: {tail}")
-        if _answers(block):
-            return
-        time.sleep(0.2)
-    raise RunError(f"{block.id}: {block.ready} did not answer within {READY_TIMEOUT_S:g} s")
-
-
-def _answers(block: Block) -> bool:
-    """Whether the server's address answers 200; a proxy of the user's has no say in that."""
-    assert block.ready is not None
-    direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-    try:
-        with direct.open(block.ready, timeout=2) as answer:
-            return answer.status == 200
-    except (OSError, HTTPException):  # a URLError is an OSError
-        return False
+        return service(
+            command_line(block),
+            block.ready,
+            env,
+            repo_root(),
+            name=block.id,
+            start_s=READY_TIMEOUT_S,
+        )
