@@ -1,6 +1,5 @@
 """What a training run is measured by: speed and MFU, memory, and the loss it reached."""
 
-import time
 from argparse import Namespace
 from dataclasses import dataclass
 
@@ -30,28 +29,6 @@ class Training:
         """The median step, warm-up left out."""
         steady = self.seconds[WARMUP_STEPS:]
         return sorted(steady)[len(steady) // 2]
-
-
-class StepClock:
-    """The seconds between ticks: CUDA events on a GPU, so that ticking does not wait for it."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.cuda = device.type == "cuda"
-        self.marks: list = []
-
-    def tick(self) -> None:
-        if self.cuda:
-            self.marks.append(torch.cuda.Event(enable_timing=True))
-            self.marks[-1].record()
-        else:
-            self.marks.append(time.perf_counter())
-
-    def seconds(self) -> list[float]:
-        pairs = zip(self.marks, self.marks[1:], strict=False)
-        if self.cuda:
-            torch.cuda.synchronize()
-            return [start.elapsed_time(end) / 1e3 for start, end in pairs]
-        return [end - start for start, end in pairs]
 
 
 def report_speed(

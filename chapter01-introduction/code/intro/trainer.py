@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Self
 
 import torch
-from _verdict import DATA, STEP
 from torch.profiler import record_function
 
 from distlab.data import Loader
 from distlab.model import Llama
+from intro.verdict import DATA, STEP
 
 PHASES = (DATA, "forward", "backward", "optimizer")
 PLANTED_WAIT = 1.5  # of a step's time
@@ -88,10 +88,10 @@ class Trainer:
 
     def _report_gradients(self, started: float) -> None:
         """Read each gradient's norm, which waits for a GPU, and wait until it is acknowledged."""
-        parameters = list(self.model.parameters())
-        wait = self._planted_wait(time.perf_counter() - started) / len(parameters)
-        for parameter in parameters:
-            norm = parameter.grad.norm().item()
+        gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
+        wait = self._planted_wait(time.perf_counter() - started) / len(gradients)
+        for gradient in gradients:
+            norm = gradient.norm().item()
             self._monitor.submit(acknowledge, norm, wait).result()
 
     def _autocast(self) -> torch.autocast:
@@ -112,12 +112,35 @@ def phase(name: str, begin: Callable[[str], None]) -> Iterator[None]:
         yield
 
 
-class PhaseClock:
-    """When each phase began: by CUDA events on a GPU, so that the clock does not wait for it."""
+class StepClock:
+    """The seconds between ticks: CUDA events on a GPU, so that ticking does not wait for it."""
 
     def __init__(self, device: torch.device) -> None:
         self.cuda = device.type == "cuda"
-        self.marks: list[tuple[str, float | torch.cuda.Event]] = []
+        self.times: list[float] = []
+        self.events: list[torch.cuda.Event] = []
+
+    def tick(self) -> None:
+        if self.cuda:
+            self.events.append(torch.cuda.Event(enable_timing=True))
+            self.events[-1].record()
+        else:
+            self.times.append(time.perf_counter())
+
+    def seconds(self) -> list[float]:
+        if self.cuda:
+            torch.cuda.synchronize()
+            pairs = zip(self.events, self.events[1:], strict=False)
+            return [start.elapsed_time(end) / 1e3 for start, end in pairs]
+        return [end - start for start, end in zip(self.times, self.times[1:], strict=False)]
+
+
+class PhaseClock(StepClock):
+    """How long each phase took, and how long the thread slept outside of its input."""
+
+    def __init__(self, device: torch.device) -> None:
+        super().__init__(device)
+        self.names: list[str] = []
         self.blocked_seconds = 0.0
         self._slept = 0.0
 
@@ -128,20 +151,17 @@ class PhaseClock:
 
     def begin(self, name: str) -> None:
         slept = asleep_seconds()
-        if self.marks and self.marks[-1][0] != DATA:
+        if self.names and self.names[-1] != DATA:
             self.blocked_seconds += slept - self._slept
-        if self.cuda:
-            event = torch.cuda.Event(enable_timing=True)
-            event.record()
-            self.marks.append((name, event))
-        else:
-            self.marks.append((name, time.perf_counter()))
+        self.names.append(name)
+        self.tick()
         self._slept = slept
 
     def samples(self) -> dict[str, list[float]]:
+        """The seconds of each phase, each time."""
         samples: dict[str, list[float]] = {name: [] for name in PHASES}
-        for (name, start), (_, end) in zip(self.marks, self.marks[1:], strict=False):
-            samples[name].append(start.elapsed_time(end) / 1e3 if self.cuda else end - start)
+        for name, seconds in zip(self.names, self.seconds(), strict=False):  # the end has none
+            samples[name].append(seconds)
         return samples
 
 

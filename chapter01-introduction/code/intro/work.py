@@ -1,4 +1,4 @@
-"""What a training step, a prefill and a decode step cost, and each as something to run and time."""
+"""Work to be timed: a training step, a prefill, a decode step, and a server that has a queue."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -9,7 +9,7 @@ import torch
 from distlab import predict
 from distlab.measure import tensor_bytes
 from distlab.model import KVCache, Llama
-from distlab.script import Run
+from distlab.queueing import mean_wait
 
 
 @dataclass(frozen=True)
@@ -86,24 +86,6 @@ def decode(model: Llama, batch: int, context: int) -> Workload:
     return Workload("decode", batch, batch, flops, moved, step)
 
 
-def draw_roofline(
-    run: Run, workloads: list[Workload], seconds: list[float], peak: float, bandwidth: float
-) -> None:
-    intensities = [work.intensity for work in workloads]
-    ends = np.log2([min(intensities) / 2, 2 * max(*intensities, peak / bandwidth)])
-    x = np.logspace(*ends, 64, base=2)
-    series = [{"label": "roofline", "x": x.tolist(), "y": np.minimum(peak, x * bandwidth).tolist()}]
-    for name in dict.fromkeys(work.name for work in workloads):
-        points = [(w.intensity, w.flops / t) for w, t in zip(workloads, seconds, strict=True)
-                  if w.name == name]  # fmt: skip
-        series.append({"label": name, "x": [p[0] for p in points], "y": [p[1] for p in points]})
-    run.figure(
-        "workloads_roofline", kind="line", log_x=True, log_y=True, series=series,
-        title="Decode is far below what the machine can compute",
-        x_label="arithmetic intensity (FLOPs per byte)", y_label="FLOP/s",
-    )  # fmt: skip
-
-
 def random_tokens(model: Llama, batch: int, length: int) -> torch.Tensor:
     """Token ids [batch, length]: what they say does not change what they cost."""
     device = model.lm_head.weight.device
@@ -117,3 +99,49 @@ def new_cache(model: Llama, batch: int, length: int) -> KVCache:
 
 def cache_bytes(cache: KVCache) -> int:
     return tensor_bytes([cache.keys, cache.values])
+
+
+class Server:
+    """Answers requests in order of arrival, up to `max_batch` of those that wait together.
+
+    Every answer is really computed and timed; only idle time is skipped rather than slept through.
+    """
+
+    def __init__(self, arrivals: np.ndarray, max_batch: int) -> None:
+        self.arrivals = arrivals  # seconds, ascending
+        self.max_batch = max_batch
+        self.wait, self.latency = np.zeros_like(arrivals), np.zeros_like(arrivals)
+        self.services: list[float] = []
+        self.clock, self.served = 0.0, 0
+
+    @property
+    def done(self) -> bool:
+        return self.served == len(self.arrivals)
+
+    def serve_next(self, answer: Callable[[int], float]) -> None:
+        self.clock = max(self.clock, self.arrivals[self.served])
+        arrived = int(np.searchsorted(self.arrivals, self.clock, side="right"))
+        batch = slice(self.served, min(arrived, self.served + self.max_batch))
+        self.wait[batch] = self.clock - self.arrivals[batch]
+        self.services.append(answer(batch.stop - batch.start))
+        self.clock += self.services[-1]
+        self.latency[batch] = self.clock - self.arrivals[batch]
+        self.served = batch.stop
+
+    @property
+    def waited(self) -> float:
+        """The fraction of requests that had to wait."""
+        return float(np.mean(self.wait > 0))
+
+    def summary(self, endless: float | None) -> list[float | None]:
+        """Requests/s, % that waited; in ms the mean wait, that of an endless queue if it is known,
+        and the median and 99th percentile of the latency."""
+        p50, p99 = 1e3 * np.percentile(self.latency, [50, 99])
+        rate = len(self.arrivals) / self.clock
+        expected = None if endless is None else 1e3 * endless
+        return [rate, 100 * self.waited, 1e3 * self.wait.mean(), expected, p50, p99]
+
+
+def endless_wait(server: Server, load: float) -> float:
+    services = np.array(server.services)
+    return mean_wait(load / services.mean(), services)
