@@ -53,7 +53,7 @@ def main(argv: list[str] | None = None) -> int:
         elif args.workload == "infer":
             estimate_serving(run, args)
         if args.verify:
-            from _estimate_verify import verify  # imports torch, which the estimates do without
+            from intro.verification import verify  # imports torch, which the estimates do without
 
             verify(run, args.verify_size)
     return run.status

@@ -8,10 +8,11 @@ import copy
 import math
 from argparse import Namespace
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
-import torch.nn.functional as F
+import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from distlab import data, runtime, script
@@ -24,6 +25,7 @@ from distlab.model import (
     num_parameters,
 )
 from distlab.predict.plan import divisors
+from distlab.ranks import gathered
 from distlab.run import Run
 from distlab.runtime import Runtime
 
@@ -88,6 +90,13 @@ def gradients_of(model: nn.Module) -> dict[str, Tensor]:
     return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
 
+def gradient_of(tensor: Tensor) -> Tensor:
+    """What a backward pass has left in `tensor`."""
+    if tensor.grad is None:
+        raise ValueError("no backward pass has reached this tensor")
+    return tensor.grad
+
+
 def check_equal(
     run: Run,
     who: str,
@@ -108,15 +117,14 @@ def check_equal(
     )
 
 
-def loss_at(
-    model: Llama, input_ids: Tensor, targets: Tensor, rope: tuple[Tensor, Tensor]
-) -> Tensor:
-    """`model.loss` of tokens that stand at the positions of the tables `rope`, not at 0, 1, 2 …"""
-    x = model.model.embed_tokens(input_ids)
-    for layer in model.model.layers:
-        x = layer(x, rope)
-    logits = model.lm_head(model.model.norm(x))
-    return F.cross_entropy(logits.float().flatten(0, 1), targets.flatten())
+def check_share(
+    run: Run, who: str, loss: Tensor, gradients: Mapping[str, Tensor], problem: Problem, place: str
+) -> None:
+    """Compare the gradients that this rank holds; one process's must each be on some `place`."""
+    held = {name for names in gathered(list(gradients)) for name in names}
+    run.check_equal(f"{who}: every gradient is on a {place}", len(held), len(problem.gradients))
+    own = {name: problem.gradients[name] for name in gradients}
+    check_equal(run, who, loss, gradients, replace(problem, gradients=own))
 
 
 def check_shares(flag: str, count: int, shares: int, what: str) -> None:
@@ -135,3 +143,17 @@ def check_degree(ranks: int, counts: Mapping[str, int], instead: str = "") -> No
             raise UsageError(
                 f"--nproc_per_node {ranks} does not divide {count} {name}; use {usable}{instead}"
             )
+
+
+def begin_differently(model: Llama, seed: int, rank: int) -> None:
+    """New weights of the rank's own, but for rank 0."""
+    if rank > 0:
+        torch.manual_seed(seed + rank)
+        model.reset_parameters()
+
+
+def mean_loss(loss: Tensor) -> Tensor:
+    """The mean of the ranks' losses, which have equal shares of the batch."""
+    mean = loss.detach().clone()
+    dist.all_reduce(mean)
+    return mean / dist.get_world_size()

@@ -1,15 +1,18 @@
-"""What the kernel tells in /sys of caches, NUMA nodes, network interfaces and the PCIe tree.
+"""A machine: its caches, NUMA nodes and devices from /sys, and the matrix of its links.
 
-Every function takes the root, so that a test can give it another machine's. What the kernel does
-not tell is None. Source: the kernel's Documentation/ABI/testing/sysfs-*.
+Every function of /sys takes the root, so that a test can give it another machine's. What the kernel
+does not tell is None. Source: the kernel's Documentation/ABI/testing/sysfs-*.
 """
 
+import os
 import re
 from collections import Counter
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from itertools import combinations
 from pathlib import Path
 
-from distlab import host
+from distlab import hardware, host, nvml
 
 SYS = Path("/sys")
 LANE_RATES = {2.5: 8 / 10, 5.0: 8 / 10, 64.0: 236 / 256}  # else 128/130: what the coding leaves
@@ -88,12 +91,9 @@ def interfaces(root: Path = SYS) -> list[Device]:
     for folder in sorted(root.glob("class/net/*")):
         if not (folder / "device").exists():
             continue
-        speed = _whole(_line(folder / "speed"))  # Mbit/s
-        known = speed is not None and speed != ETHERNET_UNKNOWN
-        state = _line(folder / "operstate")
-        found.append(
-            _on_pcie(folder, folder.name, "network", speed * 1e6 if known else None, state)
-        )
+        megabits = _whole(_line(folder / "speed"))
+        speed = None if megabits is None or megabits == ETHERNET_UNKNOWN else megabits * 1e6
+        found.append(_on_pcie(folder, folder.name, "network", speed, _line(folder / "operstate")))
     return found
 
 
@@ -189,3 +189,135 @@ def _line(path: Path) -> str:
 
 def _whole(text: str) -> int | None:
     return int(text) if re.fullmatch(r"-?\d+", text) else None
+
+
+UNKNOWN = "?"
+SELF = "X"
+FAR_TO_NEAR = ("SYS", "NODE", "PHB", "PXB", "PIX")
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """GPUs, NICs and their links; `cores` and `numa` of a GPU are missing where not told."""
+
+    gpus: tuple[str, ...]
+    nics: tuple[str, ...]
+    links: Mapping[tuple[str, str], str]
+    cores: Mapping[str, str] = field(default_factory=dict)  # GPU0: 0-55,112-167
+    numa: Mapping[str, str] = field(default_factory=dict)  # GPU0: 0
+    devices: Mapping[str, str] = field(default_factory=dict)  # NIC0: mlx5_0
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return (*self.gpus, *self.nics)
+
+    def link(self, a: str, b: str) -> str:
+        """The link between two; a row that was cut off is read from the other's."""
+        if a == b:
+            return SELF
+        return self.links.get((a, b)) or self.links.get((b, a)) or UNKNOWN
+
+    def home(self, gpu: str) -> str:
+        """The NUMA node that a GPU is plugged into, in words, and its cores."""
+        return f"NUMA node {self.numa.get(gpu, UNKNOWN)}: cores {self.cores.get(gpu, UNKNOWN)}"
+
+    def worst(self, names: Iterable[str]) -> str:
+        """The farthest link between any two of `names`; X where there is only one."""
+        pairs = [self.link(a, b) for a, b in combinations(names, 2)]
+        return min(pairs, key=closeness, default=SELF)
+
+
+def closeness(link: str) -> int:
+    """A number that is larger for a closer link: SYS < NODE < PHB < PXB < PIX < NV1 < NV2 …"""
+    if link == SELF:
+        return 10_000
+    if link.startswith("NV"):
+        return 100 + int(link[2:])
+    return FAR_TO_NEAR.index(link) if link in FAR_TO_NEAR else -1
+
+
+@dataclass(frozen=True)
+class CpuRank:
+    """Where a rank without a GPU computes."""
+
+    node: int
+    cores: str
+    threads: int
+
+
+def gpu_devices() -> tuple[list[Device], dict[tuple[int, int], str]]:
+    """The GPUs that this process may use, and the link of each pair; none without NVML."""
+    if not hardware.driver_present():
+        return [], {}
+    try:
+        found = nvml.gpu_links()
+    except nvml.NvmlError:  # a Jetson: its GPU is on no PCI bus
+        return [], {}
+    devices = [
+        pci_device(address, f"GPU{index}", "GPU") if address else Device(f"GPU{index}", "GPU")
+        for index, address in enumerate(found.addresses)
+    ]
+    return devices, found.links
+
+
+def network_devices() -> list[Device]:
+    """The devices to send through: those of RDMA, or the plain interfaces where there are none."""
+    return rdma_devices() or interfaces()
+
+
+def this_matrix() -> Matrix:
+    """As nvidia-smi topo -m would print it: the GPUs' links by NVML, the NICs' by the PCIe tree."""
+    gpus, between = gpu_devices()
+    nics = network_devices()
+    links = {(gpus[i].name, gpus[j].name): link for (i, j), link in between.items()}
+    cores = {str(node.number): node.cores for node in nodes()}
+    only = next(iter(cores)) if len(cores) == 1 else None  # then a device need not say which
+    for index, nic in enumerate(nics):
+        for other in [*gpus, *nics[:index]]:
+            links[other.name, nic.name] = pcie_link(other, nic)
+    homes = {gpu.name: only if gpu.numa is None else str(gpu.numa) for gpu in gpus}
+    numa = {name: node for name, node in homes.items() if node is not None}
+    return Matrix(
+        tuple(gpu.name for gpu in gpus),
+        tuple(nic.name for nic in nics),
+        links,
+        {name: cores[node] for name, node in numa.items() if node in cores},
+        numa,
+    )
+
+
+def cpu_ranks(count: int) -> list[CpuRank]:
+    """`count` ranks in order over the NUMA nodes, each with an equal share of its node's cores."""
+    allowed = _allowed_cores()
+    homes = [
+        (node.number, usable)
+        for node in nodes() or [Node(0, f"0-{(os.cpu_count() or 1) - 1}", None, (10,))]
+        if (usable := [core for core in cpus(node.cores) if core in allowed])
+    ]
+    ranks = []
+    for index, (node, cores) in enumerate(homes):
+        here = count // len(homes) + (index < count % len(homes))
+        each = max(1, len(cores) // max(here, 1))
+        for rank in range(here):
+            start = rank * each % len(cores)
+            mine = cores[start : start + each]
+            ranks.append(CpuRank(node, _as_list(mine), len(mine)))
+    return ranks
+
+
+def _allowed_cores() -> set[int]:
+    """The cores of this process' affinity; the first ones where its quota has fewer."""
+    affinity = getattr(os, "sched_getaffinity", None)
+    cores = sorted(affinity(0)) if affinity else list(range(os.cpu_count() or 1))
+    return set(cores[: host.usable_cores()])
+
+
+def _as_list(cores: list[int]) -> str:
+    """As the kernel writes it: 0-3,8."""
+    pieces: list[list[int]] = []
+    for core in cores:
+        if pieces and core == pieces[-1][-1] + 1:
+            pieces[-1].append(core)
+        else:
+            pieces.append([core])
+    return ",".join(str(p[0]) if len(p) == 1 else f"{p[0]}-{p[-1]}" for p in pieces)

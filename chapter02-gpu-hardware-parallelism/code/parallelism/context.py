@@ -1,20 +1,26 @@
-"""What surrounds the attention of `context_parallel.py`: whose tokens are where, and the report."""
+"""What surrounds attention over all ranks' tokens: whose tokens are where, and what is sent."""
 
 from argparse import Namespace
+from collections.abc import Iterable
 from typing import Protocol
 
 import torch
 import torch.distributed as dist
-from _parallel import FLOAT, Problem, check_degree, check_shares, gradients_of, loss_at
-from _traffic import Traffic
-from data_parallel import average_flat, mean_loss
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from distlab import predict
 from distlab.launch import detect_launch
 from distlab.layers import Attention, rope_tables, rotate
-from distlab.model import config_from_args, num_parameters
+from distlab.model import (
+    Llama,
+    config_from_args,
+    num_parameters,
+)
+from distlab.ranks import gathered
 from distlab.run import Run
+from parallelism.problem import FLOAT, Problem, check_degree, check_shares, gradients_of, mean_loss
+from parallelism.traffic import Traffic
 
 
 class ParallelAttend(Protocol):
@@ -51,8 +57,9 @@ def step(
     And what it sent for that: in the forward pass, in the backward pass, for the weights.
     """
     model, forward, backward, weights = problem.new_model(), attend.traffic, Traffic(), Traffic()
-    for layer in model.model.layers:
-        layer.self_attn = ParallelAttention(layer.self_attn, attend)
+    alone = [module for module in model.modules() if isinstance(module, Attention)]
+    for layer, attention in zip(model.model.layers, alone, strict=True):
+        layer.self_attn = ParallelAttention(attention, attend)
     seq_len, x = problem.input_ids.shape[1], model.lm_head.weight
     cosines, sines = rope_tables(model.config, 0, seq_len, x.device, x.dtype)
     own = positions_of_rank(forward.rank, forward.world_size, seq_len, attend.zigzag)
@@ -62,8 +69,14 @@ def step(
     attend.traffic = backward
     loss.backward()
     gradients = gradients_of(model)
-    average_flat(list(gradients.values()), weights)
+    average(gradients.values(), weights)
     return mean_loss(loss), gradients, [forward, backward, weights]
+
+
+def average(gradients: Iterable[Tensor], traffic: Traffic) -> None:
+    """The mean over the ranks, in place."""
+    for gradient in gradients:
+        traffic.all_reduce(gradient).div_(traffic.world_size)
 
 
 def positions_of_rank(rank: int, workers: int, seq_len: int, zigzag: bool) -> Tensor:
@@ -113,8 +126,18 @@ def report_bytes(run: Run, form: str, args: Namespace, sent: list[Traffic]) -> N
 def report_blocks(run: Run, form: str, args: Namespace, computed: int) -> None:
     """Of a layer's K·(2·K + 1) blocks rank r has 4·r + 3 in order, and each 2·K + 1 in zigzag."""
     workers, layers = dist.get_world_size(), config_from_args(args).num_hidden_layers
-    every: list[int] = [0] * workers
-    dist.all_gather_object(every, computed)
+    every = gathered(computed)
     busiest = 2 * workers + 1 if "zigzag" in form else 4 * workers - 1
     run.compare(f"{form}: blocks of the busiest rank in a layer", busiest, max(every) / layers)
     run.metric(f"{form}: blocks of a rank on average", sum(every) / workers / layers)
+
+
+def loss_at(
+    model: Llama, input_ids: Tensor, targets: Tensor, rope: tuple[Tensor, Tensor]
+) -> Tensor:
+    """`model.loss` of tokens that stand at the positions of the tables `rope`, not at 0, 1, 2 …"""
+    x = model.model.embed_tokens(input_ids)
+    for layer in model.model.layers:
+        x = layer(x, rope)
+    logits = model.lm_head(model.model.norm(x))
+    return F.cross_entropy(logits.float().flatten(0, 1), targets.flatten())

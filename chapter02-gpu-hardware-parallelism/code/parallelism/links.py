@@ -12,13 +12,22 @@ where a link has a delay:
 """
 
 import math
+import time
+from argparse import Namespace
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
 
-from distlab import predict
+from distlab import measure, predict
 from distlab.display import number, quantity
+from distlab.model import Llama, num_parameters
+from distlab.ranks import distinct, gathered
+from distlab.run import Run
+from distlab.runtime import Runtime
 
 MAX_SEGMENT = 2**20  # bytes; AllreduceOptions::kMaxSegmentSize
 Formula = Callable[[float, int, float, float], float]
@@ -185,3 +194,114 @@ def alpha_and_beta(line: Fit, collective: str, workers: int, backend: str) -> st
         f"messages, beta = {number(beta)} ± {number(beta_range)} ns/B, 1/beta = "
         f"{quantity(share / line.slope, 'B/s')}"
     )
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Medians over the steps, of the slowest rank's seconds in each step."""
+
+    compute: float  # nothing sent; on all ranks at once
+    step: float
+    all_reduce: float  # of the last rank to begin it, so that no waiting is in it
+    gradient_bytes: int
+
+
+class Replica:
+    """A model with plain SGD, and its gradient as one flat tensor."""
+
+    def __init__(self, model: Llama) -> None:
+        self.model = model
+        self.parameters = list(model.parameters())
+
+    def gradient(self, input_ids: Tensor, targets: Tensor) -> Tensor:
+        """Gradient of the mean loss over [batch, seq] tokens; shape [parameters]."""
+        self.model.zero_grad()
+        self.model(input_ids, targets=targets).backward()
+        return torch.cat([p.grad.flatten() for p in self.parameters if p.grad is not None])
+
+    @torch.no_grad()
+    def update(self, gradient: Tensor, learning_rate: float = 0.01) -> None:
+        pieces = gradient.split([p.numel() for p in self.parameters])
+        for parameter, piece in zip(self.parameters, pieces, strict=True):
+            parameter.sub_(learning_rate * piece.view_as(parameter))
+
+
+def measure_steps(run: Run, args: Namespace, job: Runtime, replica: Replica) -> Measured:
+    """Train `args.steps` steps after one that is not timed; each beside its compute alone.
+
+    What is compared runs in turns, so that a change of the machine's speed meets both.
+    """
+    vocabulary = replica.model.config.vocab_size
+    generator = torch.Generator().manual_seed(args.seed + job.rank)  # each rank its own batch
+    seconds = []
+    for _ in run.progress(range(args.steps + 1), "steps"):
+        tokens = torch.randint(
+            vocabulary, (args.batch_size, args.seq_len + 1), generator=generator
+        ).to(job.device)
+        batch = tokens[:, :-1], tokens[:, 1:]
+        if args.compute:
+            seconds.append(step_beside_sleep(replica, batch, job, args.compute))
+        else:
+            seconds.append(timed_step(replica, batch, job))
+    run.check_equal("all ranks hold the same weights, bit for bit", distinct(replica.parameters), 1)
+    everyone = np.array(gathered(seconds[1:]))  # [ranks, steps, 3]
+    compute, step, waited = (everyone[:, :, kind] for kind in range(3))
+    return Measured(
+        compute=float(np.median(compute.max(axis=0))),
+        step=float(np.median(step.max(axis=0))),
+        all_reduce=float(np.median(waited.min(axis=0))),
+        gradient_bytes=4 * num_parameters(replica.model),
+    )
+
+
+def timed_step(
+    replica: Replica, batch: tuple[Tensor, Tensor], job: Runtime
+) -> tuple[float, float, float]:
+    """Seconds of the compute, of a whole step, and of the all-reduce within it."""
+    job.barrier()
+    started = time.perf_counter()
+    replica.update(replica.gradient(*batch), learning_rate=0.0)
+    job.synchronize()
+    compute = time.perf_counter() - started
+
+    job.barrier()
+    started = time.perf_counter()
+    gradient = replica.gradient(*batch)
+    job.synchronize()
+    begun = time.perf_counter()
+    dist.all_reduce(gradient)
+    job.synchronize()
+    reduced = time.perf_counter()
+    replica.update(gradient / job.world_size)
+    job.synchronize()
+    return compute, time.perf_counter() - started, reduced - begun
+
+
+def step_beside_sleep(
+    replica: Replica, batch: tuple[Tensor, Tensor], job: Runtime, compute: float
+) -> tuple[float, float, float]:
+    """The same, as if every rank had its own processor: the clock runs while all of them sleep."""
+    gradient = replica.gradient(*batch)
+    job.synchronize()
+    job.barrier()
+    started = time.perf_counter()
+    time.sleep(compute)
+    begun = time.perf_counter()
+    dist.all_reduce(gradient)
+    job.synchronize()
+    ended = time.perf_counter()
+    replica.update(gradient / job.world_size)
+    return compute, ended - started, ended - begun
+
+
+def message_latency(job: Runtime) -> float:
+    """Seconds that one message takes besides its bytes, from an all-reduce of 4 bytes.
+
+    It consists of 2·(K - 1) messages, one after another. The fastest of 20 calls counts: what other
+    work adds to the others is not the hosts'.
+    """
+    if job.world_size == 1:
+        return 0.0
+    number = torch.zeros(1, device=job.device)
+    timing = measure.measure(lambda: dist.all_reduce(number), 3, 20, job.device)
+    return max(gathered(min(timing.samples))) / (2 * (job.world_size - 1))
