@@ -46,9 +46,9 @@ from distlab import hardware, measure, predict, script
 from distlab.script import Run, UsageError
 
 TYPES = ("float32", "float64", "bfloat16", "float16")
-PRESETS = {
+PRESETS = {  # so short a run as smoke's, maybe on a busy machine, judges no time
     "smoke": {"dtypes": ["float32", "float64", "bfloat16"], "rows": [1, 8, 64], "width": 512,
-              "pieces": [2**14, 2**20], "seconds": 0.01, "repeats": 3, "memory_mib": 32},  # so short a run, maybe on a busy machine, judges no time
+              "pieces": [2**14, 2**20], "seconds": 0.01, "repeats": 3, "memory_mib": 32},
     "laptop": {"dtypes": ["float32", "float64", "bfloat16"], "rows": [1, 4, 16, 64, 256, 1024],
                "width": 1024, "pieces": [2**12, 2**16, 2**20, 2**24], "seconds": 0.04,
                "repeats": 5, "tolerance": 1.25},

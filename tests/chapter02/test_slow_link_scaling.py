@@ -1,21 +1,14 @@
 """Training on a slow link: the ranks stay equal, and the curve is computed as it says."""
 
-import sys
-
 import pytest
+import slow_link_scaling
+import torch.distributed as dist
 
 from distlab import script
 from distlab.errors import UsageError
-from distlab.files import repo_root
 from distlab.spawning import spawn
 
-CODE = repo_root() / "chapter02-gpu-hardware-parallelism" / "code"
 SMOKE = ["--preset", "smoke", "--device", "cpu", "--backend", "gloo"]
-
-
-@pytest.fixture(autouse=True)
-def code(monkeypatch):
-    monkeypatch.syspath_prepend(CODE)
 
 
 @pytest.mark.parametrize("world_size", [1, 2])
@@ -42,9 +35,6 @@ def test_ranks_that_do_not_average_are_noticed():
 
 def run_point(job, argv, change=lambda: None):
     """The script's own measurement on this rank: its checks, and its point."""
-    sys.path.insert(0, str(CODE))
-    import slow_link_scaling
-
     change()
     args = slow_link_scaling.parse_args(argv)
     with script.run(args) as run:
@@ -53,14 +43,11 @@ def run_point(job, argv, change=lambda: None):
 
 
 def without_all_reduce():
-    import _slow_link_training
-
-    _slow_link_training.dist.all_reduce = lambda tensor, *args: tensor
+    dist.all_reduce = lambda tensor, *args: tensor
 
 
 def test_the_curve_by_hand():
-    from _slow_link_report import row_of
-
+    row_of = slow_link_scaling.row_of
     one = {"rate": None, "nodes": 1, "compute": 0.1, "predicted_all_reduce": None, "step": 0.1}
     two = {"rate": "1gbit", "nodes": 2, "compute": 0.1, "predicted_all_reduce": 0.15, "step": 0.2}
     assert row_of(one)[0] == "none"
@@ -80,15 +67,11 @@ def test_the_curve_by_hand():
     ],
 )
 def test_a_wrong_flag_is_one_line(flags, words):
-    import slow_link_scaling
-
     with pytest.raises(UsageError, match=words):
         slow_link_scaling.parse_args([*SMOKE, *flags])
 
 
 def test_a_machine_without_virtual_clusters_skips(monkeypatch):
-    import slow_link_scaling
-
     monkeypatch.delenv("RANK", raising=False)
     monkeypatch.setattr(slow_link_scaling, "unavailable", lambda: "no namespaces here")
     with pytest.raises(script.Skipped, match="no namespaces here"):
