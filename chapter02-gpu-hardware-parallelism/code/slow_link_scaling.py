@@ -9,7 +9,8 @@ compute shrinks by K, the all-reduce does not, so the same link hurts K times as
 The prediction knows the link's rate, what the hosts add to 4 bytes, and how long one node computes;
 never the time of a step with communication. The nodes are namespaces of this machine. Four of them
 on two cores would compute at half speed, which real nodes do not; so each computes its gradient
-before the clock starts, and in its place sleeps as long as one node, alone, has computed.
+before the clock starts, and in its place sleeps as long as one node, alone, has computed (which
+the variable SLOW_LINK_COMPUTE_S tells it, in seconds).
 
 Run:
     python chapter02-gpu-hardware-parallelism/code/slow_link_scaling.py --figures build/figures
@@ -46,6 +47,7 @@ PRESETS = {
     "gpu": {"model": "laptop", "batch_size": 4, "seq_len": 64, "steps": 3,
             "rates": ["1gbit", "300mbit", "100mbit"], "nodes": [1, 2, 4], "tolerance": 0.15},
 }  # fmt: skip
+COMPUTE = "SLOW_LINK_COMPUTE_S"  # set for the nodes: so long a rank sleeps instead of computing
 FOR_THE_NODES = (
     "preset", "model", "hidden_size", "layers", "heads", "kv_heads", "vocab_size", "batch_size",
     "seq_len", "steps", "seed", "timeout",
@@ -78,7 +80,6 @@ def parse_args(argv: list[str] | None) -> Namespace:
     add("--steps", type=script.positive_int, help="timed steps, after one that is not")
     add("--tolerance", type=script.fraction, help="of the check of the predicted steps, relative")
     add("--link-rate", metavar="RATE", help="with torchrun: every rank's link, 25gbit")
-    add("--compute", type=script.positive_float, metavar="S", help="sleep so long instead, seconds")
     cluster = parser.add_argument_group("the virtual clusters")
     cluster.add_argument("--rates", nargs="+", metavar="RATE")
     cluster.add_argument("--nodes", nargs="+", type=script.positive_int, metavar="K")
@@ -103,7 +104,8 @@ def measure_point(run: Run, args: Namespace, job: Runtime) -> None:
     """One point of the curve: the ranks of this job, whatever link they have."""
     run.print(f"job: {job.world_size} rank(s), {job.backend} on {job.device.type}")
     link = known_link(args, message_latency(job))
-    measured = measure_steps(run, args, job, Replica(model_from_args(args, job.device)))
+    asleep = float(os.environ[COMPUTE]) if COMPUTE in os.environ else None
+    measured = measure_steps(run, args, job, Replica(model_from_args(args, job.device)), asleep)
     report_point(run, job, measured, link)
 
 
@@ -115,7 +117,7 @@ def compare_links(run: Run, args: Namespace) -> None:
     for nodes, rate in run.progress([(1, None), *several], "clusters"):
         flags = node_flags(args, rate)
         if points:
-            flags += ["--compute", str(points[0]["step"])]  # one node's step is all compute
+            os.environ[COMPUTE] = str(points[0]["step"])  # one node's step is all compute
         with VirtualCluster(nodes, rate) as cluster:
             record = record_of(cluster, Path(__file__), flags, 3 * args.timeout)
         points.append({"rate": rate, **record["point"]})
@@ -132,7 +134,9 @@ def node_flags(args: Namespace, rate: str | None) -> list[str]:
 def report_point(run: Run, job: Runtime, measured: Measured, link: Link | None) -> None:
     """One number of nodes on one link: the step, predicted where the link is known."""
     run.metric("gradient", measured.gradient_bytes, "B")
-    run.metric("compute", measured.compute, "s", "all ranks at once, or as --compute says")
+    run.metric(
+        "compute", measured.compute, "s", "all ranks at once, or as the node was told to sleep"
+    )
     run.metric("all_reduce", measured.all_reduce, "s", "within the step")
     efficiency = 100 * measured.compute / measured.step
     run.metric("efficiency", efficiency, "%", "compute / step")

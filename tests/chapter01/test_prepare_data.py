@@ -71,7 +71,12 @@ def test_out_keeps_the_shards_and_finds_them_again(run, tmp_path, capsys):
 def test_ctrl_c_ends_the_workers_too():
     command = [sys.executable, str(SCRIPT), *SMOKE, "--workers", "3"]
     process = subprocess.Popen(
-        [*command, "--corpus-mb", "1"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        [*command, "--corpus-mb", "1"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        # a suite that runs in the background of a shell has it ignored, and would hand that down
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     while not (workers := tokenizing(process)):
         assert process.poll() is None

@@ -226,8 +226,12 @@ class Replica:
             parameter.sub_(learning_rate * piece.view_as(parameter))
 
 
-def measure_steps(run: Run, args: Namespace, job: Runtime, replica: Replica) -> Measured:
+def measure_steps(
+    run: Run, args: Namespace, job: Runtime, replica: Replica, asleep: float | None = None
+) -> Measured:
     """Train `args.steps` steps after one that is not timed; each beside its compute alone.
+
+    With `asleep` seconds given, every rank sleeps so long where it would compute.
 
     What is compared runs in turns, so that a change of the machine's speed meets both.
     """
@@ -239,8 +243,8 @@ def measure_steps(run: Run, args: Namespace, job: Runtime, replica: Replica) -> 
             vocabulary, (args.batch_size, args.seq_len + 1), generator=generator
         ).to(job.device)
         batch = tokens[:, :-1], tokens[:, 1:]
-        if args.compute:
-            seconds.append(step_beside_sleep(replica, batch, job, args.compute))
+        if asleep is not None:
+            seconds.append(step_beside_sleep(replica, batch, job, asleep))
         else:
             seconds.append(timed_step(replica, batch, job))
     run.check_equal("all ranks hold the same weights, bit for bit", distinct(replica.parameters), 1)
