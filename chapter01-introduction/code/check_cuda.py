@@ -185,7 +185,7 @@ def gloo_sum(store: dist.Store, rank: int) -> torch.Tensor:
     limit = timedelta(seconds=COMMAND_LIMIT_S)
     group = dist.ProcessGroupGloo(store, rank, REDUCE_RANKS, limit)
     values = torch.full((1000,), float(rank + 1))
-    group.allreduce([values]).wait()
+    group.allreduce([values]).wait()  # type: ignore[attr-defined]  # torch's stubs lack it
     return values
 
 

@@ -24,8 +24,19 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-from _estimate_advice import largest_batch, serving_changes, suggest, training_changes
-from _estimate_flags import chosen_gpu, chosen_model, parse_args, serving_plan, training_plan
+from intro.plans import (
+    Change,
+    Plan,
+    chosen_gpu,
+    chosen_model,
+    largest_batch,
+    parse_args,
+    serving_changes,
+    serving_plan,
+    suggest,
+    training_changes,
+    training_plan,
+)
 
 from distlab import predict, script
 from distlab.catalog import GpuSpec
@@ -42,7 +53,7 @@ def main(argv: list[str] | None = None) -> int:
         elif args.workload == "infer":
             estimate_serving(run, args)
         if args.verify:
-            from _estimate_verify import verify  # imports torch, which the estimates do without
+            from intro.verification import verify  # imports torch, which the estimates do without
 
             verify(run, args.verify_size)
     return run.status
@@ -181,7 +192,12 @@ def show_memory(run: Run, memory: Memory, gpu: GpuSpec, args: argparse.Namespace
 
 
 def advise(
-    run: Run, memory: Memory, limit: float, plan: Any, kinds: list[Any], memory_of: Callable
+    run: Run,
+    memory: Memory,
+    limit: float,
+    plan: Plan,
+    kinds: list[list[Change]],
+    memory_of: Callable[[Plan], Memory],
 ) -> list[dict[str, Any]]:
     """Say whether it fits and, if not, which flags make it fit; the same for the record."""
     if memory.needed <= limit:

@@ -19,7 +19,7 @@ from argparse import Namespace
 from functools import reduce
 
 import numpy as np
-from _character_network import EVERYBODY, OWN, Arrays, Examples, Text, loss_and_gradients
+from intro.character_network import EVERYBODY, OWN, Arrays, Examples, Text, loss_and_gradients
 
 from distlab import script
 from distlab.script import Run

@@ -19,22 +19,21 @@ whose parts sum to the step's time. With more ranks than cores, contention takes
 """
 
 import copy
-import hashlib
 import time
 from argparse import Namespace
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import numpy as np
 import torch
 import torch.distributed as dist
-from _ddp_report import WARMUP_STEPS, WAYS, report_all_reduce, report_losses, report_times
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel as DDP
 
-from distlab import data, hardware, runtime, script
+from distlab import data, hardware, measure, predict, runtime, script
 from distlab.errors import UsageError
 from distlab.model import add_model_flags, config_from_args, model_from_args, num_parameters
+from distlab.ranks import distinct, gathered
 from distlab.run import Run
 from distlab.runtime import Runtime
 
@@ -44,6 +43,8 @@ PRESETS = {
     "gpu": {"model": "gpu", "corpus_mb": 12.0, "seq_len": 1024, "batch_size": 32, "steps": 20},
 }
 TOLERANCE = 1e-5  # float32: the sums over the batch are the same, their order is not
+WARMUP_STEPS = 2  # DDP arranges its buckets in the second step
+WAYS = ["whole batch, alone", "share, alone", "shares, no sync", "real step", "data"]
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -77,9 +78,11 @@ def compare_with_one_process(run: Run, args: Namespace, job: Runtime) -> None:
     torch.manual_seed(args.seed + job.rank)
     if not job.is_main:
         model.reset_parameters()
-    run.check_equal("the ranks begin with different weights", distinct(model), job.world_size)
+    run.check_equal(
+        "the ranks begin with different weights", distinct(model.parameters()), job.world_size
+    )
     replica = DDP(model)
-    run.check_equal("DDP gives all of them rank 0's", distinct(model), 1)
+    run.check_equal("DDP gives all of them rank 0's", distinct(model.parameters()), 1)
 
     losses, times = train(run, args, job, tokens, twin, replica)
 
@@ -91,7 +94,9 @@ def compare_with_one_process(run: Run, args: Namespace, job: Runtime) -> None:
             dict(twin.named_parameters()),
             TOLERANCE,
         )
-    run.check_equal("all ranks end with the same weights, bit for bit", distinct(model), 1)
+    run.check_equal(
+        "all ranks end with the same weights, bit for bit", distinct(model.parameters()), 1
+    )
     report_losses(run, losses)
     report_times(run, args, job, times)
     if job.world_size > 1:
@@ -106,16 +111,6 @@ def say_how_crowded(run: Run, job: Runtime) -> None:
         f"job: {job.world_size} rank(s) of {threads} thread(s), {job.backend} on "
         f"{job.device.type}, {cores} core(s){crowded if job.device.type == 'cpu' else ''}"
     )
-
-
-def distinct(model: nn.Module) -> int:
-    """How many different models the ranks hold, compared bit for bit."""
-    own = hashlib.sha256()
-    for parameter in model.parameters():
-        own.update(parameter.detach().cpu().numpy().tobytes())
-    digests: list[str | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(digests, own.hexdigest())
-    return len(set(digests))
 
 
 class Trainee:
@@ -144,7 +139,8 @@ def train(
     """Train the twin and the replicas; losses [steps, 2] and seconds [ranks, steps, WAYS]."""
     alone = Trainee(twin, args.learning_rate) if twin is not None else None
     together = Trainee(ddp, args.learning_rate)
-    spare = Trainee(DDP(copy.deepcopy(ddp.module)), args.learning_rate)  # timed without sync only
+    apart = DDP(copy.deepcopy(ddp.module))  # timed without sync only
+    spare = Trainee(apart, args.learning_rate)
     whole = data.Loader(tokens, args.seq_len, args.batch_size, device=job.device)
     share = data.Loader(
         tokens, args.seq_len, args.batch_size, job.rank, job.world_size, device=job.device
@@ -157,10 +153,10 @@ def train(
         if alone is not None:
             with clock(step, "whole batch, alone"):
                 losses[step, 0] = alone.step(*batch)
-            with clock(step, "share, alone"), spare.model.no_sync():
+            with clock(step, "share, alone"), apart.no_sync():
                 spare.step(*own)
         job.barrier()
-        with clock(step, "shares, no sync"), spare.model.no_sync():
+        with clock(step, "shares, no sync"), apart.no_sync():
             spare.step(*own)
         job.barrier()
         with clock(step, "real step"):
@@ -177,7 +173,7 @@ class Clock:
 
     def __init__(self, job: Runtime, steps: int) -> None:
         self.job = job
-        self.seconds = torch.zeros(steps, len(WAYS), dtype=torch.float64)
+        self.seconds = np.zeros((steps, len(WAYS)))
 
     @contextmanager
     def __call__(self, step: int, way: str) -> Iterator[None]:
@@ -189,10 +185,80 @@ class Clock:
 
     def of_all_ranks(self) -> np.ndarray:
         """Seconds [ranks, steps, WAYS], on every rank."""
-        own = self.seconds.to(self.job.device)
-        gathered = [torch.empty_like(own) for _ in range(self.job.world_size)]
-        dist.all_gather(gathered, own)
-        return torch.stack(gathered).cpu().numpy()
+        return np.array(gathered(self.seconds.tolist()))
+
+
+def report_losses(run: Run, losses: np.ndarray) -> None:
+    steps = list(range(len(losses)))
+    run.metric("final_loss", float(losses[-1, 1]), "nats", f"after {len(losses)} steps")
+    run.figure(
+        "losses", kind="line", title="DDP and one process at the same global batch",
+        x_label="step", y_label="loss (nats)",
+        series=[
+            {"label": "one process", "x": steps, "y": losses[:, 0].tolist()},
+            {"label": "DDP", "x": steps, "y": losses[:, 1].tolist()},
+        ],
+    )  # fmt: skip
+
+
+def report_times(run: Run, args: Namespace, job: Runtime, times: np.ndarray) -> None:
+    """Split the real step's time into an even share of the compute, and what came on top of it."""
+    steady = times[:, WARMUP_STEPS:]
+
+    def median(way: str, over_ranks: Callable[..., np.ndarray] = np.max) -> float:
+        return float(np.median(over_ranks(steady[:, :, WAYS.index(way)], axis=0)))
+
+    alone, step = median("whole batch, alone"), median("real step")
+    even, share_alone, fetched = alone / job.world_size, median("share, alone"), median("data")
+    mean_share, slowest_share = median("shares, no sync", np.mean), median("shares, no sync")
+    parts = {
+        "compute: 1/K of one process's": even,
+        "a smaller batch is less efficient": share_alone - even,
+        "contention for cores and memory": mean_share - share_alone,
+        "waiting for the slowest rank": slowest_share - mean_share,
+        "all-reduce that backward does not hide": step - fetched - slowest_share,
+        "data": fetched,
+    }
+    rows = [[name, 1e3 * seconds, 100 * seconds / step] for name, seconds in parts.items()]
+    rows.append(["the step", 1e3 * step, 100.0])
+    run.table(
+        "step", ["part", "ms", "% of the step"], rows,
+        caption=f"K = {job.world_size}; medians of {steady.shape[1]} steps; they sum to the step",
+    )  # fmt: skip
+    run.figure(
+        "parts", kind="bar", title="Where the step's time goes", x_label="", y_label="ms",
+        series=[{"label": "ms", "x": list(parts), "y": [1e3 * s for s in parts.values()]}],
+    )  # fmt: skip
+    tokens = args.batch_size * args.seq_len
+    run.metric("one_process", tokens / alone, "tok/s", "the twin, with a rank's threads")
+    run.metric("tokens_per_second", tokens / step, "tok/s", "all ranks together")
+    run.metric("scaling_efficiency", 100 * even / step, "%", "1/K of one process's time / the step")
+
+
+def report_all_reduce(run: Run, job: Runtime, parameters: int) -> None:
+    """Predict the all-reduce's time from shorter ones, and measure it.
+
+    In a ring each rank sends 2·(K-1)/K of the gradient's 4·P bytes (Patarasuk and Yuan 2009), so
+    time = latency + bytes / bandwidth; one of K numbers shows the latency.
+    """
+    sent = predict.BUS_FACTORS["all_reduce"](job.world_size) * 4 * parameters
+    run.metric("all_reduce_bytes", sent, "B", "sent by each rank in a step")
+    gradient = torch.zeros(parameters, device=job.device)
+    few, quarter = gradient[: job.world_size], gradient[: parameters // 4]
+    timings = measure.compare(
+        {
+            "few": lambda: dist.all_reduce(few),
+            "quarter": lambda: dist.all_reduce(quarter),
+            "all": lambda: dist.all_reduce(gradient),
+        },
+        repeats=20,
+        device=job.device,
+    )
+    latency, seconds = timings["few"].median, timings["quarter"].median
+    run.metric("all_reduce_latency", latency, "s", f"an all-reduce of {job.world_size} numbers")
+    run.metric("bus_bandwidth", sent / 4 / seconds, "B/s", "of a quarter of the gradient")
+    predicted = latency + 4 * max(0.0, seconds - latency)
+    run.compare("all-reduce alone", predicted, timings["all"].median, "s")
 
 
 if __name__ == "__main__":

@@ -153,7 +153,10 @@ def read_back(run: Run, folder: Path, documents: Sequence[str], text_bytes: int)
     count = tokens.verify()
     run.print(f"{count} shards read back: every SHA-256 is the index's")
     texts = [
-        "".join(tokens.tokenizer.decode(shard, skip_special_tokens=False) for shard in split.shards)
+        "".join(
+            tokens.tokenizer.decode(shard.tolist(), skip_special_tokens=False)
+            for shard in split.shards
+        )
         for split in (tokens, tokens.validation)
     ]
     expected = ["".join(d + data.END_OF_TEXT for d in s) for s in data.split_documents(documents)]

@@ -30,9 +30,17 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from _anatomy import Operator, StepAnatomy, call_seconds, least_seconds
-from _trainer import PHASES, Trainer
-from _verdict import BOUND, Evidence, bottleneck, read_profile
+from intro.trainer import PHASES, Trainer
+from intro.verdict import (
+    BOUND,
+    Evidence,
+    Operator,
+    StepAnatomy,
+    bottleneck,
+    call_seconds,
+    least_seconds,
+    read_profile,
+)
 from torch.profiler import ProfilerActivity, profile
 
 from distlab import data, files, hardware, measure, predict, runtime, script

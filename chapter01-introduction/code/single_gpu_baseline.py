@@ -23,9 +23,8 @@ from argparse import Namespace
 from collections.abc import Callable, Iterator
 
 import torch
-from _baseline_report import (
+from intro.baseline import (
     WARMUP_STEPS,
-    StepClock,
     Training,
     activation_peak,
     report_loss,
@@ -33,6 +32,7 @@ from _baseline_report import (
     report_speed,
     show_sample,
 )
+from intro.trainer import StepClock
 from torch import Tensor
 
 from distlab import data, hardware, measure, runtime, script
@@ -204,19 +204,21 @@ def compare_variants(
     batches = data.Loader(tokens, args.seq_len, args.batch_size, seed=args.seed, device=job.device)
     batch = next(batches)
     ways = ["eager", "compiled"] if args.compile else ["eager"]
-    variants = [(way, dtype) for way in ways for dtype in ("float32", "bfloat16")]
-    steps, losses = {}, {}
-    for way, dtype in run.progress(variants, "preparing"):
+    variants = {f"{way} {dtype}": (way, dtype) for way in ways for dtype in ("float32", "bfloat16")}
+    steps: dict[str, Callable[[], Tensor]] = {}
+    losses: dict[str, float] = {}
+    for name, (way, dtype) in run.progress(variants.items(), "preparing"):
         twin = copy.deepcopy(model)
         step = make_step(twin, new_optimizer(args, twin), dtype, way == "compiled")
-        losses[way, dtype] = step(*batch).item()  # the first step compiles
-        steps[way, dtype] = functools.partial(step, *batch)
+        losses[name] = step(*batch).item()  # the first step compiles
+        steps[name] = functools.partial(step, *batch)
     timings = measure.compare(steps, warmup=2, repeats=args.repeats, device=job.device)
-    baseline = timings[variants[0]].median
+    first = next(iter(variants))
+    baseline = timings[first].median
     rows = [
-        [f"{way} {dtype}", 1e3 * taken.median, 1e3 * taken.q1, 1e3 * taken.q3,
-         batch[0].numel() / taken.median, baseline / taken.median, losses[way, dtype]]
-        for (way, dtype), taken in timings.items()
+        [name, 1e3 * taken.median, 1e3 * taken.q1, 1e3 * taken.q3,
+         batch[0].numel() / taken.median, baseline / taken.median, losses[name]]
+        for name, taken in timings.items()
     ]  # fmt: skip
     run.table(
         "variants",
@@ -226,7 +228,7 @@ def compare_variants(
     )
     run.check_close(
         "every variant computes the same loss",
-        list(losses.values()), [losses[variants[0]]] * len(variants), tolerance=0.02,
+        list(losses.values()), [losses[first]] * len(variants), tolerance=0.02,
     )  # fmt: skip
 
 

@@ -25,19 +25,18 @@ from dataclasses import replace
 
 import torch
 import torch.distributed as dist
-from _microbench_collectives import COLLECTIVES, EXACT, make_case
-from _microbench_interrupt import Interrupt
-from _microbench_model import Link
-from _microbench_report import Row, byte_size, report
+from parallelism.links import Link
+from parallelism.microbench import COLLECTIVES, EXACT, Interrupt, Row, byte_size, make_case, report
 
 from distlab import measure, runtime, script
 from distlab.cluster.links import parse_delay, parse_rate
 from distlab.errors import UsageError
+from distlab.ranks import slowest
 from distlab.run import Run
 from distlab.runtime import Runtime
 
 PRESETS = {
-    "smoke": {"max_bytes": 2**16, "factor": 8, "repeats": 5, "seconds": 0.1, "tolerance": 1.0},
+    "smoke": {"max_bytes": 2**16, "factor": 8, "repeats": 5, "seconds": 0.1},
     "laptop": {"max_bytes": 2**26, "factor": 4, "repeats": 20, "seconds": 0.5, "tolerance": 0.1},
     "gpu": {"max_bytes": 2**30, "factor": 2, "repeats": 20, "seconds": 0.5, "tolerance": 0.1},
 }
@@ -150,22 +149,15 @@ def measure_one(collective: str, size: int, args: Namespace, job: Runtime) -> Ro
     case = make_case(collective, size, args.dtype, job)
     wrong = case.wrong()
     case.output.zero_()  # an in-place sum of sums would grow out of the dtype
-    once = slowest(measure.measure(case.call, warmup=0, repeats=3, device=job.device), job)
+    once = slowest(measure.measure(case.call, warmup=0, repeats=3, device=job.device))
     fitting = int(args.seconds / max(once.median, 1e-9))
     timing = once
     if fitting > MIN_REPEATS:
         more = measure.measure(case.call, 0, min(fitting, args.repeats), job.device)
-        timing = slowest(more, job)
+        timing = slowest(more)
     wrongs = torch.tensor(wrong, device=job.device)
     dist.all_reduce(wrongs)
     return Row(collective, case.size, case.count, args.dtype, timing, int(wrongs))
-
-
-def slowest(timing: measure.Timing, job: Runtime) -> measure.Timing:
-    """Of every call, the slowest rank's seconds; the same on every rank."""
-    samples = torch.tensor(timing.samples, dtype=torch.float64, device=job.device)
-    dist.all_reduce(samples, dist.ReduceOp.MAX)
-    return measure.Timing(tuple(samples.tolist()))
 
 
 if __name__ == "__main__":

@@ -20,23 +20,23 @@ whatever their size; and every copy arrives as it was sent.
 from argparse import Namespace
 
 import torch
-from _bandwidth_copies import (
-    Transfers,
-    fit_line,
-    host_routes,
-    peer_routes,
-    transfer,
-)
-from _bandwidth_report import (
+from parallelism.bandwidth import (
+    STREAMS,
     Result,
+    Transfers,
     compare_with_specification,
     draw_peers,
     draw_sweep,
     draw_transfers,
+    fit_line,
+    host_routes,
     level_of,
+    peer_routes,
+    stream,
+    sweep,
+    transfer,
     working_sets,
 )
-from _bandwidth_stream import STREAMS, stream, sweep
 
 from distlab import hardware, host, script
 from distlab.display import quantity
@@ -157,10 +157,11 @@ def measure_caches(run: Run, args: Namespace) -> None:
     run.check_true(
         "every sum of the sweep is exact", all(p.exact for p in points), f"{len(points)} points"
     )
-    alone = [p.fastest for p in points if p.threads == 1]
-    run.check_above(
-        "one core's first cache is faster than memory", alone[0] / 1e9, alone[-1] / 1e9, "GB/s"
-    )
+    if args.preset != "smoke":  # whose times, maybe of a busy machine, judge nothing
+        alone = [p.fastest for p in points if p.threads == 1]
+        run.check_above(
+            "one core's first cache is faster than memory", alone[0] / 1e9, alone[-1] / 1e9, "GB/s"
+        )
 
 
 def measure_copies(run: Run, device: torch.device, args: Namespace) -> list[Result]:

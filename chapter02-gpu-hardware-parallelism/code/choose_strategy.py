@@ -14,19 +14,34 @@ You should see: how many plans were dropped and why, the best ones in a table, a
 which constraint decides. Where nothing fits, what is missing: that is an answer too, of status 0.
 
 Tensor-parallel ranks are adjacent GPUs; then come context, expert and data parallelism; pipeline
-stages are furthest apart. What is assumed about overlap: see _strategy_cost.py.
+stages are furthest apart. What is assumed about overlap: see parallelism/cost.py.
 """
 
+from argparse import Namespace
+from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
-from _strategy_cost import stage_flops
-from _strategy_flags import chosen_cluster, chosen_job, parse_args
-from _strategy_links import Cluster
-from _strategy_plans import Job, count_degrees, name
-from _strategy_search import Candidate, Search, best_of_each_layout, ranked, search, verdict
+from parallelism.cost import Cluster, stage_flops, step_time
+from parallelism.plans import (
+    AS_FAST,
+    Candidate,
+    Job,
+    Search,
+    best_of_each_layout,
+    chosen_cluster,
+    chosen_job,
+    count_degrees,
+    layout,
+    name,
+    parse_args,
+    ranked,
+    search,
+)
 
 from distlab import predict, script
 from distlab.display import quantity
+from distlab.predict import TrainingPlan, training_stage_memory
 from distlab.run import Run
 
 
@@ -49,7 +64,7 @@ def main(argv: list[str] | None = None) -> int:
     return run.status
 
 
-def describe(run: Run, model_name: str, job: Job, cluster: Cluster, args: Any) -> None:
+def describe(run: Run, model_name: str, job: Job, cluster: Cluster, args: Namespace) -> None:
     run.print(
         f"job: {model_name}, {quantity(predict.total_parameters(job.model), 'params')}, "
         f"{job.precision} precision, {job.optimizer}, {job.global_batch:,} sequences of "
@@ -154,6 +169,78 @@ def as_json(one: Candidate) -> dict[str, Any]:
         **{f"{part}_seconds": getattr(time, part) for part in ("compute", "bubble")},
         **{f"{kind}_seconds": getattr(time, kind) for kind in ("tp", "cp", "ep", "pp", "dp")},
     }
+
+
+def verdict(found: Search, name: Callable[[TrainingPlan], str]) -> str:
+    """The winner and what decides, in two sentences; or why there is none."""
+    limit = found.cluster.memory / 1e9
+    if not found.fitting:
+        return _no_plan(found, name)
+    winner = ranked(found.fitting)[0]
+    time = winner.time
+    compute, bubble, sending = (
+        100 * part / time.total for part in (time.compute, time.bubble, time.communication)
+    )
+    first = (
+        f"{name(winner.plan)} is first: {compute:.0f} % of its step is computing, {bubble:.0f} % "
+        f"pipeline bubble and {sending:.0f} % communication that nothing hides."
+    )
+    roomy = _leanest_alike(found, ranked(found.candidates)[0])
+    wired = _without_links(found)
+    memory_gain = 1 - roomy.time.total / time.total
+    link_gain = 1 - wired.time.total / time.total
+    if max(memory_gain, link_gain) <= AS_FAST:
+        return f"{first} Computing decides: neither more memory nor faster links would gain 2 %."
+    if memory_gain >= link_gain:
+        return (
+            f"{first} Memory decides: with more than {limit:.0f} GB to use per GPU, "
+            f"{name(roomy.plan)} would be first and {100 * memory_gain:.0f} % faster, but it "
+            f"needs {roomy.memory.needed / 1e9:.0f} GB."
+        )
+    same = name(wired.plan) == name(winner.plan)
+    other = "the same plan would be" if same else f"{name(wired.plan)} would be first and"
+    return (
+        f"{first} The links decide: were sending free, {other} {100 * link_gain:.0f} % faster"
+        f" ({limit:.0f} GB per GPU kept)."
+    )
+
+
+def _no_plan(found: Search, name: Callable[[TrainingPlan], str]) -> str:
+    limit = found.cluster.memory / 1e9
+    if not found.candidates:
+        reason, count = found.not_dividing.most_common(1)[0]
+        return f"there is no plan: no degrees divide. Most often ({count} times): {reason}."
+    least = found.leanest
+    return (
+        f"no plan fits: the one that needs least, {name(least.plan)}, needs "
+        f"{least.memory.needed / 1e9:.1f} GB per GPU, and {limit:.1f} GB can be used. Use more "
+        f"GPUs: {found.job.gpus} of them hold {found.job.gpus * limit:,.0f} GB together, and the "
+        f"weights, gradients and optimizer alone take {_state_once(found) / 1e9:,.0f} GB."
+    )
+
+
+def _leanest_alike(found: Search, best: Candidate) -> Candidate:
+    """Of the plans of the same layout that are as fast, the one that needs least memory."""
+    limit = best.time.total * (1 + AS_FAST)
+    alike = [
+        one for one in found.candidates if layout(one) == layout(best) and one.time.total <= limit
+    ]
+    return min(alike, key=lambda one: one.memory.needed)
+
+
+def _without_links(found: Search) -> Candidate:
+    """The first plan of those that fit, were sending free."""
+    free = replace(found.cluster, inner=(0.0, 0.0), outer=(0.0, 0.0))
+    model = found.job.model
+    return ranked(replace(one, time=step_time(model, one.plan, free)) for one in found.fitting)[0]
+
+
+def _state_once(found: Search) -> float:
+    """Bytes of the model's state, each parameter's once."""
+    job = found.job
+    plan = TrainingPlan(precision=job.precision, optimizer=job.optimizer, seq_len=1)
+    memory = training_stage_memory(job.model, plan, 0)
+    return memory.weights + memory.gradients + memory.optimizer
 
 
 if __name__ == "__main__":

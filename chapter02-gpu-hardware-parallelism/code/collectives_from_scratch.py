@@ -18,14 +18,19 @@ not divide, integers bit for bit; and every rank's steps and bytes as the formul
 """
 
 from argparse import Namespace
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 
 import torch
-from _collectives_formulas import PIPELINED, SLICE_BYTES
-from _collectives_race import race
-from _collectives_report import byte_count, prove
-from _collectives_wire import Wire
+from parallelism.collectives import (
+    PIPELINED,
+    Wire,
+    all_gather,
+    pipelined_ring_all_reduce,
+    reduce_scatter,
+    ring_all_reduce,
+)
+from parallelism.trials import byte_count, prove, race
 from torch import Tensor
 
 from distlab import runtime, script
@@ -136,67 +141,6 @@ def doubling_all_reduce(wire: Wire, tensor: Tensor) -> Tensor:
         tensor += arriving
     if has_extra:
         wire.exchange(send=(tensor, wire.rank + core))
-    return tensor
-
-
-def ring_all_reduce(wire: Wire, tensor: Tensor) -> Tensor:
-    """Reduce-scatter, then all-gather, each once around the ring."""
-    return pipelined_ring_all_reduce(wire, tensor, slice_bytes=max(1, tensor.nbytes))
-
-
-def pipelined_ring_all_reduce(wire: Wire, tensor: Tensor, slice_bytes: int = SLICE_BYTES) -> Tensor:
-    """A ring for every slice of `tensor`: while one adds, the others' messages are on their way."""
-    slices = tensor.split(max(1, slice_bytes // tensor.element_size()))
-    in_turns([ring(wire, piece.tensor_split(wire.world_size)) for piece in slices])
-    return tensor
-
-
-def ring(wire: Wire, chunks: tuple[Tensor, ...]) -> Iterator[None]:
-    yield from reduce_scatter_steps(wire, chunks)
-    yield from all_gather_steps(wire, chunks)
-
-
-def reduce_scatter_steps(wire: Wire, chunks: tuple[Tensor, ...]) -> Iterator[None]:
-    """Each chunk goes once around and takes up every rank's part; the sum of chunk r ends at r.
-
-    Yields while a message is on its way.
-    """
-    for step in range(wire.world_size - 1):
-        leaving = chunks[(wire.rank - step - 1) % wire.world_size]
-        growing = chunks[(wire.rank - step - 2) % wire.world_size]
-        arriving = torch.empty_like(growing)
-        wait = wire.start(send=(leaving, wire.right), receive=(arriving, wire.left))
-        yield
-        wait()
-        growing += arriving
-
-
-def all_gather_steps(wire: Wire, chunks: tuple[Tensor, ...]) -> Iterator[None]:
-    """Chunk r starts at rank r and goes once around; yields while a message is on its way."""
-    for step in range(wire.world_size - 1):
-        leaving = chunks[(wire.rank - step) % wire.world_size]
-        missing = chunks[(wire.rank - step - 1) % wire.world_size]
-        wait = wire.start(send=(leaving, wire.right), receive=(missing, wire.left))
-        yield
-        wait()
-
-
-def in_turns(rings: list[Iterator[None]]) -> None:
-    """Take every ring one step further, again and again, until all have ended."""
-    while rings:
-        rings = [ring for ring in rings if next(ring, "ended") is None]
-
-
-def reduce_scatter(wire: Wire, tensor: Tensor) -> Tensor:
-    """This rank's chunk of the sum; `tensor` is used up."""
-    chunks = tensor.tensor_split(wire.world_size)
-    in_turns([reduce_scatter_steps(wire, chunks)])
-    return chunks[wire.rank]
-
-
-def all_gather(wire: Wire, tensor: Tensor) -> Tensor:
-    """Chunk r of `tensor` is rank r's; the others are filled in."""
-    in_turns([all_gather_steps(wire, tensor.tensor_split(wire.world_size))])
     return tensor
 
 

@@ -19,12 +19,15 @@ You should see: every gradient equal to one process's, and a busiest rank with t
 
 from argparse import Namespace
 from collections.abc import Iterator
+from functools import partial
+from typing import Any
 
 import torch
-from _parallel import check_equal, one_process, parser
-from _parallel_context import check_context, chunks_of_rank, report_blocks, report_bytes, step
-from _parallel_ulysses import Ulysses
-from _traffic import Traffic
+import torch.nn.functional as F
+from parallelism.context import check_context, chunks_of_rank, report_blocks, report_bytes, step
+from parallelism.problem import check_equal, one_process, parser
+from parallelism.tensor import Conjugate
+from parallelism.traffic import Traffic
 from torch import Tensor
 from torch.autograd import Function
 
@@ -105,7 +108,7 @@ class RingAttention(Function):
     """q [batch, kv_heads, heads / kv_heads, seq/K, head_dim], k and v [batch, kv_heads, 1, …]."""
 
     @staticmethod
-    def forward(ctx, q: Tensor, k: Tensor, v: Tensor, ring: Ring) -> Tensor:
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, ring: Ring) -> Tensor:
         peak = q.new_full((*q.shape[:-1], 1), -torch.inf)
         total, out = torch.zeros_like(peak), torch.zeros_like(q)
         for owner, (k_here, v_here) in ring.travel(torch.stack([k, v])):
@@ -123,7 +126,7 @@ class RingAttention(Function):
         return out
 
     @staticmethod
-    def backward(ctx, d_out: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, out, log_total = ctx.saved_tensors
         d_q, travelling = torch.zeros_like(q), torch.stack([k, v]).zero_()
         mean = (d_out * out).sum(-1, keepdim=True)  # of d_out · v, by the attention weights
@@ -144,6 +147,29 @@ class RingAttention(Function):
 def attention_scores(q: Tensor, k: Tensor, diagonal: bool) -> Tensor:
     scores = q @ k.mT / q.shape[-1] ** 0.5
     return scores + torch.full_like(scores[0, 0, 0], -torch.inf).triu(1) if diagonal else scores
+
+
+class Ulysses:
+    """Attention over the ranks' tokens [batch, heads, seq/K, head_dim], which stand in order."""
+
+    zigzag = False
+
+    def __init__(self) -> None:
+        self.traffic = Traffic()
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        q, k, v = (self.exchange(x, split=1, join=2) for x in (q, k, v))  # [.., heads/K, seq, ..]
+        gqa = q.shape[1] != k.shape[1]
+        out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=gqa)
+        return self.exchange(out, split=2, join=1)
+
+    def exchange(self, x: Tensor, split: int, join: int) -> Tensor:
+        """Split dimension `split` over the ranks, and have all of `join`; backward the reverse."""
+        return Conjugate.apply(x, partial(self.swap, split, join), partial(self.swap, join, split))
+
+    def swap(self, split: int, join: int, x: Tensor) -> Tensor:
+        parts = torch.stack(x.chunk(self.traffic.world_size, split))  # one for each rank
+        return torch.cat(self.traffic.all_to_all(parts).unbind(), join)
 
 
 if __name__ == "__main__":

@@ -17,19 +17,28 @@ You should see: loss and gradients equal to one process's, the same bytes both w
 times the messages as the model has tensors. The tied embedding is one of them, not two.
 """
 
-import hashlib
 from argparse import Namespace
 from collections.abc import Callable
+from functools import partial
 
 import torch
-import torch.distributed as dist
-from _parallel import FLOAT, Problem, check_equal, check_shares, one_process, parser
-from _traffic import Traffic
+from parallelism.problem import (
+    FLOAT,
+    Problem,
+    begin_differently,
+    check_equal,
+    check_shares,
+    mean_loss,
+    one_process,
+    parser,
+)
+from parallelism.traffic import Traffic
 from torch import Tensor, nn
 
 from distlab import measure, predict, runtime, script
 from distlab.launch import detect_launch
 from distlab.model import Llama, num_parameters
+from distlab.ranks import distinct
 from distlab.run import Run
 from distlab.runtime import Runtime
 
@@ -52,10 +61,12 @@ def compare_with_one_process(run: Run, args: Namespace, job: Runtime) -> None:
     problem = one_process(run, args, job)
     model = problem.new_model()
     begin_differently(model, args.seed, job.rank)
-    run.check_equal("the ranks begin with different weights", distinct(model), job.world_size)
+    run.check_equal(
+        "the ranks begin with different weights", distinct(model.parameters()), job.world_size
+    )
     traffic = Traffic()
     broadcast_parameters(model, traffic)
-    run.check_equal("the broadcast gives all of them rank 0's", distinct(model), 1)
+    run.check_equal("the broadcast gives all of them rank 0's", distinct(model.parameters()), 1)
     predicted = FLOAT * num_parameters(model.config) * (job.world_size > 1)
     run.compare("broadcast: bytes", predicted, traffic.total, "B")
 
@@ -69,17 +80,10 @@ def compare_with_one_process(run: Run, args: Namespace, job: Runtime) -> None:
         report_traffic(run, name, model, traffic, all_reduces[name])
     own = list(gradients.values())
     timings = measure.compare(
-        {name: lambda way=way: way(own, traffic) for name, way in ways.items()}, device=job.device
+        {name: partial(way, own, traffic) for name, way in ways.items()}, device=job.device
     )
     for name, timing in timings.items():
         run.metric(f"{name}: time", timing.median, "s", "median of the all-reduces of a step")
-
-
-def begin_differently(model: Llama, seed: int, rank: int) -> None:
-    """New weights of the rank's own, but for rank 0."""
-    if rank > 0:
-        torch.manual_seed(seed + rank)
-        model.reset_parameters()
 
 
 def broadcast_parameters(model: nn.Module, traffic: Traffic) -> None:
@@ -115,13 +119,6 @@ def average_flat(gradients: list[Tensor], traffic: Traffic) -> None:
         gradient.copy_(mean.view_as(gradient))
 
 
-def mean_loss(loss: Tensor) -> Tensor:
-    """The mean of the ranks' losses, which have equal shares of the batch."""
-    mean = loss.detach().clone()
-    dist.all_reduce(mean)
-    return mean / dist.get_world_size()
-
-
 def report_traffic(run: Run, name: str, model: Llama, traffic: Traffic, all_reduces: int) -> None:
     workers = traffic.world_size
     gradient_bytes = FLOAT * num_parameters(model.config)  # by the formula, not from the tensors
@@ -129,16 +126,6 @@ def report_traffic(run: Run, name: str, model: Llama, traffic: Traffic, all_redu
     run.compare(f"{name}: bytes", predicted, traffic.total, "B")
     ring = 2 * (workers - 1)  # messages of one all-reduce
     run.compare(f"{name}: messages", ring * all_reduces, ring * traffic.total_calls)
-
-
-def distinct(model: nn.Module) -> int:
-    """How many different models the ranks hold, compared bit for bit."""
-    own = hashlib.sha256()
-    for parameter in model.parameters():
-        own.update(parameter.detach().cpu().numpy().tobytes())
-    digests: list[str | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(digests, own.hexdigest())
-    return len(set(digests))
 
 
 if __name__ == "__main__":

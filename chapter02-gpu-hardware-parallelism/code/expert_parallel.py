@@ -26,18 +26,26 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from _expert_model import MixtureOfExperts, Wires, check_flags, distributed, one_process, parser
-from _expert_report import (
+from parallelism.experts import (
+    Batch,
+    MixtureOfExperts,
+    OwnExperts,
+    Wires,
+    capacity,
+    check_flags,
     compare_balance,
     compare_layer,
+    distributed,
+    layers_of,
+    one_process,
+    parser,
     report_bytes,
     report_drops,
-    report_gradients,
+    route,
 )
-from _expert_routing import capacity, route
-from _parallel import gradients_of
-from _traffic import Traffic
-from torch import Tensor, nn
+from parallelism.problem import check_share, gradient_of, gradients_of
+from parallelism.traffic import Traffic
+from torch import Tensor
 
 from distlab import runtime, script
 from distlab.model import Llama
@@ -70,16 +78,12 @@ class AllToAll(torch.autograd.Function):
         return ctx.wire.all_to_all(gradients[0], ctx.send, ctx.receive), None, None, None
 
 
-class ExpertParallel(nn.Module):
-    """A layer's router, and this rank's experts of it."""
+class ExpertParallel(OwnExperts):
+    """Its rows go to the ranks of their experts, and come back from there."""
 
     def __init__(self, whole: MixtureOfExperts, wires: Wires) -> None:
-        super().__init__()
+        super().__init__(whole)
         self.wires = wires
-        self.router, self.capacity_factor = whole.router, whole.capacity_factor
-        size = len(whole.experts) // wires.ranks
-        own = list(whole.experts.items())[wires.rank * size : (wires.rank + 1) * size]
-        self.experts = nn.ModuleDict(dict(own))
 
     def forward(self, x: Tensor) -> Tensor:
         """[batch, seq, hidden] to the same."""
@@ -87,10 +91,7 @@ class ExpertParallel(nn.Module):
         scores = self.router(tokens)
         self.routing = routing = route(scores, capacity(self.capacity_factor, *scores.shape))
         arriving = self.wires.sizes.all_to_all(routing.counts)  # [ranks · own experts]
-        send, receive = (
-            counts.view(self.wires.ranks, -1).sum(1).tolist()  # to each rank, from each rank
-            for counts in (routing.counts, arriving)
-        )
+        send, receive = self.by_rank(routing.counts), self.by_rank(arriving)
         rows = self.exchange(tokens[routing.token], send, receive)
         rows = self.apply_experts(rows, arriving.tolist())
         rows = self.exchange(rows, receive, send)
@@ -100,27 +101,19 @@ class ExpertParallel(nn.Module):
     def exchange(self, rows: Tensor, send: list[int], receive: list[int]) -> Tensor:
         return AllToAll.apply(rows, send, receive, self.wires.rows)
 
-    def apply_experts(self, rows: Tensor, counts: list[int]) -> Tensor:
-        """Each own expert's output for its rows, which stand by source rank, then by expert."""
-        pieces = list(rows.split(counts))
-        for i, expert in enumerate(self.experts.values()):
-            own = slice(i, None, len(self.experts))  # one piece from each rank
-            pieces[own] = expert(torch.cat(pieces[own])).split(counts[own])
-        return torch.cat(pieces)
 
-
-def step(model: Llama, batch: tuple[Tensor, Tensor], balance_weight: float) -> Tensor:
+def step(model: Llama, batch: Batch, balance_weight: float) -> Tensor:
     """Gradients of the mean of the ranks' losses; gives that mean."""
     model.zero_grad()
     loss = model.loss(*batch)
-    layers = [layer.mlp for layer in model.model.layers]
+    layers = layers_of(model, ExpertParallel)
     loss += balance_weight * torch.stack([layer.routing.balance for layer in layers]).sum()
     wires = layers[0].wires
     loss = loss / wires.ranks
     loss.backward()
     for name, parameter in model.named_parameters():
         if ".experts." not in name:  # an expert's came with the rows of all ranks
-            wires.dense.all_reduce(parameter.grad)
+            wires.dense.all_reduce(gradient_of(parameter))
     dist.all_reduce(mean := loss.detach().clone())
     return mean
 
@@ -129,13 +122,13 @@ def compare_with_one_process(run: Run, args: Namespace, job: Runtime) -> None:
     check_flags(args, job.world_size)
     problem = one_process(run, args, job)
     wires = Wires()
-    model = distributed(problem, ExpertParallel, wires)
+    model = distributed(problem, partial(ExpertParallel, wires=wires))
     loss = step(model, problem.share(job.rank, job.world_size), args.balance_weight)
-    report_gradients(run, "experts", loss, gradients_of(model), problem)
+    check_share(run, "experts", loss, gradients_of(model), problem, "rank")
     report_drops(run, args, model, problem)
     report_bytes(run, args, wires, problem)
     compare_layer(run, job, problem, model)
-    fresh = partial(distributed, problem, ExpertParallel, Wires())
+    fresh = partial(distributed, problem, partial(ExpertParallel, wires=Wires()))
     compare_balance(run, args, job, problem.tokens, fresh, step)
 
 

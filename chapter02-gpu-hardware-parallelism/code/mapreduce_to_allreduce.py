@@ -23,10 +23,9 @@ from zlib import crc32
 
 import numpy as np
 import torch
-from _collectives_wire import Wire
-from _mapreduce_report import report_gradients, report_words
-from _traffic import Traffic
-from collectives_from_scratch import all_gather, ring_all_reduce
+from parallelism.collectives import Wire, all_gather, ring_all_reduce
+from parallelism.traffic import Traffic
+from parallelism.trials import report_gradients, report_words
 from torch import Tensor, nn
 
 from distlab import data, runtime, script

@@ -21,14 +21,11 @@ import json
 import math
 import sys
 from dataclasses import asdict
-from pathlib import Path
 from statistics import median
 from typing import Any
 
-from _strategy_cost import StepTime, step_time
-from _strategy_links import Cluster
-from _strategy_plans import name
-from _strategy_search import Candidate, ranked
+from parallelism.cost import Cluster, StepTime, step_time
+from parallelism.plans import Candidate, name, ranked
 
 from distlab import predict, script
 from distlab.cluster import VirtualCluster, unavailable
@@ -47,9 +44,8 @@ DEGREES = [  # tp, pp, ZeRO stage; the rest of the four ranks is data parallel
     (1, 1, 0), (1, 1, 3), (2, 1, 0), (2, 2, 0), (1, 2, 0), (1, 4, 0),
 ]  # fmt: skip
 PRESETS = {
-    "smoke": {
+    "smoke": {  # one step of milliseconds, maybe on a busy machine, proves no order
         "rates": ["1gbit"], "repeats": 1, "seq_len": 16, "device_gflops": 1.0,
-        "within": 100.0,  # one step of milliseconds, maybe on a busy machine, proves no order
     },
     "laptop": {
         "rates": ["1gbit", "100mbit", "30mbit"], "repeats": 3, "seq_len": 64,
@@ -90,7 +86,9 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--seq-len", type=script.positive_int)
     parser.add_argument("--device-gflops", type=script.positive_float, help="of a paced device")
     parser.add_argument(
-        "--within", type=script.positive_float, help="how much slower than the fastest is right"
+        "--within",
+        type=script.positive_float,
+        help="how much slower than the fastest is right; not given, as at smoke size: not judged",
     )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--timeout", type=script.positive_float, default=60.0)
@@ -123,7 +121,7 @@ def describe(run: Run, args: argparse.Namespace) -> None:
 def run_ranks(
     nodes: VirtualCluster, plans: list[TrainingPlan], args: argparse.Namespace, prove: bool
 ) -> dict[str, Any]:
-    """What rank 0 of _strategy_worker.py answers. Raises `RunError` where a rank failed."""
+    """What rank 0 of `parallelism.strategy_worker` answers; `RunError` where a rank failed."""
     task = {
         "config": asdict(CONFIG),
         "plans": [asdict(plan) for plan in plans],
@@ -135,9 +133,8 @@ def run_ranks(
         "seed": args.seed,
         "timeout_s": args.timeout,
     }
-    worker = Path(__file__).with_name("_strategy_worker.py")
     ended = nodes.run_ranks(
-        [sys.executable, str(worker), json.dumps(task)],
+        [sys.executable, "-m", "parallelism.strategy_worker", json.dumps(task)],
         ranks_per_node=PER_NODE,
         env={"OMP_NUM_THREADS": "1"},
         timeout_s=2 * args.timeout,
@@ -200,7 +197,7 @@ class AtSpeed:
         self.fastest = min(range(len(plans)), key=self.measured.__getitem__)
 
 
-def report(run: Run, speeds: list[AtSpeed], within: float) -> None:
+def report(run: Run, speeds: list[AtSpeed], within: float | None) -> None:
     """All predictions and measurements, and whether the plans predicted first were good choices."""
     rows = [
         [at.link, *row(plan, time, seconds)]
@@ -218,6 +215,8 @@ def report(run: Run, speeds: list[AtSpeed], within: float) -> None:
     for at in speeds:
         predicted, measured = at.times[at.first].total, at.measured[at.first]
         run.compare(f"at {at.link} a step of the plan predicted first", predicted, measured, "s")
+    if within is None:
+        return
     for at in speeds:
         run.check_below(
             f"at {at.link} the plan predicted first, relative to the fastest",

@@ -9,7 +9,8 @@ compute shrinks by K, the all-reduce does not, so the same link hurts K times as
 The prediction knows the link's rate, what the hosts add to 4 bytes, and how long one node computes;
 never the time of a step with communication. The nodes are namespaces of this machine. Four of them
 on two cores would compute at half speed, which real nodes do not; so each computes its gradient
-before the clock starts, and in its place sleeps as long as one node, alone, has computed.
+before the clock starts, and in its place sleeps as long as one node, alone, has computed (which
+the variable SLOW_LINK_COMPUTE_S tells it, in seconds).
 
 Run:
     python chapter02-gpu-hardware-parallelism/code/slow_link_scaling.py --figures build/figures
@@ -24,12 +25,11 @@ tenth of the rate the all-reduce takes ten times as long; the predicted curves l
 
 import os
 from argparse import Namespace
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from _microbench_model import Link
-from _slow_link_report import report_point, report_scaling
-from _slow_link_training import Replica, measure_steps, message_latency
+from parallelism.links import Link, Measured, Replica, measure_steps, message_latency
 
 from distlab import runtime, script
 from distlab.cluster import VirtualCluster, flags_for_nodes, record_of, unavailable
@@ -41,12 +41,13 @@ from distlab.runtime import Runtime
 
 PRESETS = {
     "smoke": {"model": "smoke", "batch_size": 4, "seq_len": 64, "steps": 3,
-              "rates": ["100mbit"], "nodes": [1, 2], "tolerance": 1.0},
+              "rates": ["100mbit"], "nodes": [1, 2]},
     "laptop": {"model": "laptop", "batch_size": 4, "seq_len": 64, "steps": 3,
                "rates": ["1gbit", "300mbit", "100mbit"], "nodes": [1, 2, 4], "tolerance": 0.15},
     "gpu": {"model": "laptop", "batch_size": 4, "seq_len": 64, "steps": 3,
             "rates": ["1gbit", "300mbit", "100mbit"], "nodes": [1, 2, 4], "tolerance": 0.15},
 }  # fmt: skip
+COMPUTE = "SLOW_LINK_COMPUTE_S"  # set for the nodes: so long a rank sleeps instead of computing
 FOR_THE_NODES = (
     "preset", "model", "hidden_size", "layers", "heads", "kv_heads", "vocab_size", "batch_size",
     "seq_len", "steps", "seed", "timeout",
@@ -79,7 +80,6 @@ def parse_args(argv: list[str] | None) -> Namespace:
     add("--steps", type=script.positive_int, help="timed steps, after one that is not")
     add("--tolerance", type=script.fraction, help="of the check of the predicted steps, relative")
     add("--link-rate", metavar="RATE", help="with torchrun: every rank's link, 25gbit")
-    add("--compute", type=script.positive_float, metavar="S", help="sleep so long instead, seconds")
     cluster = parser.add_argument_group("the virtual clusters")
     cluster.add_argument("--rates", nargs="+", metavar="RATE")
     cluster.add_argument("--nodes", nargs="+", type=script.positive_int, metavar="K")
@@ -104,7 +104,8 @@ def measure_point(run: Run, args: Namespace, job: Runtime) -> None:
     """One point of the curve: the ranks of this job, whatever link they have."""
     run.print(f"job: {job.world_size} rank(s), {job.backend} on {job.device.type}")
     link = known_link(args, message_latency(job))
-    measured = measure_steps(run, args, job, Replica(model_from_args(args, job.device)))
+    asleep = float(os.environ[COMPUTE]) if COMPUTE in os.environ else None
+    measured = measure_steps(run, args, job, Replica(model_from_args(args, job.device)), asleep)
     report_point(run, job, measured, link)
 
 
@@ -116,7 +117,7 @@ def compare_links(run: Run, args: Namespace) -> None:
     for nodes, rate in run.progress([(1, None), *several], "clusters"):
         flags = node_flags(args, rate)
         if points:
-            flags += ["--compute", str(points[0]["step"])]  # one node's step is all compute
+            os.environ[COMPUTE] = str(points[0]["step"])  # one node's step is all compute
         with VirtualCluster(nodes, rate) as cluster:
             record = record_of(cluster, Path(__file__), flags, 3 * args.timeout)
         points.append({"rate": rate, **record["point"]})
@@ -128,6 +129,68 @@ def compare_links(run: Run, args: Namespace) -> None:
 def node_flags(args: Namespace, rate: str | None) -> list[str]:
     """This script's flags on a node: those given here, its link, and gloo on its CPU."""
     return flags_for_nodes(args, FOR_THE_NODES) + (["--link-rate", rate] if rate else [])
+
+
+def report_point(run: Run, job: Runtime, measured: Measured, link: Link | None) -> None:
+    """One number of nodes on one link: the step, predicted where the link is known."""
+    run.metric("gradient", measured.gradient_bytes, "B")
+    run.metric(
+        "compute", measured.compute, "s", "all ranks at once, or as the node was told to sleep"
+    )
+    run.metric("all_reduce", measured.all_reduce, "s", "within the step")
+    efficiency = 100 * measured.compute / measured.step
+    run.metric("efficiency", efficiency, "%", "compute / step")
+    all_reduce = None
+    if link is not None:
+        all_reduce = link.seconds(
+            "all_reduce", measured.gradient_bytes, job.world_size, job.backend
+        )
+        run.compare("a step", measured.compute + all_reduce, measured.step, "s")
+    run.extra(point={**vars(measured), "nodes": job.world_size, "predicted_all_reduce": all_reduce})
+
+
+def report_scaling(run: Run, args: Namespace, points: Sequence[dict[str, Any]]) -> None:
+    """The table and the curves of `points`, of which the first is one node alone."""
+    one_step = points[0]["step"]  # nothing is sent in it, so it is all compute
+    alone, *rows = [row_of({**point, "compute": one_step}) for point in points]
+    run.table(
+        "scaling",
+        ["link", "K", "compute", "all-reduce*", "step*", "step", "error %", "efficiency* %",
+         "efficiency %", "strong* %"],
+        [alone, *rows],
+        caption=f"Weak scaling, {points[0]['gradient_bytes']:,} bytes of gradient; ms, medians of "
+        f"{args.steps} steps; * predicted; strong: one node's batch split",
+    )  # fmt: skip
+    series = []
+    for rate in args.rates:
+        own = [alone, *(row for row in rows if row[0] == rate)]
+        for label, column in (("measured", 8), ("predicted", 7)):
+            series.append(
+                {
+                    "label": f"{rate}, {label}",
+                    "x": [row[1] for row in own],
+                    "y": [row[column] for row in own],
+                }
+            )
+    run.figure(
+        "scaling", kind="line", title="Weak scaling on a slow link", x_label="nodes",
+        y_label="efficiency (%)", series=series,
+    )  # fmt: skip
+    worst = max(abs(row[6]) for row in rows)
+    if args.tolerance is not None:
+        run.check_below("the worst error of a predicted step", worst, 100 * args.tolerance, "%")
+
+
+def row_of(point: dict[str, Any]) -> list[Any]:
+    compute, nodes = point["compute"], point["nodes"]
+    all_reduce = point["predicted_all_reduce"] or 0.0  # None: one node without a link
+    predicted, step = compute + all_reduce, point["step"]
+    split = compute / nodes  # strong scaling: a K-th of the batch for each node
+    return [
+        point["rate"] or "none", nodes, 1e3 * compute, 1e3 * all_reduce, 1e3 * predicted,
+        1e3 * step, 100 * (predicted - step) / step, 100 * compute / predicted,
+        100 * compute / step, 100 * split / (split + all_reduce),
+    ]  # fmt: skip
 
 
 if __name__ == "__main__":

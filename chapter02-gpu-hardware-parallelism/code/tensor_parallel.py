@@ -23,23 +23,23 @@ You should see: loss and every gradient equal to one process's, and the same byt
 
 from argparse import Namespace
 
-import torch
-from _parallel import check_degree, check_equal, check_shares, gradients_of, one_process, parser
-from _parallel_report import parts_of, report_parameters, report_tensor_traffic
-from _parallel_vocabulary import SplitCrossEntropy, SplitEmbedding
-from _traffic import Traffic
-from torch import Tensor
-from torch.autograd import Function
+from parallelism.problem import (
+    FLOAT,
+    check_degree,
+    check_equal,
+    check_shares,
+    gradients_of,
+    one_process,
+    parser,
+)
+from parallelism.tensor import OF_THE_LOSS, TensorParallel, all_reduce_bytes, parts_of
+from parallelism.traffic import Traffic
 
-from distlab import runtime, script
+from distlab import predict, runtime, script
 from distlab.launch import detect_launch
-from distlab.model import Llama, config_from_args
+from distlab.model import config_from_args, num_parameters
 from distlab.run import Run
 from distlab.runtime import Runtime
-
-A = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")  # a part of the outputs
-B = ("o_proj", "down_proj")  # the same part of the inputs
-WORDS = ("embed_tokens", "lm_head")  # a part of the vocabulary
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -64,77 +64,32 @@ def compare_with_one_process(run: Run, args: Namespace, job: Runtime) -> None:
         loss.backward()
         split.sum_norm_gradients()
         check_equal(run, form, loss, gradients_of(split.model), problem, split.own_part)
-        report_tensor_traffic(run, form, args, job.world_size, forward, backward)
-    report_parameters(run, split.model, job.world_size)
+        report_traffic(run, form, args, forward, backward)
+    architecture = problem.model.config.architecture
+    predicted = predict.rank_parameters(architecture, tp=job.world_size)
+    run.compare("parameters of a rank", predicted, num_parameters(split.model), "params")
 
 
-class TensorParallel:
-    """A Llama of which this rank keeps its part; all ranks are given the same tokens."""
+def report_traffic(
+    run: Run, form: str, args: Namespace, forward: Traffic, backward: Traffic
+) -> None:
+    """Each of the 2·L blocks, and the vocabulary at its two ends, has an f and a g.
 
-    def __init__(self, model: Llama, traffic: Traffic, sequence_parallel: bool = False) -> None:
-        self.model, self.traffic, self.sequence_parallel = model, traffic, sequence_parallel
-        for name, parameter in model.named_parameters():
-            parameter.data = self.own_part(name, parameter.data).clone()  # a tied one stays tied
-        for layer in model.model.layers:
-            for block in (layer.self_attn, layer.mlp):
-                block.register_forward_pre_hook(lambda _, inputs: (self.f(inputs[0]), *inputs[1:]))
-                block.register_forward_hook(lambda _, inputs, output: self.g(output))
-        model.model.embed_tokens = SplitEmbedding(model.model.embed_tokens.weight, traffic.rank)
-        model.model.embed_tokens.register_forward_hook(lambda _, inputs, output: self.g(output))
-
-    def own_part(self, name: str, whole: Tensor) -> Tensor:
-        """This rank's part of the parameter `name`; torch keeps a matrix as [outputs, inputs]."""
-        module = name.removesuffix(".weight")
-        if not module.endswith(A + B + WORDS):
-            return whole
-        dim = 1 if module.endswith(B) else 0
-        return whole.chunk(self.traffic.world_size, dim)[self.traffic.rank]
-
-    def f(self, x: Tensor) -> Tensor:
-        if self.sequence_parallel:
-            return Conjugate.apply(x, self.all_gather, self.reduce_scatter)
-        return Conjugate.apply(x, nothing, self.all_reduce)
-
-    def g(self, partial: Tensor) -> Tensor:
-        if self.sequence_parallel:
-            return Conjugate.apply(partial, self.reduce_scatter, self.all_gather)
-        return Conjugate.apply(partial, self.all_reduce, nothing)
-
-    def all_reduce(self, x: Tensor) -> Tensor:
-        return self.traffic.all_reduce(x.clone(memory_format=torch.contiguous_format))
-
-    def all_gather(self, x: Tensor) -> Tensor:
-        return torch.cat(self.traffic.all_gather(x), dim=1)  # [batch, seq, hidden]
-
-    def reduce_scatter(self, x: Tensor) -> Tensor:
-        return self.traffic.reduce_scatter(list(x.chunk(self.traffic.world_size, dim=1)))
-
-    def loss(self, input_ids: Tensor, targets: Tensor) -> Tensor:
-        logits = self.model.lm_head(self.f(self.model.model(input_ids)))  # [batch, seq, V/K]
-        return SplitCrossEntropy.apply(logits.flatten(0, 1), targets.flatten(), self.traffic)
-
-    def sum_norm_gradients(self) -> None:
-        """With sequence parallelism a rank's norms have seen its own tokens only."""
-        for parameter in self.model.parameters():
-            if self.sequence_parallel and parameter.dim() == 1:
-                self.traffic.all_reduce(parameter.grad)
-
-
-class Conjugate(Function):
-    """A collective in the forward pass, and in the backward pass the one that is its derivative."""
-
-    @staticmethod
-    def forward(ctx, x, there, back):
-        ctx.back = back
-        return there(x)
-
-    @staticmethod
-    def backward(ctx, gradient):
-        return ctx.back(gradient), None, None
-
-
-def nothing(x: Tensor) -> Tensor:
-    return x
+    The two of them send an all-reduce's bytes in each direction.
+    """
+    config, workers = config_from_args(args), forward.world_size
+    pairs = 2 * config.num_hidden_layers + 1
+    activations = pairs * all_reduce_bytes(args, workers, config.hidden_size)
+    loss = OF_THE_LOSS * all_reduce_bytes(args, workers, 1)
+    if "sequence" in form:
+        norms, collectives = pairs, 2 * pairs  # a reduce-scatter and an all-gather for each pair
+    else:
+        norms, collectives = 0, pairs
+    of_norms = norms * predict.data_parallel_bytes(FLOAT * config.hidden_size, workers)
+    run.compare(f"{form}: forward, bytes", activations + loss, forward.total, "B")
+    run.compare(f"{form}: backward, bytes", activations + of_norms, backward.total, "B")
+    run.compare(f"{form}: forward, collectives", collectives + OF_THE_LOSS, forward.total_calls)
+    run.compare(f"{form}: backward, collectives", collectives + norms, backward.total_calls)
 
 
 if __name__ == "__main__":

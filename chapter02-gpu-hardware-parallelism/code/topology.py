@@ -19,11 +19,26 @@ placement; and a verdict on the tensor-parallel groups.
 from argparse import Namespace
 from pathlib import Path
 
-import _topology_placement as placement
-import _topology_sysfs as sysfs
-from _topology_matrix import MEANING, Matrix, closeness, mermaid, parse_matrix
-from _topology_report import draw_cores, draw_matrix, show_devices, show_host, verdict
-from _topology_this import cpu_ranks, this_matrix
+from parallelism import machine
+from parallelism.machine import Matrix, closeness, cpu_ranks, this_matrix
+from parallelism.topology import (
+    MEANING,
+    best_by_trying_all,
+    best_groups,
+    best_ring,
+    draw_cores,
+    draw_matrix,
+    mermaid,
+    nearest_nics,
+    parse_matrix,
+    ring_by_trying_all,
+    ring_link,
+    share_of_cores,
+    show_devices,
+    show_host,
+    verdict,
+    worst_of,
+)
 
 from distlab import files, host, script
 from distlab.script import Run, UsageError
@@ -82,7 +97,7 @@ def check_degrees(args: Namespace, matrix: Matrix) -> None:
     """Fill in the world size, and refuse one that the groups or the machines do not divide."""
     gpus = len(matrix.gpus)
     if args.world_size is None:
-        args.world_size = gpus if gpus else max(args.tp, len(sysfs.nodes()))
+        args.world_size = gpus if gpus else max(args.tp, len(machine.nodes()))
     if args.world_size % args.tp:
         raise UsageError(
             f"--tp {args.tp} does not divide {args.world_size} ranks; use a divisor of it"
@@ -112,19 +127,19 @@ def place_on_gpus(run: Run, matrix: Matrix, args: Namespace) -> None:
     """Groups for tensor parallelism; and each rank's GPU, NIC and cores."""
     size = min(args.tp, len(matrix.gpus))
     used = min(args.world_size, len(matrix.gpus))
-    groups = placement.best_groups(matrix, used // size, size)
+    groups = best_groups(matrix, used // size, size)
     order = [gpu for group in groups for gpu in group]
     rows = []
     for rank, gpu in enumerate(order):
         beside = [other for other in order if matrix.home(other) == matrix.home(gpu)]
-        nics = placement.nearest_nics(matrix, gpu)
+        nics = nearest_nics(matrix, gpu)
         cores = matrix.cores.get(gpu)
         rows.append([
             str(rank), str(rank // size), gpu,
             " ".join(matrix.devices.get(nic, nic) for nic in nics) or "none",
             matrix.link(gpu, nics[0]) if nics else "—",
             matrix.numa.get(gpu, "unknown"),
-            placement.share_of_cores(cores, len(beside), beside.index(gpu)) if cores else "unknown",
+            share_of_cores(cores, len(beside), beside.index(gpu)) if cores else "unknown",
         ])  # fmt: skip
     run.table(
         "placement",
@@ -139,20 +154,19 @@ def place_on_gpus(run: Run, matrix: Matrix, args: Namespace) -> None:
     if used == len(matrix.gpus) <= FEW:
         run.check_equal(
             "no other grouping keeps to closer links, all of them tried",
-            placement.worst_of(matrix, groups),
-            placement.best_by_trying_all(matrix, size),
+            worst_of(matrix, groups),
+            best_by_trying_all(matrix, size),
         )
-        ring = placement.best_ring(matrix, groups[0])
+        ring = best_ring(matrix, groups[0])
         run.check_equal(
             "no other ring through the first group has closer links, all of them tried",
-            placement.ring_link(matrix, ring),
-            placement.ring_by_trying_all(matrix, groups[0]),
+            ring_link(matrix, ring),
+            ring_by_trying_all(matrix, groups[0]),
         )
     run.check_true(
         "a group's ring is never farther than its farthest pair",
         all(
-            closeness(placement.ring_link(matrix, placement.best_ring(matrix, group)))
-            >= closeness(matrix.worst(group))
+            closeness(ring_link(matrix, best_ring(matrix, group))) >= closeness(matrix.worst(group))
             for group in groups
         ),
         f"{len(groups)} groups of {size}",

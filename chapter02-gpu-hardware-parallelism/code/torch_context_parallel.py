@@ -24,20 +24,19 @@ import sys
 from argparse import Namespace
 
 import torch
-from _parallel import (
+from parallelism.context import average, loss_at
+from parallelism.problem import (
     FLOAT,
     PRESETS,
     Problem,
     check_equal,
     check_shares,
     gradients_of,
-    loss_at,
+    mean_loss,
     one_process,
     parser,
 )
-from _parallel_count import CountCollectives
-from _traffic import Traffic
-from data_parallel import average_flat, mean_loss
+from parallelism.traffic import CountCollectives, Traffic
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor.experimental import context_parallel
@@ -117,7 +116,7 @@ def step(problem: Problem, mesh: DeviceMesh) -> tuple[Tensor, dict[str, Tensor],
         loss = loss_at(model, input_ids, targets, (cosines, sines))
         loss.backward()
     gradients = gradients_of(model)
-    average_flat(list(gradients.values()), Traffic())
+    average(gradients.values(), Traffic())
     return mean_loss(loss), gradients, sent
 
 

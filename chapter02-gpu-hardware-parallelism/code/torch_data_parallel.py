@@ -16,8 +16,17 @@ from argparse import Namespace
 
 import torch
 import torch.distributed as dist
-from _parallel import FLOAT, Problem, check_equal, check_shares, gradients_of, one_process, parser
-from data_parallel import begin_differently, distinct, mean_loss
+from parallelism.problem import (
+    FLOAT,
+    Problem,
+    begin_differently,
+    check_equal,
+    check_shares,
+    gradients_of,
+    mean_loss,
+    one_process,
+    parser,
+)
 from torch import Tensor
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.nn.parallel import DistributedDataParallel as DDP
@@ -25,6 +34,7 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 from distlab import predict, runtime, script
 from distlab.launch import detect_launch
 from distlab.model import num_parameters
+from distlab.ranks import distinct
 from distlab.run import Run
 from distlab.runtime import Runtime
 
@@ -44,9 +54,11 @@ def compare_with_one_process(run: Run, args: Namespace, job: Runtime) -> None:
     problem = one_process(run, args, job)
     model = problem.new_model()
     begin_differently(model, args.seed, job.rank)
-    run.check_equal("the ranks begin with different weights", distinct(model), job.world_size)
+    run.check_equal(
+        "the ranks begin with different weights", distinct(model.parameters()), job.world_size
+    )
     replica = DDP(model)
-    run.check_equal("the constructor gives all of them rank 0's", distinct(model), 1)
+    run.check_equal("the constructor gives all of them rank 0's", distinct(model.parameters()), 1)
     loss, gradients, buckets = step(replica, problem)
     check_equal(run, "DDP", loss, gradients, problem)
     whole = FLOAT * num_parameters(model.config)
@@ -80,7 +92,9 @@ def counted_all_reduce(
 ) -> torch.futures.Future[torch.Tensor]:
     """DDP's own hook, which divides by K and all-reduces, behind a note of the bucket's size."""
     buckets.append(bucket.buffer().nbytes)
-    return allreduce_hook(dist.group.WORLD, bucket)
+    world = dist.group.WORLD
+    assert world is not None  # there are ranks
+    return allreduce_hook(world, bucket)
 
 
 if __name__ == "__main__":

@@ -19,13 +19,24 @@ first.
 
 from argparse import Namespace
 from datetime import timedelta
+from functools import partial
 
 import torch
 import torch.distributed as dist
-from _expert_model import MixtureOfExperts, Wires, check_flags, distributed, one_process, parser
-from _expert_report import report_drops, report_gradients
-from _parallel import gradients_of
-from expert_parallel import ExpertParallel
+from parallelism.experts import (
+    Batch,
+    MixtureOfExperts,
+    OwnExperts,
+    capacity,
+    check_flags,
+    distributed,
+    layers_of,
+    one_process,
+    parser,
+    report_drops,
+    route,
+)
+from parallelism.problem import check_share, gradients_of
 from torch import Tensor
 from torch.distributed._functional_collectives import all_to_all_single_autograd
 from torch.nn.parallel import DistributedDataParallel as DDP
@@ -47,15 +58,25 @@ def main(argv: list[str] | None = None) -> int:
     return run.status
 
 
-class LibraryExpertParallel(ExpertParallel):
+class LibraryExpertParallel(OwnExperts):
     """The layer with torch's all-to-all, in a group of its own: DDP's sums do not queue with it."""
 
     def __init__(self, whole: MixtureOfExperts, group: dist.ProcessGroup) -> None:
-        super().__init__(whole, Wires())
+        super().__init__(whole)
         self.group = group
 
-    def exchange(self, rows: Tensor, send: list[int], receive: list[int]) -> Tensor:
-        return all_to_all_single_autograd(rows, receive, send, self.group)
+    def forward(self, x: Tensor) -> Tensor:
+        """[batch, seq, hidden] to the same."""
+        tokens = x.flatten(0, 1)
+        scores = self.router(tokens)
+        self.routing = routing = route(scores, capacity(self.capacity_factor, *scores.shape))
+        dist.all_to_all_single(arriving := torch.empty_like(routing.counts), routing.counts)
+        send, receive = self.by_rank(routing.counts), self.by_rank(arriving)
+        rows = all_to_all_single_autograd(tokens[routing.token], receive, send, self.group)
+        rows = self.apply_experts(rows, arriving.tolist())
+        rows = all_to_all_single_autograd(rows, send, receive, self.group)
+        weighted = routing.gate.unsqueeze(1) * rows
+        return torch.zeros_like(tokens).index_add(0, routing.token, weighted).view_as(x)
 
 
 def compare_with_one_process(run: Run, args: Namespace, job: Runtime) -> None:
@@ -67,7 +88,7 @@ def compare_with_one_process(run: Run, args: Namespace, job: Runtime) -> None:
         )
     problem = one_process(run, args, job)
     group = dist.new_group(timeout=timedelta(seconds=args.timeout))
-    model = distributed(problem, LibraryExpertParallel, group)
+    model = distributed(problem, partial(LibraryExpertParallel, group=group))
     loss = step(model, problem.share(job.rank, job.world_size), args.balance_weight)
     found = gradients_of(model)
     experts = [name for name in found if is_expert(name)]
@@ -78,18 +99,18 @@ def compare_with_one_process(run: Run, args: Namespace, job: Runtime) -> None:
     run.compare("an expert's gradient, in right ones", job.world_size, length / right)
     for name in experts:
         found[name] /= job.world_size
-    report_gradients(run, "experts", loss, found, problem)
+    check_share(run, "experts", loss, found, problem, "rank")
     report_drops(run, args, model, problem)
 
 
-def step(model: Llama, batch: tuple[Tensor, Tensor], balance_weight: float) -> Tensor:
+def step(model: Llama, batch: Batch, balance_weight: float) -> Tensor:
     """Gradients of the mean of the ranks' losses, but the experts' K times; gives that mean."""
     names = [name for name, _ in model.named_parameters() if is_expert(name)]
     DDP._set_params_and_buffers_to_ignore_for_model(model, names)
     replica = DDP(model)  # by a name: its hooks die with it, and backward would average nothing
     input_ids, targets = batch
     loss = replica(input_ids, targets=targets)
-    balances = [layer.mlp.routing.balance for layer in model.model.layers]
+    balances = [layer.routing.balance for layer in layers_of(model, OwnExperts)]
     loss = loss + balance_weight * torch.stack(balances).sum()
     loss.backward()
     mean = loss.detach().clone()

@@ -22,10 +22,8 @@ from argparse import Namespace
 
 import torch
 import torch.distributed as dist
-from _parallel import Problem, gradients_of, one_process
-from _pipeline_links import Links
-from _pipeline_report import report_gradients
-from _pipeline_stage import Stage, check_cuts, mean_loss
+from parallelism.pipeline import Links, Stage, check_cuts, cross_entropy, report_gradients
+from parallelism.problem import Problem, gradient_of, gradients_of, one_process
 from torch import Tensor
 from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGPipe
 
@@ -84,7 +82,7 @@ def compare_with_one_process(run: Run, args: Namespace, job: Runtime) -> None:
         if stage.holds_tied_embedding:
             embedding = "model.embed_tokens.weight"
             missing += distance(gradients_of(stage)[embedding], problem.gradients[embedding])
-            links.sum_of_both_ends(stage.model.embed_tokens.weight.grad)
+            links.sum_of_both_ends(gradient_of(stage.model.embed_tokens.weight))
         dist.all_reduce(missing, dist.ReduceOp.MAX)
         report_gradients(run, job, name, loss, gradients_of(stage), problem)
         if problem.model.config.tie_word_embeddings:
@@ -109,7 +107,7 @@ def step(
 ) -> Tensor:
     """Gradients of the batch's mean loss; gives that loss, on the last stage alone (else 0)."""
     piped = PipelineStage(stage, job.rank, job.world_size, job.device)
-    run_schedule = schedule(piped, micro_batches, loss_fn=mean_loss).step
+    run_schedule = schedule(piped, micro_batches, loss_fn=cross_entropy).step
     losses: list[Tensor] = []
     if stage.is_first:
         run_schedule(problem.input_ids)

@@ -19,9 +19,16 @@ twice the bytes backward under the first of them.
 
 from argparse import Namespace
 
-from _parallel import Problem, check_degree, check_equal, gradients_of, one_process, parser
-from _parallel_count import CountCollectives
-from _parallel_report import OF_THE_LOSS, all_reduce_bytes, parts_of
+from parallelism.problem import (
+    Problem,
+    check_degree,
+    check_equal,
+    gradients_of,
+    one_process,
+    parser,
+)
+from parallelism.tensor import OF_THE_LOSS, all_reduce_bytes, parts_of
+from parallelism.traffic import CountCollectives
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard

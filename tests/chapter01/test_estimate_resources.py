@@ -1,13 +1,12 @@
 """estimate_resources.py as a user runs it: its numbers, its advice, its refusals, its --verify."""
 
-import importlib.util
 import json
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
 
+import estimate_resources
 import pytest
 
 from distlab import predict, script
@@ -25,27 +24,15 @@ MEMORY_KEYS = [
 LLAMA_8B = 8_030_261_248
 
 
-@pytest.fixture(scope="module")
-def estimator() -> ModuleType:
-    sys.path.insert(0, str(CODE))
-    try:
-        spec = importlib.util.spec_from_file_location("er", CODE / "estimate_resources.py")
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-        yield module
-    finally:
-        sys.path.remove(str(CODE))
-
-
 @pytest.fixture
-def estimate(
-    estimator: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture
-) -> Callable[[str], tuple[dict, str]]:
+def estimate(tmp_path: Path, capsys: pytest.CaptureFixture) -> Callable[[str], tuple[dict, str]]:
     """Runs a command line; its record and what it printed."""
 
     def run(command: str) -> tuple[dict, str]:
         file = tmp_path / "record.json"
-        status = script.status_of(lambda: estimator.main([*command.split(), "--json", str(file)]))
+        status = script.status_of(
+            lambda: estimate_resources.main([*command.split(), "--json", str(file)])
+        )
         printed = capsys.readouterr()
         assert status == 0, printed.err
         return json.loads(file.read_text()), printed.out
@@ -54,16 +41,14 @@ def estimate(
 
 
 @pytest.fixture
-def refusal(
-    estimator: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture
-) -> Callable[[str], str]:
+def refusal(tmp_path: Path, capsys: pytest.CaptureFixture) -> Callable[[str], str]:
     """Runs a command line that must be refused: status 2, one line, no record; that line."""
 
     def run(command: str) -> str:
         file = tmp_path / "record.json"
         arguments = [*command.split(), "--json", str(file)]
         try:
-            status = script.status_of(lambda: estimator.main(arguments))
+            status = script.status_of(lambda: estimate_resources.main(arguments))
         except SystemExit as stop:  # argparse's own way out
             status = stop.code
         printed = capsys.readouterr()

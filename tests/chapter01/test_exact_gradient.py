@@ -1,25 +1,17 @@
 """Chapter 1's first script: its handwritten gradient, its sums, and its checks."""
 
-import importlib
 import json
-from types import ModuleType
 
+import exact_gradient
 import numpy as np
 import pytest
 import torch
 
 from distlab.errors import UsageError
-from distlab.files import repo_root
-
-
-@pytest.fixture
-def exact_gradient(monkeypatch) -> ModuleType:
-    monkeypatch.syspath_prepend(str(repo_root() / "chapter01-introduction" / "code"))
-    return importlib.import_module("exact_gradient")
 
 
 @pytest.mark.parametrize("axes", [None, (1,), (0, 1)], ids=["plain", "own", "everybody"])
-def test_gradient_equals_autograd(exact_gradient, axes):
+def test_gradient_equals_autograd(axes):
     """Of the mean of the workers' losses; 1e-12: float64, some hundred terms."""
     text = exact_gradient.Text("stdlib", seed=1)
     parameters = text.new_parameters()
@@ -43,7 +35,7 @@ def torch_loss(twins, x, y, axes):
     return torch.nn.functional.cross_entropy(logits.flatten(0, 1), y.flatten())
 
 
-def test_examples_are_consecutive_characters_and_survive_cutting(exact_gradient):
+def test_examples_are_consecutive_characters_and_survive_cutting():
     text = exact_gradient.Text("stdlib", seed=0)
     batch = text.examples(12)
     seen = batch.x.reshape(12, -1, text.vocabulary).argmax(axis=-1)
@@ -56,7 +48,7 @@ def test_examples_are_consecutive_characters_and_survive_cutting(exact_gradient)
     np.testing.assert_array_equal(batch.shared_by(4).x.reshape(batch.x.shape), batch.x)
 
 
-def test_ring_and_tree_add_everything_in_their_own_order(exact_gradient):
+def test_ring_and_tree_add_everything_in_their_own_order():
     vectors = np.array([[1e8, 1, 0, 0], [1, 1e8, 0, 0], [-1e8, 1, 3, 0], [1, -1e8, 0, 4]])
     vectors = vectors.astype(np.float32)
     one = np.float32(1)
@@ -69,7 +61,7 @@ def test_ring_and_tree_add_everything_in_their_own_order(exact_gradient):
         assert total.tolist() == integers.sum(axis=0).tolist()
 
 
-def test_all_checks_hold_at_smoke_size(exact_gradient, tmp_path):
+def test_all_checks_hold_at_smoke_size(tmp_path):
     record = tmp_path / "record.json"
     for workers in ("3", "8"):
         flags = ["--preset", "smoke", "--workers", workers, "--json", str(record)]
@@ -80,14 +72,14 @@ def test_all_checks_hold_at_smoke_size(exact_gradient, tmp_path):
     assert [row[0] for row in written["tables"]["equal_shards"]["rows"]] == list(range(1, 9))
 
 
-def test_a_mean_without_weights_is_noticed(exact_gradient, monkeypatch, capsys):
+def test_a_mean_without_weights_is_noticed(monkeypatch, capsys):
     honest = exact_gradient.mean
     monkeypatch.setattr(exact_gradient, "mean", lambda own, weights=None: honest(own))
     assert exact_gradient.main(["--preset", "smoke", "--steps", "1"]) == 1
     assert "check: the weights b / B make it right … FAILED" in capsys.readouterr().out
 
 
-def test_a_short_corpus_is_refused(exact_gradient, tmp_path):
+def test_a_short_corpus_is_refused(tmp_path):
     (tmp_path / "note.txt").write_text("too short")
     with pytest.raises(UsageError, match="has 9 characters; use one of 1000 or more"):
         exact_gradient.main(["--preset", "smoke", "--corpus", str(tmp_path)])

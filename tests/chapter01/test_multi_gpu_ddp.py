@@ -7,6 +7,7 @@ import sys
 import time
 from functools import partial
 
+import multi_gpu_ddp
 import psutil
 import pytest
 import torch.distributed as dist
@@ -15,8 +16,7 @@ from distlab import script
 from distlab.files import repo_root
 from distlab.spawning import spawn
 
-CODE = repo_root() / "chapter01-introduction" / "code"
-SCRIPT = CODE / "multi_gpu_ddp.py"
+SCRIPT = repo_root() / "chapter01-introduction" / "code" / "multi_gpu_ddp.py"
 SMOKE = ["--preset", "smoke", "--device", "cpu"]
 TIMEOUT_S = 20
 
@@ -55,10 +55,7 @@ def test_a_batch_that_does_not_divide_is_one_line_with_status_2():
         assert errors == "error: --batch-size 7 is not divisible by 2 ranks; use 6 or 8\n"
 
 
-def test_too_few_steps_for_a_median_are_refused(monkeypatch):
-    monkeypatch.syspath_prepend(CODE)
-    import multi_gpu_ddp
-
+def test_too_few_steps_for_a_median_are_refused():
     with pytest.raises(script.UsageError, match="--steps 3 gives no median; use 5 or more"):
         multi_gpu_ddp.parse_args(["--preset", "smoke", "--steps", "3"])
 
@@ -82,9 +79,6 @@ def test_when_a_rank_is_killed_the_others_end_in_time_and_leave_nothing():
 
 def run_script(job, argv, change=lambda module: None):
     """The script's own run on this rank: its checks, and its tables."""
-    sys.path.insert(0, str(CODE))
-    import multi_gpu_ddp
-
     change(multi_gpu_ddp)
     args = multi_gpu_ddp.parse_args(argv)
     with script.run(args) as run:

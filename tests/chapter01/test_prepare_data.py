@@ -1,6 +1,5 @@
 """Chapter 1's prepare_data.py: a mistake or a failure is one line, and leaves nothing behind."""
 
-import importlib
 import resource
 import signal
 import subprocess
@@ -8,25 +7,24 @@ import sys
 import time
 from contextlib import suppress
 
+import prepare_data
 import psutil
 import pytest
 
 from distlab import script
 from distlab.files import repo_root
 
-CODE = repo_root() / "chapter01-introduction" / "code"
+SCRIPT = repo_root() / "chapter01-introduction" / "code" / "prepare_data.py"
 SMOKE = ["--preset", "smoke"]
 
 
 @pytest.fixture
 def run(monkeypatch, capsys, tmp_path):
     """Runs the script in this process; its status, and its lines on stderr."""
-    monkeypatch.syspath_prepend(str(CODE))
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    main = importlib.import_module("prepare_data").main
 
     def run(*flags):
-        status = script.status_of(lambda: main([*SMOKE, *flags]))
+        status = script.status_of(lambda: prepare_data.main([*SMOKE, *flags]))
         assert not list(tmp_path.glob("prepare_data-*"))
         return status, capsys.readouterr().err.splitlines()
 
@@ -71,9 +69,14 @@ def test_out_keeps_the_shards_and_finds_them_again(run, tmp_path, capsys):
 
 
 def test_ctrl_c_ends_the_workers_too():
-    command = [sys.executable, str(CODE / "prepare_data.py"), *SMOKE, "--workers", "3"]
+    command = [sys.executable, str(SCRIPT), *SMOKE, "--workers", "3"]
     process = subprocess.Popen(
-        [*command, "--corpus-mb", "1"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        [*command, "--corpus-mb", "1"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        # a suite that runs in the background of a shell has it ignored, and would hand that down
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     while not (workers := tokenizing(process)):
         assert process.poll() is None

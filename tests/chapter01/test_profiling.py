@@ -4,25 +4,17 @@ That each planted bottleneck is named on a real run is a check of the script its
 lesson's commands run.
 """
 
-import sys
 from types import SimpleNamespace
 
+import profiling
 import pytest
 import torch
+from intro import trainer as training
+from intro import verdict
 from torch.autograd import DeviceType
 
 from distlab.errors import UsageError
-from distlab.files import repo_root
 from distlab.model import SIZES, Llama
-
-CODE = repo_root() / "chapter01-introduction" / "code"
-sys.path.insert(0, str(CODE))
-import _anatomy  # noqa: E402
-import _trainer  # noqa: E402
-import _verdict  # noqa: E402
-import profiling  # noqa: E402
-
-sys.path.remove(str(CODE))
 
 CPU = torch.device("cpu")
 BUSY = {"compute-bound": 2.0, "memory-bound": 1.0, "launch-bound": 0.1}
@@ -42,8 +34,8 @@ def kernels(*spans):
     return [event("kernel", begin, end, on_gpu=True) for begin, end in spans]
 
 
-def verdict(events, blocked_seconds=0.0, least=BUSY):
-    return _verdict.bottleneck(_verdict.read_profile(events, blocked_seconds), least)
+def verdict_on(events, blocked_seconds=0.0, least=BUSY):
+    return verdict.bottleneck(verdict.read_profile(events, blocked_seconds), least)
 
 
 @pytest.mark.parametrize(
@@ -55,55 +47,55 @@ def verdict(events, blocked_seconds=0.0, least=BUSY):
     ],
 )
 def test_an_idle_gpu_is_explained_by_what_its_host_did(on_host, expected):
-    assert verdict([*kernels((0, 100), (300, 400)), *on_host]) == expected
+    assert verdict_on([*kernels((0, 100), (300, 400)), *on_host]) == expected
 
 
 def test_waiting_for_a_gpu_that_is_busy_all_the_time_is_no_bottleneck():
     on_host = [event("cudaStreamSynchronize", 0, 199), event("data", 0, 90)]
     annotation = event("forward", 0, 1000, on_gpu=True, annotation=True)
-    evidence = _verdict.read_profile([*kernels((0, 100), (100, 200)), *on_host, annotation], 0.0)
+    evidence = verdict.read_profile([*kernels((0, 100), (100, 200)), *on_host, annotation], 0.0)
     assert evidence.computing == 1.0
-    assert _verdict.bottleneck(evidence, BUSY) == "compute-bound"
+    assert verdict.bottleneck(evidence, BUSY) == "compute-bound"
 
 
 def test_kernels_that_overlap_count_once():
-    evidence = _verdict.read_profile(kernels((0, 100), (50, 80), (90, 200), (300, 400)), 0.0)
+    evidence = verdict.read_profile(kernels((0, 100), (50, 80), (90, 200), (300, 400)), 0.0)
     assert evidence.computing == pytest.approx(300 / 400)
 
 
 def test_a_cpu_waits_for_input():
     events = [event("step", 0, 1000), event("data", 0, 600), event("aten::mm", 600, 1000)]
-    assert verdict(events) == "input-bound"
+    assert verdict_on(events) == "input-bound"
 
 
 def test_a_cpu_that_sleeps_between_operators_is_sync_bound_and_one_that_does_not_launch_bound():
     events = [event("step", 0, 1000), event("data", 0, 1), event("aten::mm", 400, 900)]
-    assert verdict(events, blocked_seconds=400e-6) == "sync-bound"
-    assert verdict(events, blocked_seconds=0.0) == "launch-bound"
+    assert verdict_on(events, blocked_seconds=400e-6) == "sync-bound"
+    assert verdict_on(events, blocked_seconds=0.0) == "launch-bound"
 
 
 def test_sleep_inside_of_operators_is_no_synchronisation():
     events = [event("step", 0, 1000), event("data", 0, 1), event("aten::mm", 1, 1000)]
-    assert _verdict.read_profile(events, blocked_seconds=900e-6).blocked_in_sync == 0.0
+    assert verdict.read_profile(events, blocked_seconds=900e-6).blocked_in_sync == 0.0
 
 
 def test_many_short_operators_are_launch_bound():
     operators = [event("aten::add", begin, begin + 8) for begin in range(10, 1000, 10)]
     inner = [event("aten::empty", begin + 1, begin + 2) for begin in range(10, 1000, 10)]
-    evidence = _verdict.read_profile([event("step", 0, 1000), *operators, *inner], 0.0)
+    evidence = verdict.read_profile([event("step", 0, 1000), *operators, *inner], 0.0)
     assert evidence.operators == len(operators)
-    assert _verdict.bottleneck(evidence, BUSY) == "launch-bound"
+    assert verdict.bottleneck(evidence, BUSY) == "launch-bound"
 
 
 def test_operators_of_other_threads_do_not_count():
     events = [event("step", 0, 1000), event("aten::mm", 0, 1000)]
     loader = event("aten::cat", 200, 900, thread=2)
-    assert _verdict.read_profile([*events, loader], 0.0).operators == 1
+    assert verdict.read_profile([*events, loader], 0.0).operators == 1
 
 
 def test_shares_sum_to_one():
     events = [event("step", 0, 1000), event("data", 0, 100), event("aten::mm", 300, 800)]
-    found = _verdict.read_profile(events, blocked_seconds=50e-6)
+    found = verdict.read_profile(events, blocked_seconds=50e-6)
     shares = (found.waiting_for_input, found.blocked_in_sync, found.launching, found.computing)
     assert sum(shares) == pytest.approx(1.0)
 
@@ -111,12 +103,12 @@ def test_shares_sum_to_one():
 def test_the_work_of_a_busy_device_decides_between_the_rest():
     events = [event("step", 0, 1000), event("aten::mm", 0, 1000)]
     for name in BUSY:
-        assert verdict(events, least=dict.fromkeys(BUSY, 1.0) | {name: 2.0}) == name
+        assert verdict_on(events, least=dict.fromkeys(BUSY, 1.0) | {name: 2.0}) == name
 
 
 def test_flops_and_bytes_of_operators_that_one_can_count():
     a, b = torch.randn(8, 4), torch.randn(4, 2)
-    with _anatomy.StepAnatomy([], CPU) as anatomy:
+    with verdict.StepAnatomy([], CPU) as anatomy:
         c = a @ b
         c.view(16).add_(1)
         c.t()  # moves nothing
@@ -128,7 +120,7 @@ def test_flops_and_bytes_of_operators_that_one_can_count():
 
 def test_memory_is_alive_until_it_is_freed():
     weight = torch.nn.Parameter(torch.randn(100, 100))
-    with _anatomy.StepAnatomy([weight], CPU) as anatomy:
+    with verdict.StepAnatomy([weight], CPU) as anatomy:
         hidden = torch.randn(50, 100) @ weight  # 20 kB of input, 20 kB of output
         loss = hidden.sum()
         loss.backward()
@@ -142,11 +134,11 @@ def test_memory_is_alive_until_it_is_freed():
 
 def test_an_operator_is_limited_by_its_largest_need():
     operators = [
-        _anatomy.Operator("mm", torch.float32, 1000, 10),
-        _anatomy.Operator("add", torch.float32, 0, 100),
-        _anatomy.Operator("add", torch.float32, 0, 1),
+        verdict.Operator("mm", torch.float32, 1000, 10),
+        verdict.Operator("add", torch.float32, 0, 100),
+        verdict.Operator("add", torch.float32, 0, 1),
     ]
-    sums = _anatomy.least_seconds(operators, lambda _: 10.0, bandwidth=1.0, call=2.0)
+    sums = verdict.least_seconds(operators, lambda _: 10.0, bandwidth=1.0, call=2.0)
     assert sums == {"compute-bound": 100.0, "memory-bound": 100.0, "launch-bound": 2.0}
 
 
@@ -162,7 +154,7 @@ class OneBatch:
 
 
 def test_the_loop_sleeps_where_it_was_told_to():
-    with _trainer.Trainer(Llama(SIZES["smoke"]), OneBatch(), CPU, "float32") as trainer:
+    with training.Trainer(Llama(SIZES["smoke"]), OneBatch(), CPU, "float32") as trainer:
         trainer.plant("sync")
         waiting = trainer.run(2)
         trainer.plant("slow-input")

@@ -1,41 +1,33 @@
 """Chapter 1's four workloads: the queue's arithmetic, the counted FLOPs, and wrong flags."""
 
-import importlib
-from types import ModuleType
-
 import numpy as np
 import pytest
 import torch
+import workloads
+from intro import work
 from torch.utils.flop_counter import FlopCounterMode
 
 from distlab.errors import UsageError
-from distlab.files import repo_root
 from distlab.model import Llama, ModelConfig
 from distlab.queueing import mean_wait, poisson_arrivals, waits
 
 SHAPE = ModelConfig(256, 64, 128, 2, 4, 4)
 
 
-@pytest.fixture
-def workloads(monkeypatch) -> ModuleType:
-    monkeypatch.syspath_prepend(str(repo_root() / "chapter01-introduction" / "code"))
-    return importlib.import_module("workloads")
-
-
-def test_one_at_a_time_the_second_waits_for_the_first(workloads):
-    server = serve_all(workloads, [0.0, 1.0, 1.5, 9.0], max_batch=1, seconds=2.0)
+def test_one_at_a_time_the_second_waits_for_the_first():
+    server = serve_all([0.0, 1.0, 1.5, 9.0], max_batch=1, seconds=2.0)
     np.testing.assert_allclose(server.wait, [0, 1, 2.5, 0])
     np.testing.assert_allclose(server.latency, [2, 3, 4.5, 2])
     assert (sum(server.services), server.clock) == (8.0, 11.0)  # from 6 to 9 it idles
 
 
-def test_those_that_wait_are_served_together(workloads):
-    server = serve_all(workloads, [0.0, 1.0, 1.5, 1.6, 9.0], max_batch=2, seconds=2.0)
+def test_those_that_wait_are_served_together():
+    server = serve_all([0.0, 1.0, 1.5, 1.6, 9.0], max_batch=2, seconds=2.0)
     np.testing.assert_allclose(server.wait, [0, 1, 0.5, 2.4, 0])
     np.testing.assert_allclose(server.latency - server.wait, 2.0)
 
 
-def test_the_queue_waits_as_pollaczek_and_khinchine_say(workloads):
+def test_the_queue_waits_as_pollaczek_and_khinchine_say():
     services = np.random.default_rng(1).gamma(shape=4.0, scale=0.25, size=20_000)  # mean 1
     drawn = iter(services)
     server = workloads.Server(poisson_arrivals(0.7, len(services)), max_batch=1)
@@ -67,14 +59,14 @@ def test_arrivals_have_their_rate_and_keep_their_pattern():
 
 @pytest.mark.parametrize("batch", [1, 3])
 @pytest.mark.parametrize("name", ["training_step", "prefill", "decode"])
-def test_flops_are_those_that_torch_counts(workloads, name, batch):
+def test_flops_are_those_that_torch_counts(name, batch):
     model = Llama(SHAPE)
-    work = getattr(importlib.import_module("_phases"), name)(model, batch, 32)
+    done = getattr(work, name)(model, batch, 32)
     with FlopCounterMode(display=False) as counter:
-        work.run()
+        done.run()
     # torch counts no attention kernel of the CPU; here it is at most a tenth of the rest
-    assert counter.get_total_flops() == pytest.approx(work.flops, rel=0.12)
-    assert work.tokens == (batch if name == "decode" else 32 * batch)
+    assert counter.get_total_flops() == pytest.approx(done.flops, rel=0.12)
+    assert done.tokens == (batch if name == "decode" else 32 * batch)
 
 
 @pytest.mark.parametrize(
@@ -87,20 +79,20 @@ def test_flops_are_those_that_torch_counts(workloads, name, batch):
         (["--kv-heads", "3"], "--kv-heads 3"),
     ],
 )
-def test_wrong_flags_are_named(workloads, flags, named):
+def test_wrong_flags_are_named(flags, named):
     with pytest.raises(UsageError, match=named):
         workloads.parse_args(["--preset", "smoke", *flags])
 
 
-def test_a_decode_step_reads_its_cache_and_its_weights(workloads):
+def test_a_decode_step_reads_its_cache_and_its_weights():
     model = Llama(SHAPE).to(torch.bfloat16)
-    work = importlib.import_module("_phases").decode(model, 2, 32)
+    done = work.decode(model, 2, 32)
     weights = sum(parameter.numel() for parameter in model.parameters())
     cache = 2 * 2 * 2 * 32 * 64  # keys and values, layers, batch, tokens, elements
-    assert work.bytes_moved == 2 * (weights + cache)
+    assert done.bytes_moved == 2 * (weights + cache)
 
 
-def serve_all(workloads: ModuleType, arrivals: list[float], max_batch: int, seconds: float):
+def serve_all(arrivals: list[float], max_batch: int, seconds: float):
     server = workloads.Server(np.array(arrivals), max_batch)
     while not server.done:
         server.serve_next(lambda batch: seconds)

@@ -1,15 +1,12 @@
 """The parallelism scripts' own runs on spawned ranks, and what torchrun would tell a rank."""
 
-import sys
-from importlib import import_module
 from types import SimpleNamespace
 
 import torch
+from parallelism.problem import parser
 
 from distlab import script
-from distlab.files import repo_root
 
-CODE = repo_root() / "chapter02-gpu-hardware-parallelism" / "code"
 SMOKE = ["--preset", "smoke", "--device", "cpu"]
 
 
@@ -23,19 +20,17 @@ def one_of(ranks):
     }
 
 
-def run_scripts(job, names, change=lambda module: None):
-    """The scripts' own runs on this rank: their checks, and predicted and measured numbers."""
-    sys.path.insert(0, str(CODE))
+def run_scripts(job, comparisons, change=lambda: None):
+    """What the scripts compare on this rank: their checks, and predicted and measured numbers."""
+    change()
     runs = []
-    for name in names:
-        module = import_module(name)
-        change(module)
+    for compare_with_one_process in comparisons:
         torch.manual_seed(0)  # which the script before has changed
-        args = module.parser(module.__doc__).parse_args(SMOKE)
+        args = parser("").parse_args(SMOKE)
         with script.run(args) as run:
-            module.compare_with_one_process(run, args, job)
-        comparisons = {key: (c["predicted"], c["measured"]) for key, c in run.comparisons.items()}
-        runs.append(SimpleNamespace(checks=run.checks, comparisons=comparisons))
+            compare_with_one_process(run, args, job)
+        numbers = {key: (c["predicted"], c["measured"]) for key, c in run.comparisons.items()}
+        runs.append(SimpleNamespace(checks=run.checks, comparisons=numbers))
     return runs
 
 

@@ -5,26 +5,25 @@ import heapq
 import itertools
 import os
 import signal
-import sys
 from itertools import pairwise
+from types import SimpleNamespace
 
+import allreduce_links
+import allreduce_microbench
 import pytest
 import torch
+import torch.distributed as dist
+from parallelism import microbench
+from parallelism.links import Link, fit_line, gloo_all_reduce, left_out, student_t
+from parallelism.microbench import Pattern, Row, byte_size, check_link
 
 from distlab import predict, script
 from distlab.errors import UsageError
-from distlab.files import repo_root
 from distlab.measure import Timing
 from distlab.spawning import spawn
 
-CODE = repo_root() / "chapter02-gpu-hardware-parallelism" / "code"
 SMOKE = ["--preset", "smoke", "--device", "cpu"]
 COLUMNS = ["size (B)", "count", "type", "time (us)", "algbw (GB/s)", "busbw (GB/s)", "#wrong"]
-
-
-@pytest.fixture(autouse=True)
-def code(monkeypatch):
-    monkeypatch.syspath_prepend(CODE)
 
 
 def test_every_collective_gives_the_right_elements_in_every_dtype():
@@ -35,12 +34,9 @@ def test_every_collective_gives_the_right_elements_in_every_dtype():
 
 def count_wrong(job):
     """The wrong elements of this rank, by collective, dtype and size; 4 bytes and odd sizes too."""
-    sys.path.insert(0, str(CODE))
-    import _microbench_collectives as collectives
-
     return {
-        (collective, dtype, size): collectives.make_case(collective, size, dtype, job).wrong()
-        for collective in collectives.COLLECTIVES
+        (collective, dtype, size): microbench.make_case(collective, size, dtype, job).wrong()
+        for collective in microbench.COLLECTIVES
         for dtype in ("float32", "bfloat16", "int64")
         for size in (4, 1000)
     }
@@ -67,12 +63,9 @@ def test_the_columns_are_those_of_nccl_tests_and_sizes_are_those_asked_for():
         assert busbw == algbw  # sendrecv, the last collective: each rank sends its whole buffer
 
 
-def run_script(job, argv, change=lambda module: None):
+def run_script(job, argv, change=lambda: None):
     """The script's own run on this rank: its checks, and its last table."""
-    sys.path.insert(0, str(CODE))
-    import allreduce_microbench
-
-    change(allreduce_microbench)
+    change()
     args = allreduce_microbench.parse_args(argv)
     with script.run(args) as run:
         allreduce_microbench.benchmark(run, args, job)
@@ -80,23 +73,21 @@ def run_script(job, argv, change=lambda module: None):
     return [(check.name, check.ok) for check in run.checks], (last["columns"], last["rows"])
 
 
-def broken(module):
+def broken():
     """An all-reduce that spoils one element."""
-    honest = module.dist.all_reduce
+    honest = dist.all_reduce
 
     def spoiling(tensor, *args):
         honest(tensor, *args)
         if tensor.dtype == torch.float32:
             tensor[0] += 1
 
-    sys.modules["_microbench_collectives"].dist.all_reduce = spoiling
+    dist.all_reduce = spoiling
 
 
 @pytest.mark.parametrize("workers", [2, 3, 4, 8])
 @pytest.mark.parametrize("mebibytes", [1, 4, 16, 100])
 def test_without_latency_gloos_ring_is_the_ring(workers, mebibytes):
-    from _microbench_model import gloo_all_reduce
-
     n = mebibytes * 2**20
     ring = predict.ring_all_reduce(n, workers, 0.0, 1e-9)
     assert gloo_all_reduce(n, workers, 0.0, 1e-9) == pytest.approx(ring)
@@ -107,8 +98,6 @@ def test_without_latency_gloos_ring_is_the_ring(workers, mebibytes):
 @pytest.mark.parametrize("alpha", [0.0, 1e-4, 2e-3, 0.05])
 @pytest.mark.parametrize("bucket", [0.0, 1e-3])
 def test_the_formula_is_what_the_ring_does_event_by_event(workers, mebibytes, alpha, bucket):
-    from _microbench_model import gloo_all_reduce
-
     n, beta = mebibytes * 2**20, 8e-9
     segments = max(-(-int(n) // 2**20), 2 * workers)
     each = -(-segments // workers)
@@ -151,15 +140,11 @@ def simulate(workers, count, segment, alpha, bucket):
 
 def test_where_a_segment_is_longer_than_the_latency_each_costs_it_once():
     """1 Gbit/s, 2 ms and 16 MiB: the word for a segment waits behind the segment before it."""
-    from _microbench_model import gloo_all_reduce
-
     segment, alpha = 2**20 * 8e-9, 2e-3
     assert gloo_all_reduce(2**24, 2, alpha, 8e-9) == pytest.approx(2 * 8 * (segment + alpha))
 
 
 def test_a_bucket_pays_for_what_follows_a_pause():
-    from _microbench_model import Link
-
     def seconds(burst, delay):
         return Link(8e9 * 1514 / 1448, delay, burst=burst).seconds("all_reduce", 1e6, 2, "gloo")
 
@@ -170,15 +155,11 @@ def test_a_bucket_pays_for_what_follows_a_pause():
 
 
 def test_a_single_number_is_handed_on_without_asking():
-    from _microbench_model import gloo_all_reduce
-
     assert gloo_all_reduce(4, 4, 2e-3, 1e-9) == pytest.approx(6 * 2e-3, rel=1e-4)
     assert gloo_all_reduce(1e6, 1, 2e-3, 1e-9) == 0
 
 
 def test_a_straight_line_is_fitted_exactly_and_noise_widens_the_interval():
-    from _microbench_model import fit_line, left_out
-
     sizes = [4.0**power for power in range(1, 13)]
     exact = [1e-4 + 2e-9 * n for n in sizes]
     line = fit_line(sizes, exact)
@@ -193,15 +174,11 @@ def test_a_straight_line_is_fitted_exactly_and_noise_widens_the_interval():
 
 
 def test_students_t_is_that_of_the_tables():
-    from _microbench_model import student_t
-
     for freedom, quantile in {2: 4.303, 5: 2.571, 10: 2.228, 30: 2.042}.items():
         assert student_t(freedom) == pytest.approx(quantile, rel=0.04)
 
 
 def test_each_collective_is_predicted_by_its_back_ends_own_algorithm():
-    from _microbench_model import Link
-
     link = Link(8e9 * 1514 / 1448, 0.0)  # 1 GB/s of payload
     n = 1e9
     assert link.seconds("reduce_scatter", n, 4, "gloo") == pytest.approx(1.5)
@@ -213,8 +190,6 @@ def test_each_collective_is_predicted_by_its_back_ends_own_algorithm():
 
 
 def test_sizes_are_read_as_nccl_tests_reads_them():
-    from _microbench_report import byte_size
-
     assert [byte_size(text) for text in ("4", "64K", "16m", "1GiB")] == [4, 2**16, 2**24, 2**30]
     for wrong in ("", "0", "M", "4T", "-4", "1.5M"):
         with pytest.raises(argparse.ArgumentTypeError, match="no size in bytes; use 4, 64K"):
@@ -232,25 +207,17 @@ def test_sizes_are_read_as_nccl_tests_reads_them():
     ],
 )
 def test_a_wrong_flag_is_one_line(flags, words):
-    import allreduce_microbench
-
     with pytest.raises(UsageError, match=words):
         allreduce_microbench.parse_args([*SMOKE, *flags])
 
 
 def test_more_ranks_than_a_dtype_can_add_up_are_refused():
-    from types import SimpleNamespace
-
-    from _microbench_collectives import Pattern
-
     many = SimpleNamespace(world_size=200, device="cpu")
     with pytest.raises(UsageError, match="--dtype bfloat16 does not add 200 ranks' numbers"):
         Pattern(torch.bfloat16, many)
 
 
 def test_the_links_check_looks_at_1_to_16_mib_only():
-    from _microbench_report import check_link
-
     args = argparse.Namespace(preset="smoke", json=None, figures=None)
     run = script.Run(args)
     sizes = [2**18, 2**20, 2**24, 2**26]
@@ -261,9 +228,6 @@ def test_the_links_check_looks_at_1_to_16_mib_only():
 
 
 def test_ctrl_c_prints_the_sizes_that_are_measured(monkeypatch, capsys):
-    import allreduce_microbench
-    from _microbench_report import Row
-
     def measured(collective, size, args, job):
         if size == 32:
             os.kill(os.getpid(), signal.SIGINT)
@@ -279,11 +243,9 @@ def test_ctrl_c_prints_the_sizes_that_are_measured(monkeypatch, capsys):
 
 
 def test_a_later_ctrl_c_ends_at_once(monkeypatch):
-    import _microbench_interrupt
-
     times = iter([0.0, 0.1, 5.0])
-    monkeypatch.setattr(_microbench_interrupt.time, "monotonic", lambda: next(times))
-    with _microbench_interrupt.Interrupt() as interrupt:
+    monkeypatch.setattr(microbench.time, "monotonic", lambda: next(times))
+    with microbench.Interrupt() as interrupt:
         os.kill(os.getpid(), signal.SIGINT)
         os.kill(os.getpid(), signal.SIGINT)  # torchrun's own, for the same press
         assert interrupt.requested
@@ -292,8 +254,6 @@ def test_a_later_ctrl_c_ends_at_once(monkeypatch):
 
 
 def test_sizes_grow_by_the_factor():
-    import allreduce_microbench
-
     args = allreduce_microbench.parse_args([*SMOKE, "--max-bytes", "64M", "--factor", "4"])
     found = allreduce_microbench.sizes(args)
     assert found[0] == 4 and found[-1] == 2**26
@@ -309,23 +269,17 @@ def test_sizes_grow_by_the_factor():
     ],
 )
 def test_a_wrong_link_is_one_line(flags, words):
-    import allreduce_links
-
     with pytest.raises(UsageError, match=words):
         allreduce_links.parse_args(["--preset", "smoke", *flags])
 
 
 def test_a_machine_without_virtual_clusters_skips(monkeypatch):
-    import allreduce_links
-
     monkeypatch.setattr(allreduce_links, "unavailable", lambda: "no namespaces here")
     with pytest.raises(script.Skipped, match="no namespaces here"):
         allreduce_links.main(["--preset", "smoke"])
 
 
 def test_a_cluster_is_made_again_while_the_host_takes_cores_away(monkeypatch):
-    import allreduce_links
-
     args = argparse.Namespace(rounds=3)
     monkeypatch.setattr(allreduce_links, "measured", lambda *_: [["row"]])
     stolen = iter([0.0, 60.0, 60.0, 60.0])  # a minute in the first round, nothing in the second

@@ -1,48 +1,33 @@
 """choose_strategy.py: known cases, published ones, brute force, refusals; and measured orders."""
 
 import json
-import sys
 from collections import Counter
 from dataclasses import replace
 from itertools import product
-from types import SimpleNamespace
 
+import choose_strategy
+import measure_strategies
 import pytest
+from parallelism import plans
+from parallelism.cost import Cluster, stage_flops, step_time
+from parallelism.plans import Job, ranked, search
 
 from distlab import predict, script
 from distlab.catalog import GPUS, MODELS
-from distlab.files import repo_root
 from distlab.predict import Architecture, TrainingPlan
 
-CODE = repo_root() / "chapter02-gpu-hardware-parallelism" / "code"
 LLAMA_8B, LLAMA_70B = MODELS["llama-3-8b"].architecture, MODELS["llama-3-70b"].architecture
 
 
-@pytest.fixture(scope="module")
-def lab():
-    """The scripts and their helpers."""
-    sys.path.insert(0, str(CODE))
-    import _strategy_cost as cost
-    import _strategy_links as links
-    import _strategy_plans as plans
-    import _strategy_search as search
-    import choose_strategy
-    import measure_strategies
-
-    yield SimpleNamespace(
-        cost=cost, links=links, plans=plans, search=search,
-        main=choose_strategy.main, measure=measure_strategies.main,
-    )  # fmt: skip
-    sys.path.remove(str(CODE))
-
-
 @pytest.fixture
-def choose(lab, tmp_path, capsys):
+def choose(tmp_path, capsys):
     """Runs a command line; its record and what it printed."""
 
     def run(command):
         file = tmp_path / "record.json"
-        status = script.status_of(lambda: lab.main([*command.split(), "--json", str(file)]))
+        status = script.status_of(
+            lambda: choose_strategy.main([*command.split(), "--json", str(file)])
+        )
         printed = capsys.readouterr()
         assert status == 0, printed.err + printed.out
         return json.loads(file.read_text()), printed.out
@@ -50,10 +35,10 @@ def choose(lab, tmp_path, capsys):
     return run
 
 
-def h100s(lab, gpus, gbit=400, gpu="h100"):
+def h100s(gpus, gbit=400, gpu="h100"):
     """choose_strategy.py's cluster with its default assumptions."""
     spec = GPUS[gpu]
-    return lab.links.Cluster(
+    return Cluster(
         gpus=gpus,
         gpus_per_node=min(8, gpus),
         ports=min(8, gpus),
@@ -65,8 +50,8 @@ def h100s(lab, gpus, gbit=400, gpu="h100"):
     )
 
 
-def job(lab, model, gpus, seq_len=4096, global_batch=1024):
-    return lab.plans.Job(model, gpus, min(8, gpus), seq_len, global_batch)
+def job(model, gpus, seq_len=4096, global_batch=1024):
+    return Job(model, gpus, min(8, gpus), seq_len, global_batch)
 
 
 def test_a_small_model_on_few_gpus_gets_plain_data_parallelism(choose):
@@ -91,12 +76,12 @@ def test_70b_gets_tensor_parallelism_inside_its_nodes(choose):
         )
 
 
-def test_tensor_parallelism_stays_inside_a_node(lab):
+def test_tensor_parallelism_stays_inside_a_node():
     """Two GPUs to a node: wider groups exist and fit, but must send over the network."""
-    small_nodes = replace(h100s(lab, 16), gpus_per_node=2, ports=2)
-    found = lab.search.search(replace(job(lab, LLAMA_8B, 16), gpus_per_node=2), small_nodes)
+    small_nodes = replace(h100s(16), gpus_per_node=2, ports=2)
+    found = search(replace(job(LLAMA_8B, 16), gpus_per_node=2), small_nodes)
     assert any(one.plan.tp == 8 for one in found.fitting)
-    assert all(one.plan.tp <= 2 for one in lab.search.ranked(found.fitting)[:20])
+    assert all(one.plan.tp <= 2 for one in ranked(found.fitting)[:20])
 
 
 def test_405b_on_eight_gpus_has_no_plan_and_says_why(choose):
@@ -115,19 +100,19 @@ def test_a_mixture_of_experts_gets_expert_parallelism(choose):
     assert all(plan["ep"] == 1 for plan in dense["plans"])
 
 
-def test_a_slower_network_is_used_less(lab):
+def test_a_slower_network_is_used_less():
     """The slower it is, the fewer bytes the first plan sends between nodes: DP yields to PP."""
     data_parallel = []
     for gbit in (400, 1):
-        cluster = h100s(lab, 64, gbit)
-        found = lab.search.search(job(lab, LLAMA_70B, 64), cluster)
-        data_parallel.append(lab.search.ranked(found.fitting)[0].plan.data_parallel)
+        cluster = h100s(64, gbit)
+        found = search(job(LLAMA_70B, 64), cluster)
+        data_parallel.append(ranked(found.fitting)[0].plan.data_parallel)
     assert data_parallel[1] < data_parallel[0]
 
 
-def test_a_long_sequence_gets_context_parallelism(lab):
-    long = job(lab, LLAMA_8B, 64, seq_len=131072, global_batch=16)
-    best = lab.search.ranked(lab.search.search(long, h100s(lab, 64)).fitting)[0]
+def test_a_long_sequence_gets_context_parallelism():
+    long = job(LLAMA_8B, 64, seq_len=131072, global_batch=16)
+    best = ranked(search(long, h100s(64)).fitting)[0]
     assert best.plan.cp > 1  # only 16 sequences for 64 GPUs, each too long for one
 
 
@@ -149,7 +134,7 @@ def gpt(hidden, heads, layers):
         (gpt(12288, 96, 80), 8, 8, 1536, 2304),  # 145.6
     ],
 )
-def test_the_published_plans_of_megatron_are_near_the_best(lab, model, tp, pp, gpus, batch):
+def test_the_published_plans_of_megatron_are_near_the_best(model, tp, pp, gpus, batch):
     """Narayanan et al. (arXiv 2104.04473), table 1: A100s, 8 ports of 200 Gbit/s a node.
 
     Compared with plans of what that system had: all activations recomputed, no ZeRO, no chunks. Of
@@ -157,8 +142,8 @@ def test_the_published_plans_of_megatron_are_near_the_best(lab, model, tp, pp, g
     so it may prefer TP 4 to 8 or half the stages, by less than it can be trusted. With ZeRO and
     sequence parallelism, which came later, it finds plans that need no recomputation at all.
     """
-    cluster = h100s(lab, gpus, 200, "a100-80gb")
-    found = lab.search.search(job(lab, model, gpus, 2048, batch), cluster)
+    cluster = h100s(gpus, 200, "a100-80gb")
+    found = search(job(model, gpus, 2048, batch), cluster)
     like_theirs = [
         one
         for one in found.fitting
@@ -175,7 +160,7 @@ def test_the_published_plans_of_megatron_are_near_the_best(lab, model, tp, pp, g
 
 
 @pytest.mark.slow
-def test_the_published_plan_of_llama_3_405b(lab):
+def test_the_published_plan_of_llama_3_405b():
     """Llama 3 (arXiv 2407.21783), table 4: TP 8, CP 1, PP 16, DP 128 on 16,384 H100s.
 
     The first plan here has their TP and PP. It divides sequences by CP 2, because CP 1 would need
@@ -184,8 +169,8 @@ def test_the_published_plan_of_llama_3_405b(lab):
     400 TFLOP/s per GPU, the prediction is within 15 %.
     """
     model = MODELS["llama-3-405b"].architecture
-    found = lab.search.search(job(lab, model, 16384, 8192, 2048), h100s(lab, 16384))
-    first = lab.search.ranked(found.fitting)[0]
+    found = search(job(model, 16384, 8192, 2048), h100s(16384))
+    first = ranked(found.fitting)[0]
     assert (first.plan.tp, first.plan.pp) == (8, 16)
     theirs = [
         one
@@ -201,8 +186,8 @@ def test_the_published_plan_of_llama_3_405b(lab):
 
 @pytest.mark.parametrize("model", ["llama-3-8b", "mixtral-8x7b"])
 @pytest.mark.parametrize("gpus", [1, 6, 12, 16])
-def test_brute_force_finds_the_same_degrees(lab, model, gpus):
-    problem = job(lab, MODELS[model].architecture, gpus, global_batch=48)
+def test_brute_force_finds_the_same_degrees(model, gpus):
+    problem = job(MODELS[model].architecture, gpus, global_batch=48)
     most_experts = gpus if problem.model.experts else 1
     numbers = range(1, gpus + 1)
     brute = {
@@ -211,26 +196,26 @@ def test_brute_force_finds_the_same_degrees(lab, model, gpus):
         for ep in range(1, most_experts + 1)
         if tp * cp * ep * dp * pp == gpus
     }
-    found = [(d.tp, d.cp, d.ep, d.dp, d.pp) for d in lab.plans.all_degrees(problem)]
-    assert len(found) == len(set(found)) == lab.plans.count_degrees(problem)
+    found = [(d.tp, d.cp, d.ep, d.dp, d.pp) for d in plans.all_degrees(problem)]
+    assert len(found) == len(set(found)) == plans.count_degrees(problem)
     assert set(found) == brute
 
 
-def test_the_short_cuts_change_nothing(lab):
+def test_the_short_cuts_change_nothing():
     """Every plan's memory and FLOPs, stage by stage, and the first plan by a plain minimum."""
-    problem = job(lab, LLAMA_8B, 16, global_batch=32)
-    cluster = h100s(lab, 16)
-    found = lab.search.search(problem, cluster)
+    problem = job(LLAMA_8B, 16, global_batch=32)
+    cluster = h100s(16)
+    found = search(problem, cluster)
     assert len(found.fitting) + sum(found.too_large().values()) == len(found.candidates)
     for one in found.candidates[:: len(found.candidates) // 60]:
         plan = one.plan
         assert one.memory.needed == predict.training_memory(LLAMA_8B, plan).needed
-        flops = sum(sum(lab.cost.stage_flops(LLAMA_8B, plan, s)[:2]) for s in range(plan.pp))
+        flops = sum(sum(stage_flops(LLAMA_8B, plan, s)[:2]) for s in range(plan.pp))
         wanted = predict.training_flops_per_token(LLAMA_8B, 4096, plan.checkpointing)
         times = plan.accumulation * plan.data_parallel * plan.cp
         assert flops * times == pytest.approx(wanted * plan.tokens_per_step)
     fastest = min(one.time.total for one in found.fitting)
-    order = lab.search.ranked(found.fitting)
+    order = ranked(found.fitting)
     assert order[0].time.total <= fastest * 1.02
     rest = [one.time.total for one in order[1:]]
     assert rest == pytest.approx(sorted(rest), rel=1e-3)
@@ -266,24 +251,24 @@ def schedule_seconds(stages, micro_batches, compute, link):
 @pytest.mark.parametrize("stages", [2, 4, 8])
 @pytest.mark.parametrize("rounds", [1, 2, 8])
 @pytest.mark.parametrize("slowness", [0.0, 0.05, 0.5, 2.0])
-def test_the_pipelines_formula_is_the_schedules_time(lab, stages, rounds, slowness):
+def test_the_pipelines_formula_is_the_schedules_time(stages, rounds, slowness):
     """The bubble, and links that show, since 1F1B waits for each micro-batch's round trip."""
     m = stages * rounds
     model = Architecture(1, 64, 64, stages, 1, 1, 64, 64)  # a vocabulary of next to nothing
     plan = TrainingPlan(stages, pp=stages, micro_batch=1, accumulation=m, seq_len=64)
     hidden = 2 * 64 * 64
-    flops = sum(lab.cost.stage_flops(model, plan, 0)[:2])
-    cluster = lab.links.Cluster(
+    flops = sum(stage_flops(model, plan, 0)[:2])
+    cluster = Cluster(
         gpus=stages, gpus_per_node=1, ports=1, flops=flops, memory_bandwidth=float("inf"),
         memory=float("inf"), inner=(0.0, 0.0), outer=(0.0, slowness / hidden),
     )  # fmt: skip
-    time = lab.cost.step_time(model, plan, cluster)
+    time = step_time(model, plan, cluster)
     simulated = schedule_seconds(stages, m, 1.0, slowness)
     assert time.total == pytest.approx(simulated, rel=0.01)
 
 
-def test_groups_know_which_of_their_ranks_share_a_node(lab):
-    cluster = h100s(lab, 64)
+def test_groups_know_which_of_their_ranks_share_a_node():
+    cluster = h100s(64)
     local = {
         (8, 1): 8, (4, 2): 4, (16, 1): 8, (8, 8): 1, (16, 4): 2, (2, 4): 2, (4, 3): 1, (2, 32): 1,
     }  # fmt: skip
@@ -304,16 +289,16 @@ def test_groups_know_which_of_their_ranks_share_a_node(lab):
     assert slower == pytest.approx(8, rel=0.01)  # eight groups share the node's port
 
 
-def test_uneven_layers_are_a_few_or_refused(lab):
-    why = lab.plans.why_not
+def test_uneven_layers_are_a_few_or_refused():
+    why = plans.why_not
     llama = MODELS["llama-3-405b"].architecture  # 126 layers
-    assert why(job(lab, llama, 16), lab.plans.Degrees(pp=16)) == ""
-    assert "PP does not divide" in why(job(lab, LLAMA_8B, 24), lab.plans.Degrees(pp=24))
-    assert "TP does not divide" in why(job(lab, LLAMA_8B, 3), lab.plans.Degrees(tp=3))
-    nodes_of_six = replace(job(lab, LLAMA_8B, 12), gpus_per_node=6)
-    assert "straddle" in why(nodes_of_six, lab.plans.Degrees(tp=4, dp=3))
+    assert why(job(llama, 16), plans.Degrees(pp=16)) == ""
+    assert "PP does not divide" in why(job(LLAMA_8B, 24), plans.Degrees(pp=24))
+    assert "TP does not divide" in why(job(LLAMA_8B, 3), plans.Degrees(tp=3))
+    nodes_of_six = replace(job(LLAMA_8B, 12), gpus_per_node=6)
+    assert "straddle" in why(nodes_of_six, plans.Degrees(tp=4, dp=3))
     dropped = Counter()
-    assert not list(lab.plans.plans(job(lab, LLAMA_8B, 13, global_batch=5), dropped))
+    assert not list(plans.plans(job(LLAMA_8B, 13, global_batch=5), dropped))
     assert sum(dropped.values()) == 4
 
 
@@ -352,9 +337,9 @@ def test_a_config_file_and_its_tokens(choose, tmp_path):
         ("--config nowhere.json", "--config nowhere.json cannot be read"),
     ],
 )
-def test_mistakes_are_refused(lab, capsys, command, words):
+def test_mistakes_are_refused(capsys, command, words):
     try:
-        status = script.status_of(lambda: lab.main(command.split()))
+        status = script.status_of(lambda: choose_strategy.main(command.split()))
     except SystemExit as stop:  # argparse's own way out
         status = stop.code
     printed = capsys.readouterr()
@@ -362,6 +347,6 @@ def test_mistakes_are_refused(lab, capsys, command, words):
     assert words in printed.err
 
 
-def test_measuring_refuses_an_unknown_rate(lab, capsys):
-    assert script.status_of(lambda: lab.measure(["--rates", "1gbps"])) == 2
+def test_measuring_refuses_an_unknown_rate(capsys):
+    assert script.status_of(lambda: measure_strategies.main(["--rates", "1gbps"])) == 2
     assert "--rates 1gbps is wrong because gbps is no known unit" in capsys.readouterr().err

@@ -1,25 +1,16 @@
 """Every collective equals the library's, costs what its formula says, and notices when not."""
 
-import sys
-
+import collectives_from_scratch as own
 import pytest
 import torch
+from parallelism import trials
+from parallelism.collectives import FORMULAS, Wire, pipelined_ring_all_reduce, ring_all_reduce
 
 from distlab import script
-from distlab.files import repo_root
 from distlab.spawning import spawn
 
-CODE = repo_root() / "chapter02-gpu-hardware-parallelism" / "code"
 SMOKE = ["--preset", "smoke", "--device", "cpu"]
 ODD = [*SMOKE, "--bytes", "4001"]  # no type's size divides it
-
-
-@pytest.fixture
-def collectives(monkeypatch):
-    monkeypatch.syspath_prepend(str(CODE))
-    import collectives_from_scratch
-
-    return collectives_from_scratch
 
 
 @pytest.mark.parametrize("world_size", [1, 3, pytest.param(4, marks=pytest.mark.slow)])
@@ -36,10 +27,8 @@ def test_other_world_sizes_with_fewer_types(world_size):
         assert [name for name, ok in checks if not ok] == []
 
 
-def two_types(module):
-    import _collectives_report
-
-    _collectives_report.FLOATS, _collectives_report.INTEGERS = [torch.bfloat16], [torch.int64]
+def two_types():
+    trials.FLOATS, trials.INTEGERS = [torch.bfloat16], [torch.int64]
 
 
 @pytest.mark.slow
@@ -48,10 +37,6 @@ def test_every_root_and_slices_of_sizes_drawn_at_random():
 
 
 def sum_random_sizes(job):
-    sys.path.insert(0, str(CODE))
-    import collectives_from_scratch as own
-    from _collectives_wire import Wire
-
     generator = torch.Generator().manual_seed(job.world_size)
     for root in range(job.world_size):
         n, slice_bytes = (int(torch.randint(1, 200, (), generator=generator)) for _ in range(2))
@@ -64,7 +49,7 @@ def sum_random_sizes(job):
             assert all_reduce(Wire(job), mine.clone()).equal(total)
         staged = Wire(job)
         staged.staged = True  # as with gloo and a GPU, but here the host's copy is the tensor
-        assert own.pipelined_ring_all_reduce(staged, mine.clone(), slice_bytes).equal(total)
+        assert pipelined_ring_all_reduce(staged, mine.clone(), slice_bytes).equal(total)
 
 
 def test_a_wrong_sum_and_a_message_too_many_are_noticed():
@@ -77,19 +62,19 @@ def test_a_wrong_sum_and_a_message_too_many_are_noticed():
     ]
 
 
-def spoil_ring(module):
+def spoil_ring():
     """A ring that adds one to what it has on rank 0, and a tree that forgets rank 1's part."""
 
     def one_more(wire, tensor):
-        module.ring_all_reduce(wire, tensor)
+        ring_all_reduce(wire, tensor)
         tensor += wire.rank == 0
         return tensor
 
     def rank_zeros_part(wire, tensor):
-        return module.tree_broadcast(wire, tensor)
+        return own.tree_broadcast(wire, tensor)
 
-    module.ALL_REDUCES["all-reduce (ring)"] = one_more
-    module.ALL_REDUCES["all-reduce (tree)"] = rank_zeros_part
+    own.ALL_REDUCES["all-reduce (ring)"] = one_more
+    own.ALL_REDUCES["all-reduce (tree)"] = rank_zeros_part
 
 
 @pytest.mark.slow
@@ -102,24 +87,19 @@ def test_the_race_times_every_all_reduce_and_checks_the_ratio_that_is_asked_for(
     assert checks == [("the pipelined ring keeps up with the library", False)]
 
 
-def run_script(job, argv, change=lambda module: None):
+def run_script(job, argv, change=lambda: None):
     """The script's own run on this rank: its checks, and its table."""
-    sys.path.insert(0, str(CODE))
-    import collectives_from_scratch
-
-    change(collectives_from_scratch)
-    args = collectives_from_scratch.parse_args(argv)
+    change()
+    args = own.parse_args(argv)
     with script.run(args) as run:
-        collectives_from_scratch.show(run, args, job)
+        own.show(run, args, job)
     (table,) = run.tables.values()
     return [(check.name, check.ok) for check in run.checks], table["rows"]
 
 
 @pytest.mark.parametrize("workers", [1, 2, 4, 8])
-def test_formulas_are_the_alpha_beta_models_for_a_power_of_two(collectives, workers):
+def test_formulas_are_the_alpha_beta_models_for_a_power_of_two(workers):
     """alpha = 1 and beta = 0 count the steps; the other way round the bytes on the longest path."""
-    from _collectives_formulas import FORMULAS
-
     n = 64 * workers
     for name, formula in FORMULAS.items():
         ranks = range(workers)
@@ -129,10 +109,8 @@ def test_formulas_are_the_alpha_beta_models_for_a_power_of_two(collectives, work
         assert most == (path / 2 if name == "all-reduce (tree)" else path)  # half of it is received
 
 
-def test_ring_and_tree_send_the_same_in_all_and_recursive_doubling_more(collectives):
+def test_ring_and_tree_send_the_same_in_all_and_recursive_doubling_more():
     """All that the ranks of an all-reduce send together is at least 2·(K-1)·n: the ring's."""
-    from _collectives_formulas import FORMULAS
-
     for workers in range(1, 9):
         for n in (0, 1, 7, 100):
             sent = {
@@ -151,20 +129,20 @@ def test_ring_and_tree_send_the_same_in_all_and_recursive_doubling_more(collecti
         (["--min-ratio", "0.9"], "are about time; add --compare-with-library"),
     ],
 )
-def test_flags_that_cannot_be_meant_are_refused(collectives, flags, message):
+def test_flags_that_cannot_be_meant_are_refused(flags, message):
     with pytest.raises(script.UsageError, match=message):
-        collectives.parse_args([*SMOKE, *flags])
+        own.parse_args([*SMOKE, *flags])
 
 
 @pytest.mark.parametrize("size", ["0", "16 MiB", "16mib", "-4", "4iB", "many"])
-def test_a_size_that_is_none_is_refused_in_one_line(collectives, capsys, size):
+def test_a_size_that_is_none_is_refused_in_one_line(capsys, size):
     with pytest.raises(SystemExit, match="2"):
-        collectives.parse_args([*SMOKE, f"--bytes={size}"])
+        own.parse_args([*SMOKE, f"--bytes={size}"])
     said = capsys.readouterr().err
     assert said.count("\n") == 1 and "is no size; use one such as 64KiB or 16MiB" in said
 
 
-def test_sizes_are_read_as_written(collectives):
+def test_sizes_are_read_as_written():
     written = {"4096": 4096, "4B": 4, "64KiB": 2**16, "16MiB": 2**24, "1GB": 10**9}
     for text, size in written.items():
-        assert collectives.parse_args([*SMOKE, "--bytes", text]).bytes == size
+        assert own.parse_args([*SMOKE, "--bytes", text]).bytes == size

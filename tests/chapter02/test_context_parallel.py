@@ -1,13 +1,16 @@
 """Ring attention, Ulysses and torch's context_parallel: each equals one process, and the others."""
 
-import sys
 from dataclasses import replace
-from importlib import import_module
 
+import context_parallel
 import pytest
 import torch
 import torch.nn.functional as F
-from parallel_runs import CODE, SMOKE, one_of
+import torch_context_parallel
+from parallel_runs import SMOKE, one_of
+from parallelism import context
+from parallelism.problem import solve
+from torch.distributed.device_mesh import init_device_mesh
 
 from distlab import script
 from distlab.errors import UsageError
@@ -66,10 +69,7 @@ def test_torch_and_the_script_agree_on_every_gradient(tied):
         assert torch_bytes == ring_bytes * 2  # the keys of 4 heads, where the ring sends those of 2
 
 
-def test_without_gpus_torchs_script_says_why_it_is_skipped(monkeypatch, capsys):
-    monkeypatch.syspath_prepend(CODE)
-    import torch_context_parallel
-
+def test_without_gpus_torchs_script_says_why_it_is_skipped(capsys):
     assert script.status_of(lambda: torch_context_parallel.main(SMOKE)) == script.SKIPPED
     assert capsys.readouterr().out == (
         "SKIPPED: torch's context_parallel has attention kernels for CUDA only: no GPU is used\n"
@@ -88,19 +88,15 @@ def test_without_gpus_torchs_script_says_why_it_is_skipped(monkeypatch, capsys):
     ],
 )
 def test_what_the_ranks_cannot_share_is_refused(ranks, flags, said, monkeypatch):
-    monkeypatch.syspath_prepend(CODE)
     for variable, value in one_of(ranks).items():
         monkeypatch.setenv(variable, value)
     with pytest.raises(UsageError, match=said):
-        import_module("context_parallel").main([*SMOKE, *flags])
+        context_parallel.main([*SMOKE, *flags])
 
 
-def run_script(job, argv, change=lambda module: None):
+def run_script(job, argv, change=lambda: None):
     """The script's own run on this rank: its checks, and predicted and measured numbers."""
-    sys.path.insert(0, str(CODE))
-    import context_parallel
-
-    change(context_parallel)
+    change()
     args = context_parallel.parse_args(argv)
     with script.run(args) as run:
         context_parallel.compare_with_one_process(run, args, job)
@@ -110,12 +106,6 @@ def run_script(job, argv, change=lambda module: None):
 
 def everybody(job, tied):
     """The gradients by torch and by the script's three forms, and the bytes of torch and a ring."""
-    sys.path.insert(0, str(CODE))
-    import context_parallel
-    import torch_context_parallel
-    from _parallel import solve
-    from torch.distributed.device_mesh import init_device_mesh
-
     torch.manual_seed(1)
     model = Llama(replace(SIZES["smoke"], tie_word_embeddings=tied))
     problem = solve(model, *torch.randint(0, 512, (2, 3, 64)))
@@ -132,24 +122,20 @@ def everybody(job, tied):
     return [by_torch, *(gradients for _, gradients, _ in steps), sent.total, ring_bytes]
 
 
-def wrong_positions(module):
-    import _parallel_context
-
-    right = _parallel_context.loss_at
+def wrong_positions():
+    right = context.loss_at
 
     def loss_at(model, input_ids, targets, rope):
         own = input_ids.shape[1]
-        tables = _parallel_context.rope_tables(
-            model.config, 0, own, input_ids.device, torch.float32
-        )
+        tables = context.rope_tables(model.config, 0, own, input_ids.device, torch.float32)
         return right(model, input_ids, targets, tables)
 
-    _parallel_context.loss_at = loss_at
+    context.loss_at = loss_at
 
 
-def see_the_future(module):
-    right = module.attention_scores
-    module.attention_scores = lambda q, k, diagonal: right(q, k, False)
+def see_the_future():
+    right = context_parallel.attention_scores
+    context_parallel.attention_scores = lambda q, k, diagonal: right(q, k, False)
 
 
 def stand_in_for_cuda():

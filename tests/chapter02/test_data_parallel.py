@@ -1,12 +1,14 @@
 """Data parallelism by hand and by DDP: each equals one process, and each equals the other."""
 
-import sys
 from dataclasses import replace
-from importlib import import_module
 
+import data_parallel
 import pytest
 import torch
-from parallel_runs import CODE, SMOKE, failed, one_of, run_scripts
+import torch_data_parallel
+from parallel_runs import SMOKE, failed, one_of, run_scripts
+from parallelism.problem import solve
+from parallelism.traffic import Traffic
 
 from distlab.errors import UsageError
 from distlab.model import SIZES, Llama
@@ -17,7 +19,8 @@ TOLERANCE = 1e-6
 
 @pytest.mark.parametrize("world_size", [1, 2, pytest.param(4, marks=pytest.mark.slow)])
 def test_loss_gradients_and_bytes_are_as_promised(world_size):
-    scripts = ["data_parallel", "torch_data_parallel"]
+    scripts = [data_parallel, torch_data_parallel]
+    scripts = [script.compare_with_one_process for script in scripts]
     for by_hand, by_torch in spawn(run_scripts, world_size, scripts, timeout_s=120):
         assert [len(by_hand.checks), len(by_torch.checks)] == [6, 4]
         for run in (by_hand, by_torch):
@@ -37,35 +40,30 @@ def test_ddp_and_the_script_agree_on_every_gradient():
 
 @pytest.mark.slow
 def test_a_sum_where_the_mean_belongs_is_noticed():
-    run = spawn(run_scripts, 2, ["data_parallel"], a_sum, timeout_s=60)[0][0]
+    run = spawn(run_scripts, 2, [data_parallel.compare_with_one_process], a_sum, timeout_s=60)[0][0]
     assert failed(run) == ["for each tensor: each gradient is one process's"]
 
 
 def test_replicas_that_begin_differently_are_noticed():
-    run = spawn(run_scripts, 2, ["data_parallel"], no_broadcast, timeout_s=60)[0][0]
+    run = spawn(
+        run_scripts, 2, [data_parallel.compare_with_one_process], no_broadcast, timeout_s=60
+    )[0][0]
     assert len(failed(run)) == 5
     assert failed(run)[0] == "the broadcast gives all of them rank 0's"
 
 
-@pytest.mark.parametrize("name", ["data_parallel", "torch_data_parallel"])
+@pytest.mark.parametrize("main", [data_parallel.main, torch_data_parallel.main])
 @pytest.mark.parametrize(("ranks", "fitting"), [(16, "16"), (3, "6 or 9")])
-def test_more_ranks_than_sequences_are_refused(name, ranks, fitting, monkeypatch):
-    monkeypatch.syspath_prepend(CODE)
+def test_more_ranks_than_sequences_are_refused(main, ranks, fitting, monkeypatch):
     said = f"--batch-size 8 is not divisible by {ranks} ranks; use {fitting}$"
     for variable, value in one_of(ranks).items():
         monkeypatch.setenv(variable, value)
     with pytest.raises(UsageError, match=said):
-        import_module(name).main(SMOKE)
+        main(SMOKE)
 
 
 def both(job):
     """The gradients by the script and by DDP, of a tied and of an untied model."""
-    sys.path.insert(0, str(CODE))
-    import data_parallel
-    import torch_data_parallel
-    from _parallel import solve
-    from _traffic import Traffic
-
     found = {}
     for tied in (True, False):
         torch.manual_seed(1)
@@ -80,13 +78,13 @@ def both(job):
     return found
 
 
-def a_sum(module):
+def a_sum():
     def average_each(gradients, traffic):
         for gradient in gradients:
             traffic.all_reduce(gradient)
 
-    module.average_each = average_each
+    data_parallel.average_each = average_each
 
 
-def no_broadcast(module):
-    module.broadcast_parameters = lambda model, traffic: None
+def no_broadcast():
+    data_parallel.broadcast_parameters = lambda model, traffic: None

@@ -1,38 +1,28 @@
 """Experts on several ranks equal experts in one process, which tokens they drop included."""
 
-import sys
+from functools import partial
 
+import expert_parallel as scratch
 import pytest
 import torch
+import torch_expert_parallel as library
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from parallelism import experts
 
 from distlab import script
 from distlab.errors import UsageError
-from distlab.files import repo_root
 from distlab.model import SIZES
 from distlab.spawning import spawn
 
-CODE = repo_root() / "chapter02-gpu-hardware-parallelism" / "code"
 SMOKE = ["--preset", "smoke", "--device", "cpu", "--steps", "8"]
 UNTRAINED = [*SMOKE[:-1], "1"]
 TIGHT = [*UNTRAINED, "--capacity-factor", "0.4"]
 
 
-@pytest.fixture(scope="module")
-def experts():
-    """The script's helpers: the one-process layer, and the routing."""
-    sys.path.insert(0, str(CODE))
-    import _expert_model
-    import _expert_routing
-
-    yield _expert_model, _expert_routing
-    sys.path.remove(str(CODE))
-
-
-def test_first_choices_queue_before_second_ones_and_the_rest_is_dropped(experts):
+def test_first_choices_queue_before_second_ones_and_the_rest_is_dropped():
     scores = torch.tensor([[3.0, 2.0, 0.0], [2.0, 3.0, 0.0], [3.0, 0.0, 2.0]])
-    routing = experts[1].route(scores, 2)
+    routing = experts.route(scores, 2)
     # Expert 0 is full with the first choices of tokens 0 and 2: token 1 loses its second choice.
     assert routing.token.tolist() == [0, 2, 1, 0, 2]
     assert routing.counts.tolist() == [2, 2, 1]
@@ -41,11 +31,11 @@ def test_first_choices_queue_before_second_ones_and_the_rest_is_dropped(experts)
     torch.testing.assert_close(routing.gate, best[[0, 0, 0, 1, 1]])
 
 
-def test_the_balance_loss_is_one_where_routing_is_even_and_e_where_it_collapses(experts):
+def test_the_balance_loss_is_one_where_routing_is_even_and_e_where_it_collapses():
     even = torch.eye(4)[[0, 1, 2, 3]] + 0.5 * torch.eye(4)[[1, 2, 3, 0]]
-    assert experts[1].route(even, 8).balance.item() == pytest.approx(1.0)
+    assert experts.route(even, 8).balance.item() == pytest.approx(1.0)
     collapsed = torch.tensor([[50.0, 50.0, 0.0, 0.0]]).repeat(6, 1)
-    assert experts[1].route(collapsed, 8).balance.item() == pytest.approx(4 / 2)
+    assert experts.route(collapsed, 8).balance.item() == pytest.approx(4 / 2)
 
 
 @given(
@@ -55,16 +45,13 @@ def test_the_balance_loss_is_one_where_routing_is_even_and_e_where_it_collapses(
     seed=st.integers(0, 99),
 )
 @settings(deadline=None)
-def test_routing_drops_what_a_queue_in_plain_python_drops(
-    experts, tokens, num_experts, factor, seed
-):
-    model, routing = experts
+def test_routing_drops_what_a_queue_in_plain_python_drops(tokens, num_experts, factor, seed):
     generator = torch.Generator().manual_seed(seed)
-    mixture = model.MixtureOfExperts(SIZES["smoke"], num_experts, factor, 1)
+    mixture = experts.MixtureOfExperts(SIZES["smoke"], num_experts, factor, 1)
     x = torch.randn(1, tokens, SIZES["smoke"].hidden_size, generator=generator)
     mixture(x)
-    room = routing.capacity(factor, tokens, num_experts)
-    found = routing.route(mixture.router(x[0]), room)
+    room = experts.capacity(factor, tokens, num_experts)
+    found = experts.route(mixture.router(x[0]), room)
     assert found.counts.tolist() == mixture.counts[0]
     assert found.counts.max() <= room
     assert found.balance.item() == pytest.approx(mixture.balance.item(), rel=1e-5)
@@ -72,12 +59,12 @@ def test_routing_drops_what_a_queue_in_plain_python_drops(
 
 @pytest.mark.parametrize("ranks", [1, 2, pytest.param(4, marks=pytest.mark.slow)])
 def test_from_scratch_equals_the_library_equals_one_process(ranks):
-    for scratch, library, differences in spawn(run_both, ranks, SMOKE, timeout_s=120):
-        for (checks, _), count in ((scratch, 8), (library, 4)):
+    for own, theirs, differences in spawn(run_both, ranks, SMOKE, timeout_s=120):
+        for (checks, _), count in ((own, 8), (theirs, 4)):
             assert [name for name, ok in checks if not ok] == []
             assert len(checks) == count
         for name in ("token rows", "row counts", "gradients of the replicas"):
-            comparison = scratch[1][name]
+            comparison = own[1][name]
             assert comparison["predicted"] == pytest.approx(comparison["measured"], abs=0.5)
             assert (comparison["measured"] > 0) == (ranks > 1)
         assert max(differences.values()) < 2e-6
@@ -86,22 +73,24 @@ def test_from_scratch_equals_the_library_equals_one_process(ranks):
 @pytest.mark.slow
 def test_they_agree_where_most_rows_are_dropped_and_ranks_have_odd_numbers_of_tokens():
     odd = [*TIGHT, "--experts", "6", "--batch-size", "3", "--seq-len", "5"]
-    for checks, _ in spawn(run_script, 3, "expert_parallel", odd, timeout_s=120):
+    for checks, _ in spawn(run_script, 3, scratch.compare_with_one_process, odd, timeout_s=120):
         failed = [name for name, ok in checks if not ok]
         assert [name for name in failed if "busiest" not in name] == []  # a step trains nothing
 
 
 def test_dropping_by_another_rule_is_noticed():
-    checks, _ = spawn(run_script, 2, "expert_parallel", TIGHT, one_more_row, timeout_s=120)[0]
+    checks, _ = spawn(
+        run_script, 2, scratch.compare_with_one_process, TIGHT, one_more_row, timeout_s=120
+    )[0]
     failed = [name for name, ok in checks if not ok]
     assert "each expert keeps the rows it keeps in one process" in failed
     assert "experts: each gradient is one process's" in failed
 
 
 def test_averaging_experts_like_replicas_is_noticed():
-    checks, _ = spawn(run_script, 2, "expert_parallel", UNTRAINED, halve_gradients, timeout_s=120)[
-        0
-    ]
+    checks, _ = spawn(
+        run_script, 2, scratch.compare_with_one_process, UNTRAINED, halve_gradients, timeout_s=120
+    )[0]
     assert "experts: each gradient is one process's" in [name for name, ok in checks if not ok]
 
 
@@ -113,40 +102,36 @@ def test_averaging_experts_like_replicas_is_noticed():
         (4, ["--batch-size", "6"], "--batch-size 6 is not divisible by 4 ranks; use 4 or 8"),
     ],
 )
-def test_what_cannot_be_shared_out_is_refused(experts, ranks, flags, message):
-    args = experts[0].parser("").parse_args([*SMOKE, *flags])
+def test_what_cannot_be_shared_out_is_refused(ranks, flags, message):
+    args = experts.parser("").parse_args([*SMOKE, *flags])
     with pytest.raises(UsageError, match=message):
-        experts[0].check_flags(args, ranks)
+        experts.check_flags(args, ranks)
 
 
 def run_both(job, argv):
-    scratch = run_script(job, "expert_parallel", argv)
-    return scratch, run_script(job, "torch_expert_parallel", argv), differences(job, argv)
+    own, theirs = (
+        run_script(job, one.compare_with_one_process, argv) for one in (scratch, library)
+    )
+    return own, theirs, differences(job, argv)
 
 
-def run_script(job, module, argv, change=lambda: None):
+def run_script(job, compare_with_one_process, argv, change=lambda: None):
     """The script's own run on this rank: its checks, and its comparisons."""
-    sys.path.insert(0, str(CODE))
-    scripted = __import__(module)
     change()
-    args = scripted.parser("").parse_args(argv)
+    args = experts.parser("").parse_args(argv)
     with script.run(args) as run:
-        scripted.compare_with_one_process(run, args, job)
+        compare_with_one_process(run, args, job)
     return [(check.name, check.ok) for check in run.checks], run.comparisons
 
 
 def one_more_row():
-    import expert_parallel
-
-    fewer = expert_parallel.capacity
-    expert_parallel.capacity = lambda factor, tokens, experts: fewer(factor, tokens, experts) + 1
+    fewer = scratch.capacity
+    scratch.capacity = lambda factor, tokens, experts: fewer(factor, tokens, experts) + 1
 
 
 def halve_gradients():
-    import expert_parallel
-
-    whole = expert_parallel.gradients_of
-    expert_parallel.gradients_of = lambda model: {
+    whole = scratch.gradients_of
+    scratch.gradients_of = lambda model: {
         name: gradient / 2 if ".experts." in name else gradient
         for name, gradient in whole(model).items()
     }
@@ -154,17 +139,13 @@ def halve_gradients():
 
 def differences(job, argv):
     """The largest difference of each gradient of this rank, in its largest elements."""
-    import expert_parallel as scratch
-    import torch_expert_parallel as library
-
-    args = scratch.parser("").parse_args(argv)
+    args = experts.parser("").parse_args(argv)
     with script.run(args) as run:
-        problem = scratch.one_process(run, args, job)
+        problem = experts.one_process(run, args, job)
     batch = problem.share(job.rank, job.world_size)
-    own = scratch.distributed(problem, scratch.ExpertParallel, scratch.Wires())
-    theirs = scratch.distributed(
-        problem, library.LibraryExpertParallel, torch.distributed.group.WORLD
-    )
+    by_hand = partial(scratch.ExpertParallel, wires=experts.Wires())
+    by_torch = partial(library.LibraryExpertParallel, group=torch.distributed.group.WORLD)
+    own, theirs = (experts.distributed(problem, layer) for layer in (by_hand, by_torch))
     loss = scratch.step(own, batch, args.balance_weight)
     library_loss = library.step(theirs, batch, args.balance_weight)
     found = {"loss": (loss - library_loss).abs().item()}

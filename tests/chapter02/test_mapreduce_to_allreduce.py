@@ -1,29 +1,19 @@
 """The shuffle loses nothing, for words and for gradients, and the checks notice when it does."""
 
-import sys
 from collections import Counter
 from types import SimpleNamespace
 
+import mapreduce_to_allreduce as mapreduce
 import numpy as np
 import pytest
 import torch
 
 from distlab import script
-from distlab.files import repo_root
 from distlab.spawning import spawn
 
-CODE = repo_root() / "chapter02-gpu-hardware-parallelism" / "code"
 FORMS = ["every occurrence", "combined"]
 KEYED = ["every example", "combined"]
 SMOKE = ["--preset", "smoke", "--device", "cpu"]
-
-
-@pytest.fixture
-def mapreduce(monkeypatch):
-    monkeypatch.syspath_prepend(str(CODE))
-    import mapreduce_to_allreduce
-
-    return mapreduce_to_allreduce
 
 
 @pytest.mark.parametrize(
@@ -61,33 +51,30 @@ def test_what_loses_a_record_is_noticed(change, noticed):
 
 def run_script(job, argv, change=None):
     """The script's own run on this rank: its checks, its comparisons, and its table of bytes."""
-    sys.path.insert(0, str(CODE))
-    import mapreduce_to_allreduce
-
     if change is not None:
-        CHANGES[change](mapreduce_to_allreduce, job)
-    args = mapreduce_to_allreduce.parse_args(argv)
+        CHANGES[change](job)
+    args = mapreduce.parse_args(argv)
     with script.run(args) as run:
-        mapreduce_to_allreduce.show(run, args, job)
+        mapreduce.show(run, args, job)
     checks = [(check.name, check.ok) for check in run.checks]
     return checks, (run.comparisons, run.tables["bytes"]["rows"])
 
 
-def own_hash(module, job):
+def own_hash(job):
     """Each rank hashes in its own way, as Python's hash() does."""
-    honest = module.crc32
-    module.crc32 = lambda word: honest(word) + job.rank
+    honest = mapreduce.crc32
+    mapreduce.crc32 = lambda word: honest(word) + job.rank
 
 
-def lost_record(module, job):
+def lost_record(job):
     """The last record that arrives is not added up."""
-    honest = module.reduce_records
+    honest = mapreduce.reduce_records
 
     def forgetful(arrived, begin, size):
         *others, last = arrived
-        return honest([*others, last[: -module.RECORD.itemsize]], begin, size)
+        return honest([*others, last[: -mapreduce.RECORD.itemsize]], begin, size)
 
-    module.reduce_records = forgetful
+    mapreduce.reduce_records = forgetful
 
 
 CHANGES = {"own_hash": own_hash, "lost_record": lost_record}
@@ -101,20 +88,17 @@ def test_a_corpus_of_two_words_leaves_reducers_without_any(tmp_path):
 
 
 def count_only(job, argv):
-    sys.path.insert(0, str(CODE))
-    import mapreduce_to_allreduce
-
-    args = mapreduce_to_allreduce.parse_args(argv)
+    args = mapreduce.parse_args(argv)
     found = {}
-    honest = mapreduce_to_allreduce.report_words
-    mapreduce_to_allreduce.report_words = lambda *told: (found.update(told[3]), honest(*told))
+    honest = mapreduce.report_words
+    mapreduce.report_words = lambda *told: (found.update(told[3]), honest(*told))
     with script.run(args) as run:
-        mapreduce_to_allreduce.count_words(run, args, job)
+        mapreduce.count_words(run, args, job)
     assert run.status == 0
     return found
 
 
-def test_words_survive_their_way_to_the_reducer(mapreduce):
+def test_words_survive_their_way_to_the_reducer():
     pairs = list(mapreduce.map_words(["def f(x_1, été):\n    return 42 + x_1", "", "été"]))
     words = [word for word, _ in pairs]
     assert words == ["def", "f", "x_1", "été", "return", "x_1", "été"]
@@ -123,7 +107,7 @@ def test_words_survive_their_way_to_the_reducer(mapreduce):
     assert sum(map(mapreduce.reduce_words, partitions), Counter()) == Counter(words)
 
 
-def test_records_are_summed_by_index(mapreduce):
+def test_records_are_summed_by_index():
     gradients = [torch.tensor([1.0, 2, 3, 4, 5]), torch.tensor([10.0, 20, 30, 40, 50])]
     first, second, third = mapreduce.by_index(gradients, 3)
     assert first.tolist() == [(0, 1.0), (1, 2.0), (0, 10.0), (1, 20.0)]
@@ -132,7 +116,7 @@ def test_records_are_summed_by_index(mapreduce):
     assert mapreduce.reduce_records(sent, begin=2, size=2).tolist() == [66.0, 88.0]
 
 
-def test_fewer_examples_than_ranks_are_refused(mapreduce):
+def test_fewer_examples_than_ranks_are_refused():
     args = mapreduce.parse_args([*SMOKE, "--batch-size", "3"])
     job = SimpleNamespace(world_size=4)
     with pytest.raises(script.UsageError, match="--batch-size 3 leaves .*; use 4 or more"):

@@ -1,21 +1,16 @@
 """Training on a slow link: the ranks stay equal, and the curve is computed as it says."""
 
-import sys
+import os
 
 import pytest
+import slow_link_scaling
+import torch.distributed as dist
 
 from distlab import script
 from distlab.errors import UsageError
-from distlab.files import repo_root
 from distlab.spawning import spawn
 
-CODE = repo_root() / "chapter02-gpu-hardware-parallelism" / "code"
 SMOKE = ["--preset", "smoke", "--device", "cpu", "--backend", "gloo"]
-
-
-@pytest.fixture(autouse=True)
-def code(monkeypatch):
-    monkeypatch.syspath_prepend(CODE)
 
 
 @pytest.mark.parametrize("world_size", [1, 2])
@@ -30,7 +25,7 @@ def test_a_point_is_measured_and_its_ranks_stay_equal(world_size):
 
 
 def test_a_node_sleeps_as_long_as_it_is_told_and_trains_nevertheless():
-    checks, point = spawn(run_point, 2, [*SMOKE, "--compute", "0.2"], timeout_s=120)[0]
+    checks, point = spawn(run_point, 2, SMOKE, sleep_instead, timeout_s=120)[0]
     assert checks == [("all ranks hold the same weights, bit for bit", True)]
     assert point["compute"] == 0.2 and point["step"] >= 0.2 + point["all_reduce"] * 0.99
 
@@ -42,9 +37,6 @@ def test_ranks_that_do_not_average_are_noticed():
 
 def run_point(job, argv, change=lambda: None):
     """The script's own measurement on this rank: its checks, and its point."""
-    sys.path.insert(0, str(CODE))
-    import slow_link_scaling
-
     change()
     args = slow_link_scaling.parse_args(argv)
     with script.run(args) as run:
@@ -52,15 +44,16 @@ def run_point(job, argv, change=lambda: None):
     return [(check.name, check.ok) for check in run.checks], run.extras["point"]
 
 
-def without_all_reduce():
-    import _slow_link_training
+def sleep_instead():
+    os.environ[slow_link_scaling.COMPUTE] = "0.2"
 
-    _slow_link_training.dist.all_reduce = lambda tensor, *args: tensor
+
+def without_all_reduce():
+    dist.all_reduce = lambda tensor, *args: tensor
 
 
 def test_the_curve_by_hand():
-    from _slow_link_report import row_of
-
+    row_of = slow_link_scaling.row_of
     one = {"rate": None, "nodes": 1, "compute": 0.1, "predicted_all_reduce": None, "step": 0.1}
     two = {"rate": "1gbit", "nodes": 2, "compute": 0.1, "predicted_all_reduce": 0.15, "step": 0.2}
     assert row_of(one)[0] == "none"
@@ -80,15 +73,11 @@ def test_the_curve_by_hand():
     ],
 )
 def test_a_wrong_flag_is_one_line(flags, words):
-    import slow_link_scaling
-
     with pytest.raises(UsageError, match=words):
         slow_link_scaling.parse_args([*SMOKE, *flags])
 
 
 def test_a_machine_without_virtual_clusters_skips(monkeypatch):
-    import slow_link_scaling
-
     monkeypatch.delenv("RANK", raising=False)
     monkeypatch.setattr(slow_link_scaling, "unavailable", lambda: "no namespaces here")
     with pytest.raises(script.Skipped, match="no namespaces here"):

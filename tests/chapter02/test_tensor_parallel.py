@@ -1,13 +1,17 @@
 """Tensor parallelism by hand and by DTensor: each equals one process, and each equals the other."""
 
-import sys
 from dataclasses import replace
-from importlib import import_module
 from itertools import product
 
 import pytest
+import tensor_parallel
 import torch
-from parallel_runs import CODE, SMOKE, failed, one_of, run_scripts
+import torch_tensor_parallel
+from parallel_runs import SMOKE, failed, one_of, run_scripts
+from parallelism.problem import gradients_of, solve
+from parallelism.tensor import TensorParallel
+from parallelism.traffic import Traffic
+from torch.distributed.device_mesh import init_device_mesh
 
 from distlab.errors import UsageError
 from distlab.model import SIZES, Llama
@@ -18,7 +22,8 @@ TOLERANCE = 1e-6
 
 @pytest.mark.parametrize("world_size", [1, 2, pytest.param(4, marks=pytest.mark.slow)])
 def test_loss_gradients_and_bytes_are_as_promised(world_size):
-    scripts = ["tensor_parallel", "torch_tensor_parallel"]
+    scripts = [tensor_parallel, torch_tensor_parallel]
+    scripts = [script.compare_with_one_process for script in scripts]
     for by_hand, by_torch in spawn(run_scripts, world_size, scripts, timeout_s=120):
         assert [len(by_hand.checks), len(by_torch.checks)] == [4, 6]
         for run in (by_hand, by_torch):
@@ -37,13 +42,17 @@ def test_dtensor_and_the_script_agree_on_every_gradient():
 
 
 def test_an_f_that_sums_nothing_backward_is_noticed():
-    run = spawn(run_scripts, 2, ["tensor_parallel"], no_f, timeout_s=60)[0][0]
+    run = spawn(run_scripts, 2, [tensor_parallel.compare_with_one_process], no_f, timeout_s=60)[0][
+        0
+    ]
     assert failed(run) == ["tensor parallel: each gradient is one process's"]
 
 
 @pytest.mark.slow
 def test_norm_gradients_of_the_own_tokens_only_are_noticed():
-    run = spawn(run_scripts, 2, ["tensor_parallel"], no_sum_of_norms, timeout_s=60)[0][0]
+    run = spawn(
+        run_scripts, 2, [tensor_parallel.compare_with_one_process], no_sum_of_norms, timeout_s=60
+    )[0][0]
     assert failed(run) == ["with sequence parallel: each gradient is one process's"]
 
 
@@ -57,22 +66,14 @@ def test_norm_gradients_of_the_own_tokens_only_are_noticed():
     ],
 )
 def test_what_the_ranks_cannot_share_is_refused(ranks, flags, said, monkeypatch):
-    monkeypatch.syspath_prepend(CODE)
     for variable, value in one_of(ranks).items():
         monkeypatch.setenv(variable, value)
     with pytest.raises(UsageError, match=said):
-        import_module("tensor_parallel").main([*SMOKE, *flags])
+        tensor_parallel.main([*SMOKE, *flags])
 
 
 def both(job):
     """This rank's parts of the gradients, by the script and by DTensor, in each form."""
-    sys.path.insert(0, str(CODE))
-    import torch_tensor_parallel
-    from _parallel import gradients_of, solve
-    from _traffic import Traffic
-    from tensor_parallel import TensorParallel
-    from torch.distributed.device_mesh import init_device_mesh
-
     mesh = init_device_mesh("cpu", (job.world_size,))
     forms = {torch_tensor_parallel.BLOCK: False, torch_tensor_parallel.SEQUENCE: True}
     found = {}
@@ -89,10 +90,10 @@ def both(job):
     return found
 
 
-def no_f(module):
-    right = module.TensorParallel.f
-    module.TensorParallel.f = lambda self, x: right(self, x) if self.sequence_parallel else x
+def no_f():
+    right = TensorParallel.f
+    TensorParallel.f = lambda self, x: right(self, x) if self.sequence_parallel else x
 
 
-def no_sum_of_norms(module):
-    module.TensorParallel.sum_norm_gradients = lambda self: None
+def no_sum_of_norms():
+    TensorParallel.sum_norm_gradients = lambda self: None

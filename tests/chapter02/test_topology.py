@@ -8,14 +8,16 @@ The matrices in configs/machines/ are what nvidia-smi topo -m printed on
 - 4x-k80-one-socket: Microway, "nvidia-smi: Control Your GPUs", an old driver, copied as spaces.
 """
 
-import importlib
 import json
 import random
 from itertools import combinations
 from pathlib import Path
-from types import ModuleType
 
 import pytest
+import topology
+from parallelism import machine
+from parallelism import topology as placement
+from parallelism.machine import Matrix, Node
 
 from distlab.errors import UsageError
 from distlab.files import repo_root
@@ -25,14 +27,8 @@ MACHINES = CHAPTER / "configs" / "machines"
 
 
 @pytest.fixture
-def topology(monkeypatch) -> ModuleType:
-    monkeypatch.syspath_prepend(str(CHAPTER / "code"))
-    return importlib.import_module("topology")
-
-
-@pytest.fixture
-def read(topology):
-    return lambda name: topology.parse_matrix((MACHINES / f"{name}.txt").read_text())
+def read():
+    return lambda name: placement.parse_matrix((MACHINES / f"{name}.txt").read_text())
 
 
 def test_dgx_h100(read):
@@ -70,19 +66,19 @@ def test_spaces_in_place_of_tabs(read):
     assert matrix.cores["GPU0"] == "0-11"
 
 
-def test_colours_indentation_and_names_of_nics(topology):
+def test_colours_indentation_and_names_of_nics():
     text = (
         "Topology:\n\t\x1b[4mGPU0\tGPU1\tNIC0\tCPU Affinity\tNUMA Affinity\tGPU NUMA ID\x1b[0m\n"
         "GPU0\t X \tSOC\tPIX\t\t0\t\tN/A\n"
         "GPU1\tSOC\t X \tSYS\t1,3,5\t1\t\tN/A\n"
         "NIC0\tPIX\tSYS\t X \t\t\t\t\n\nNIC Legend:\n\n  NIC0: mlx5_bond_0\n"
     )
-    matrix = topology.parse_matrix(text)
+    matrix = placement.parse_matrix(text)
     assert matrix.link("GPU0", "GPU1") == "SYS"  # as it is called now
     assert matrix.cores == {"GPU1": "1,3,5"} and matrix.numa == {"GPU0": "0", "GPU1": "1"}
     assert matrix.devices == {"NIC0": "mlx5_bond_0"}
     spaces = "\n".join(" ".join(line.split()) for line in text.replace("\x1b[4m", "").splitlines())
-    copied = topology.parse_matrix(spaces)
+    copied = placement.parse_matrix(spaces)
     assert copied.cores == matrix.cores and copied.numa == matrix.numa
 
 
@@ -99,73 +95,71 @@ def test_colours_indentation_and_names_of_nics(topology):
         (lambda t: "nvidia-smi: command not found", "no line that begins with GPU0"),
     ],
 )
-def test_a_spoilt_matrix_is_refused(topology, tmp_path, spoil, why):
+def test_a_spoilt_matrix_is_refused(tmp_path, spoil, why):
     path = tmp_path / "matrix.txt"
     path.write_text(spoil((MACHINES / "dgx-h100.txt").read_text()))
     with pytest.raises(UsageError, match=f"--matrix .* is wrong because .*{why}"):
         topology.main(["--matrix", str(path)])
 
 
-def groups_of(topology, matrix, count, size):
+def groups_of(matrix, count, size):
     return [
         "".join(gpu.removeprefix("GPU") for gpu in group)
-        for group in topology.placement.best_groups(matrix, count, size)
+        for group in placement.best_groups(matrix, count, size)
     ]
 
 
-def test_groups_of_a_dgx_1_keep_to_nvlink(topology, read):
+def test_groups_of_a_dgx_1_keep_to_nvlink(read):
     matrix = read("dgx-1-v100")
-    assert groups_of(topology, matrix, 2, 4) == ["0123", "4567"]
-    assert groups_of(topology, matrix, 4, 2) == ["03", "12", "47", "56"]  # two links each
+    assert groups_of(matrix, 2, 4) == ["0123", "4567"]
+    assert groups_of(matrix, 4, 2) == ["03", "12", "47", "56"]  # two links each
     assert matrix.worst(matrix.gpus) == "SYS"
-    ring = topology.placement.best_ring(matrix, matrix.gpus)
+    ring = placement.best_ring(matrix, matrix.gpus)
     assert sorted(ring) == sorted(matrix.gpus)
-    assert topology.placement.ring_link(matrix, ring) == "NV2"
+    assert placement.ring_link(matrix, ring) == "NV2"
 
 
-def test_a_small_job_gets_the_bridged_pair(topology, read):
-    assert groups_of(topology, read("4x-a100-pcie"), 1, 2) == ["01"]
-    assert groups_of(topology, read("4x-k80-one-socket"), 2, 2) == ["01", "23"]
-    assert groups_of(topology, read("8x-rtx4090-pcie"), 4, 2) == ["01", "23", "45", "67"]
+def test_a_small_job_gets_the_bridged_pair(read):
+    assert groups_of(read("4x-a100-pcie"), 1, 2) == ["01"]
+    assert groups_of(read("4x-k80-one-socket"), 2, 2) == ["01", "23"]
+    assert groups_of(read("8x-rtx4090-pcie"), 4, 2) == ["01", "23", "45", "67"]
 
 
 @pytest.mark.parametrize("seed", range(20))
-def test_groups_and_rings_are_the_best_of_all(topology, seed):
+def test_groups_and_rings_are_the_best_of_all(seed):
     draw = random.Random(seed)
     gpus = tuple(f"GPU{i}" for i in range(6))
     kinds = ("SYS", "NODE", "PIX", "NV2", "NV4")
     links = {pair: draw.choice(kinds) for pair in combinations(gpus, 2)}
-    matrix = topology.Matrix(gpus, (), links)
+    matrix = Matrix(gpus, (), links)
     for size in (1, 2, 3, 6):
-        groups = topology.placement.best_groups(matrix, 6 // size, size)
+        groups = placement.best_groups(matrix, 6 // size, size)
         assert sorted(gpu for group in groups for gpu in group) == list(gpus)
-        found = topology.placement.worst_of(matrix, groups)
-        assert found == topology.placement.best_by_trying_all(matrix, size)
-    ring = topology.placement.best_ring(matrix, gpus)
-    assert topology.placement.ring_link(matrix, ring) == topology.placement.ring_by_trying_all(
-        matrix, gpus
-    )
+        found = placement.worst_of(matrix, groups)
+        assert found == placement.best_by_trying_all(matrix, size)
+    ring = placement.best_ring(matrix, gpus)
+    assert placement.ring_link(matrix, ring) == placement.ring_by_trying_all(matrix, gpus)
 
 
-def test_nics_and_cores_of_a_gpu(topology, read):
-    place, matrix = topology.placement, read("dgx-h100")
+def test_nics_and_cores_of_a_gpu(read):
+    place, matrix = placement, read("dgx-h100")
     assert [place.nearest_nics(matrix, gpu) for gpu in ("GPU0", "GPU7")] == [["NIC0"], ["NIC11"]]
     assert place.nearest_nics(read("4x-a100-pcie"), "GPU0") == ["mlx5_0", "mlx5_1"]
     assert place.share_of_cores("0-55,112-167", 4, 1) == "14-27,126-139"
     assert place.share_of_cores("0-1", 4, 3) == "0-1"  # too few to divide
 
 
-def test_the_diagram_shows_the_switch_or_each_link(topology, read):
-    switched = topology.mermaid(read("dgx-h100"))
+def test_the_diagram_shows_the_switch_or_each_link(read):
+    switched = placement.mermaid(read("dgx-h100"))
     assert switched.count("===|NV18| NVSwitch") == 8 and "GPU5 ---|PXB| NIC9" in switched
-    meshed = topology.mermaid(read("dgx-1-v100"))
+    meshed = placement.mermaid(read("dgx-1-v100"))
     assert meshed.count("===|NV1|") + meshed.count("===|NV2|") == 16
     assert meshed.count("subgraph") == 2
 
 
 @pytest.mark.parametrize("tp", ["1", "2", "4", "8"])
 @pytest.mark.parametrize("name", ["dgx-h100", "dgx-1-v100", "8x-rtx4090-pcie"])
-def test_a_run_with_a_matrix(topology, tmp_path, capsys, name, tp):
+def test_a_run_with_a_matrix(tmp_path, capsys, name, tp):
     flags = ["--matrix", str(MACHINES / f"{name}.txt"), "--tp", tp, "--preset", "smoke"]
     assert topology.main([*flags, "--json", str(tmp_path / "r.json")]) == 0
     record = json.loads((tmp_path / "r.json").read_text())
@@ -185,7 +179,7 @@ def test_a_run_with_a_matrix(topology, tmp_path, capsys, name, tp):
         ("8x-rtx4090-pcie", ["--tp", "4"], "without NVLink inside a group prefer"),
     ],
 )
-def test_verdicts(topology, capsys, name, flags, says):
+def test_verdicts(capsys, name, flags, says):
     assert topology.main(["--matrix", str(MACHINES / f"{name}.txt"), *flags]) == 0
     assert says in capsys.readouterr().out
 
@@ -198,17 +192,17 @@ def test_verdicts(topology, capsys, name, flags, says):
         (["--world-size", "48", "--tp", "12"], "--tp 12 does not fill machines of 8 GPUs"),
     ],
 )
-def test_degrees_that_do_not_fit(topology, flags, why):
+def test_degrees_that_do_not_fit(flags, why):
     with pytest.raises(UsageError, match=why):
         topology.main(["--matrix", str(MACHINES / "dgx-h100.txt"), *flags])
 
 
-def test_no_file(topology):
+def test_no_file():
     with pytest.raises(UsageError, match="--matrix nowhere.txt cannot be read"):
         topology.main(["--matrix", "nowhere.txt"])
 
 
-def test_this_machine(topology, tmp_path, capsys):
+def test_this_machine(tmp_path, capsys):
     flags = ["--preset", "smoke", "--mermaid", str(tmp_path / "links.mmd")]
     assert topology.main([*flags, "--figures", str(tmp_path)]) == 0
     assert (tmp_path / "links.mmd").read_text().startswith("flowchart TB\n")
@@ -269,66 +263,64 @@ def server(tmp_path) -> Path:
     return tmp_path
 
 
-def test_what_sys_tells(topology, server):
-    sysfs = topology.sysfs
-    assert [(c.name, c.size, c.shared_by, c.count) for c in sysfs.caches(server)] == [
+def test_what_sys_tells(server):
+    assert [(c.name, c.size, c.shared_by, c.count) for c in machine.caches(server)] == [
         ("L1d", 48 * 1024, 2, 2), ("L3", 36 * 2**20, 2, 2)
     ]  # fmt: skip
-    first, second = sysfs.nodes(server)
+    first, second = machine.nodes(server)
     assert (first.cores, first.memory_bytes, first.distances) == ("0,2", 2**30, (10, 21))
     assert second.number == 1
-    assert sysfs.cores_by_thread(server) == {2: 2}
-    [nic] = sysfs.rdma_devices(server)
+    assert machine.cores_by_thread(server) == {2: 2}
+    [nic] = machine.rdma_devices(server)
     assert (nic.bits_per_second, nic.state, nic.kind, nic.numa) == (4e11, "active", "InfiniBand", 0)
-    [eth] = sysfs.interfaces(server)  # lo is no device
+    [eth] = machine.interfaces(server)  # lo is no device
     assert eth.bits_per_second is None and eth.address == "0000:81:00.0" and eth.numa == 1
 
 
-def test_links_by_the_places_on_the_bus(topology, server):
-    sysfs = topology.sysfs
-    gpu = sysfs.pci_device("0000:03:00.0", "GPU0", "GPU", server)
-    [nic], [eth] = sysfs.rdma_devices(server), sysfs.interfaces(server)
-    assert sysfs.pcie_link(gpu, nic) == sysfs.pcie_link(nic, gpu) == "PIX"
-    assert sysfs.pcie_link(gpu, eth) == "SYS"
+def test_links_by_the_places_on_the_bus(server):
+    gpu = machine.pci_device("0000:03:00.0", "GPU0", "GPU", server)
+    [nic], [eth] = machine.rdma_devices(server), machine.interfaces(server)
+    assert machine.pcie_link(gpu, nic) == machine.pcie_link(nic, gpu) == "PIX"
+    assert machine.pcie_link(gpu, eth) == "SYS"
     tree = "/sys/devices/pci0000:00"
 
     def at(path: str, numa: int | None = 0):
-        return sysfs.Device("d", "network", path=path, numa=numa)
+        return machine.Device("d", "network", path=path, numa=numa)
 
     deep = at(
         f"{tree}/0000:00:01.0/0000:01:00.0/0000:02:00.0/0000:03:00.0/0000:04:00.0/0000:05:00.0"
     )
     near = at(f"{tree}/0000:00:01.0/0000:01:00.0/0000:02:01.0/0000:09:00.0")
-    assert sysfs.pcie_link(deep, near) == "PXB"
-    assert sysfs.pcie_link(deep, at(f"{tree}/0000:00:02.0/0000:0a:00.0")) == "PHB"
-    assert sysfs.pcie_link(deep, at("/sys/devices/pci0000:40/0000:40:01.0/0000:41:00.0")) == "NODE"
+    assert machine.pcie_link(deep, near) == "PXB"
+    assert machine.pcie_link(deep, at(f"{tree}/0000:00:02.0/0000:0a:00.0")) == "PHB"
+    assert (
+        machine.pcie_link(deep, at("/sys/devices/pci0000:40/0000:40:01.0/0000:41:00.0")) == "NODE"
+    )
     unknown = at("/sys/devices/pci0000:40/0000:40:01.0/0000:41:00.0", None)
-    assert sysfs.pcie_link(deep, unknown) == "SYS"
+    assert machine.pcie_link(deep, unknown) == "SYS"
 
 
-def test_a_machine_that_tells_nothing(topology, tmp_path):
-    sysfs = topology.sysfs
-    assert not sysfs.caches(tmp_path) and not sysfs.nodes(tmp_path)
-    assert not sysfs.interfaces(tmp_path) and not sysfs.rdma_devices(tmp_path)
+def test_a_machine_that_tells_nothing(tmp_path):
+    assert not machine.caches(tmp_path) and not machine.nodes(tmp_path)
+    assert not machine.interfaces(tmp_path) and not machine.rdma_devices(tmp_path)
 
 
 @pytest.mark.parametrize(
     ("rate", "lanes", "gigabytes"),
     [(8.0, 16, 15.75), (16.0, 16, 31.5), (32.0, 16, 63.0), (2.5, 1, 0.25)],
 )
-def test_pcie_rates(topology, rate, lanes, gigabytes):
-    found = topology.sysfs.pcie_bytes_per_second(rate, lanes) / 1e9
+def test_pcie_rates(rate, lanes, gigabytes):
+    found = machine.pcie_bytes_per_second(rate, lanes) / 1e9
     assert found == pytest.approx(gigabytes, rel=1e-3)
 
 
-def test_ranks_share_the_cores_of_two_sockets(topology, monkeypatch):
-    this = importlib.import_module("_topology_this")
-    nodes = [this.Node(0, "0-3,8-11", None, (10, 21)), this.Node(1, "4-7,12-15", None, (21, 10))]
-    monkeypatch.setattr(this.sysfs, "nodes", lambda: nodes)
-    monkeypatch.setattr(this, "_allowed_cores", lambda: set(range(16)))
-    assert [(r.node, r.cores, r.threads) for r in this.cpu_ranks(4)] == [
+def test_ranks_share_the_cores_of_two_sockets(monkeypatch):
+    nodes = [Node(0, "0-3,8-11", None, (10, 21)), Node(1, "4-7,12-15", None, (21, 10))]
+    monkeypatch.setattr(machine, "nodes", lambda: nodes)
+    monkeypatch.setattr(machine, "_allowed_cores", lambda: set(range(16)))
+    assert [(r.node, r.cores, r.threads) for r in machine.cpu_ranks(4)] == [
         (0, "0-3", 4), (0, "8-11", 4), (1, "4-7", 4), (1, "12-15", 4)
     ]  # fmt: skip
-    assert [r.node for r in this.cpu_ranks(3)] == [0, 0, 1]
-    assert sorted(r.cores for r in this.cpu_ranks(16)) == sorted(map(str, range(16)))
-    assert len(this.cpu_ranks(20)) == 20  # more ranks than cores: some share
+    assert [r.node for r in machine.cpu_ranks(3)] == [0, 0, 1]
+    assert sorted(r.cores for r in machine.cpu_ranks(16)) == sorted(map(str, range(16)))
+    assert len(machine.cpu_ranks(20)) == 20  # more ranks than cores: some share

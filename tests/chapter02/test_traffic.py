@@ -5,12 +5,10 @@ import sys
 
 import pytest
 import torch
+from parallelism.traffic import Traffic
 
 from distlab.cluster import VirtualCluster, unavailable
-from distlab.files import repo_root
 from distlab.spawning import spawn
-
-CODE = repo_root() / "chapter02-gpu-hardware-parallelism" / "code"
 
 
 @pytest.mark.parametrize("world_size", [1, 3])
@@ -26,7 +24,7 @@ def test_the_counted_bytes_are_those_on_the_wire():
     """Three machines' own network cards say what gloo has sent."""
     if (why := unavailable()) is not None:
         pytest.skip(why)
-    command = [sys.executable, "-c", ON_EACH_NODE, str(CODE)]
+    command = [sys.executable, "-c", ON_EACH_NODE]
     with VirtualCluster(nodes=3) as cluster:
         nodes = [json.loads(done.stdout) for done in cluster.run_ranks(command, timeout_s=60)]
     # gloo's reduce-scatter all-reduces, and keeps a part: twice what one needs.
@@ -43,10 +41,9 @@ def test_the_counted_bytes_are_those_on_the_wire():
 
 
 ON_EACH_NODE = """
-import json, sys
-sys.path.insert(0, sys.argv[1])
+import json
 import torch
-from _traffic import Traffic
+from parallelism.traffic import Traffic
 from distlab import runtime
 
 # Each packet that TCP sends, an acknowledgement too, has headers; a lost one is sent again.
@@ -86,9 +83,6 @@ with runtime.distributed(device="cpu") as job:
 
 def every_collective(job):
     """By collective: what came out, what should have, the bytes counted, those by definition."""
-    sys.path.insert(0, str(CODE))
-    from _traffic import Traffic
-
     rank, ranks = job.rank, job.world_size
     others, after, before = ranks - 1, (rank + 1) % ranks, (rank - 1) % ranks
     own = torch.full((6, 2), float(rank))  # 48 bytes
