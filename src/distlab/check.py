@@ -119,17 +119,17 @@ def within(
     low, high = median_interval(samples)
     limits = [f"at least {at_least:.4g}{suffix} wanted"] if at_least > -math.inf else []
     limits += [f"limit {limit:.4g}{suffix}"] if limit < math.inf else []
-    told = (
-        f"median {float(np.median(samples)):.4g}{suffix}, {100 * CONFIDENCE:g} % interval "
-        f"{low:.4g} to {high:.4g}{suffix} of {len(samples)}, {', '.join(limits)}"
-    )
+    where = f"{100 * CONFIDENCE:g} % interval {low:.4g} to {high:.4g}{suffix} of {len(samples)}"
+    why = "the interval covers the limit"
+    if math.isinf(low):
+        where, why = f"{len(samples)} samples", "too few samples for an interval"
+    told = f"median {float(np.median(samples)):.4g}{suffix}, {where}, {', '.join(limits)}"
     if not judged:
         return Check(name, True, f"not judged at this size: {told}")
     if low > limit or high < at_least:
         return Check(name, False, told)
     if low < at_least or high > limit:
-        return Check(name, True, f"cannot tell: the interval covers the limit: {told}; "
-                                 f"take more {more}")  # fmt: skip
+        return Check(name, True, f"cannot tell: {why}: {told}; take more {more}")
     return Check(name, True, told)
 
 
@@ -146,7 +146,7 @@ def median_interval(
     count, outside, k = len(samples), 0, 0
     while k < count // 2:
         outside += math.comb(count, k)
-        if 2 * outside > (1 - confidence) * 2**count:
+        if 2 * outside / 2**count > 1 - confidence:
             break
         k += 1
     ordered = sorted(float(value) for value in samples)
