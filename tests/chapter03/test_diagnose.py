@@ -6,22 +6,19 @@ import sys
 import tempfile
 from pathlib import Path
 
+import diagnose
+import psutil
 import pytest
+from ddp.diagnosis.divergence import shared_device, straggler
+from ddp.diagnosis.evidence import Call, Rank
+from ddp.diagnosis.standstill import first_difference
+from ddp.diagnosis.watching import agent_variables, watch
+from ddp.fault_cases import CASES, ForkedRanks, cannot_run, run_case
 
 from distlab.errors import UsageError
 from distlab.files import repo_root
 
 CODE = repo_root() / "chapter03-ddp" / "code"
-sys.path.insert(0, str(CODE))
-
-import diagnose  # noqa: E402
-from _diagnose_devices import shared_device  # noqa: E402
-from _diagnose_difference import first_difference  # noqa: E402
-from _diagnose_ranks import ForkedRanks  # noqa: E402
-from _diagnose_straggler import straggler  # noqa: E402
-from _diagnose_watch import Call, Rank  # noqa: E402
-from _fault_cases import CASES, cannot_run, run_case  # noqa: E402
-
 STALL_S = 2.0
 PATIENT_S = 10.0  # a healthy job of a busy machine may pause, and takes no longer for being let
 RANKS = {"rank_only_collective": 0, "collective_order": 0, "lock_deadlock": 0,
@@ -80,9 +77,9 @@ def watched(tmp_path, script, ranks=2, stall_after=STALL_S):
     path = tmp_path / "job.py"
     path.write_text(script)
     with tempfile.TemporaryDirectory() as folder:
-        env = {"OMP_NUM_THREADS": "1", **diagnose.agent_variables(Path(folder), stall_after, {})}
+        env = {"OMP_NUM_THREADS": "1", **agent_variables(Path(folder), stall_after, {})}
         with ForkedRanks(path, [], ranks, env, 60) as job:
-            found = diagnose.watch(job, Path(folder), stall_after, set())
+            found = watch(job, Path(folder), stall_after, set())
             return found, 1 if found else job.wait()
 
 
@@ -143,8 +140,6 @@ dist.barrier()
 
 @pytest.mark.slow
 def test_the_command_line_watches_torchrun_and_leaves_nothing_running(tmp_path):
-    import psutil
-
     fault = CODE / "faults" / "unsynced_parameters.py"
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", str(fault)]
     told = tmp_path / "verdict.json"
