@@ -1,6 +1,7 @@
 """diagnose finds every fault: its cause, its rank, its line; and says nothing of a healthy job."""
 
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -152,6 +153,28 @@ def test_the_command_line_watches_torchrun_and_leaves_nothing_running(tmp_path):
     assert json.loads(told.read_text())["cause"] == "unsynced_parameters"
     running = [" ".join(p.info["cmdline"] or []) for p in psutil.process_iter(["cmdline"])]
     assert not [line for line in running if str(fault) in line]
+
+
+def test_the_agent_comes_after_torch_and_hides_no_module_of_the_job(tmp_path):
+    for name in ("ddp", "hooks", "agent", "evidence"):
+        (tmp_path / f"{name}.py").write_text("OWN = True\n")
+    (tmp_path / "job.py").write_text("""
+import sys
+assert not {"torch", "diagnose_agent"} & sys.modules.keys()
+import agent, ddp, evidence, hooks
+assert ddp.OWN and hooks.OWN and agent.OWN and evidence.OWN
+import torch
+assert "diagnose_agent.hooks" in sys.modules
+print(sorted(name for name, module in sys.modules.items()
+             if "/ddp/diagnosis/" in str(getattr(module, "__file__", ""))))
+""")
+    env = {**os.environ, "RANK": "0", **agent_variables(tmp_path, STALL_S)}
+    job = [sys.executable, str(tmp_path / "job.py")]
+    done = subprocess.run(job, env=env, capture_output=True, text=True, timeout=120)
+    assert done.stdout == "['diagnose_agent', 'diagnose_agent.hooks', 'sitecustomize']\n", (
+        done.stderr
+    )
+    assert '"kind": "hello"' in (tmp_path / "attempt0-rank0.jsonl").read_text()
 
 
 def test_no_command_is_one_line():
