@@ -2,12 +2,21 @@
 
 import json
 import os
+import signal
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
 # Tests prove results, not speed. With a thread for each core, OpenMP's threads spin while they wait
 # for each other, and on a machine that does something else too a test takes ten times as long.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+# In the background of a script (`&`, nohup, many CI runners) SIGINT is ignored, and all that tests
+# start would inherit that. A handler of Python's own becomes the default in what is started.
+if threading.current_thread() is threading.main_thread() and (
+    signal.getsignal(signal.SIGINT) == signal.SIG_IGN
+):
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 import pytest
 

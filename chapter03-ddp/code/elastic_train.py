@@ -32,7 +32,9 @@ Run:
         --rdzv_backend=c10d --rdzv_endpoint=node0:29500 \
         chapter03-ddp/code/elastic_train.py --folder /shared/run
 
-The first three rehearse it on a virtual cluster; the last is the job itself, on each real node.
+The first three rehearse it on a virtual cluster; the last is the job itself, on each real node. A
+rehearsal steers its workers by two variables: ELASTIC_HOLD=STEP (wait before it until FOLDER/go-on
+exists) and ELASTIC_LATE=S (rank 0 comes back so late after a restart).
 
 You should see: every job goes on; the steps since the newest checkpoint are repeated, and no other;
 and the losses are those of the job that nobody disturbed: to the last bit when the number of ranks
@@ -46,18 +48,17 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from _checkpoint import Checkpoints
-from _elastic_cluster import GO_ON
-from _elastic_log import StepLog, generations, read_log
-from _elastic_rehearsal import SCENARIOS, rehearse
-from _elastic_report import report_job
-from _training_state import collect, load_agreed, restore
+from ddp.checkpoints import Checkpoints
+from ddp.elastic_log import StepLog, generations, global_batches, history, read_log
+from ddp.elastic_rehearsal import SCENARIOS, come_late, hold, rehearse
+from ddp.training_state import collect, load_agreed, restore
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel as DDP
 
 from distlab import data, runtime, script
 from distlab.cluster import unavailable
-from distlab.errors import RunError, Skipped, UsageError
+from distlab.data import Tokens
+from distlab.errors import Skipped, UsageError
 from distlab.model import add_model_flags, config_from_args, model_from_args
 from distlab.run import Run
 from distlab.runtime import Runtime
@@ -70,7 +71,6 @@ PRESETS = {
     "gpu": {"model": "smoke", "corpus_mb": 0.5, "seq_len": 64, "batch_size": 8, "steps": 60,
             "timeout": 10.0, "scenario": "all"},
 }  # fmt: skip
-HOLD_LIMIT_S = 120.0
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -81,8 +81,7 @@ def main(argv: list[str] | None = None) -> int:
         with script.run(args) as run:
             rehearse(run, args, data.prepare_from_args(args, config_from_args(args).vocab_size))
         return run.status
-    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0 and os.environ["RANK"] == "0":
-        time.sleep(args.late)
+    come_late()
     with (
         script.run(args) as run,
         runtime.distributed(args.backend, args.timeout, args.seed, args.device) as job,
@@ -103,10 +102,6 @@ def parse_args(argv: list[str] | None) -> Namespace:
     worker.add_argument("--folder", type=Path, help="checkpoints and log, seen by all nodes")
     worker.add_argument("--step-seconds", type=float, default=0.05, metavar="S",
                         help="of each step at least, as of a larger model's")  # fmt: skip
-    worker.add_argument("--hold", type=script.positive_int, metavar="STEP",
-                        help="wait before this step until FOLDER/go-on exists")  # fmt: skip
-    worker.add_argument("--late", type=float, default=0.0, metavar="S",
-                        help="how late rank 0 is to come back after a restart")  # fmt: skip
     rehearsal = parser.add_argument_group("the rehearsal on a virtual cluster")
     rehearsal.add_argument("--scenario", choices=[*SCENARIOS, "all"])
     rehearsal.add_argument("--nodes", type=int, choices=[2, 3], default=2)
@@ -157,7 +152,7 @@ def work(run: Run, args: Namespace, job: Runtime) -> None:
         log.write("begin", resumed_at=first)
         for step in range(first, args.steps):
             started = time.monotonic()
-            hold(args, step)
+            hold(args.folder, step)
             position = loader.samples_consumed
             log.write("take", step=step, position=position,
                       windows=loader.window_indices(position).tolist())  # fmt: skip
@@ -198,13 +193,14 @@ def train_step(
     return float(mean)
 
 
-def hold(args: Namespace, step: int) -> None:
-    """A rehearsal's job is so short that it might end before its disturbance: so it waits here."""
-    deadline = time.monotonic() + HOLD_LIMIT_S
-    while step == args.hold and not (args.folder / GO_ON).exists():
-        if time.monotonic() > deadline:
-            raise RunError(f"{args.folder / GO_ON} did not appear within {HOLD_LIMIT_S:g} s")
-        time.sleep(0.05)
+def report_job(run: Run, args: Namespace, tokens: Tokens) -> None:
+    """The job's own proof, from its log, that nothing was skipped and nothing kept twice."""
+    lines = read_log(args.folder)
+    past = history(lines, args.steps, global_batches(args, tokens))
+    run.metric("generations", len(generations(lines)))
+    run.metric("steps_repeated", sum(past.repeated.values()))
+    run.metric("final_loss", past.losses[-1] if past.losses else None, "nats")
+    run.check_equal("steps whose global batch was not trained exactly once", len(past.wrong), 0)
 
 
 if __name__ == "__main__":

@@ -16,8 +16,7 @@ after a few steps.
 from argparse import Namespace
 from concurrent.futures import ThreadPoolExecutor
 
-from _diagnose_ranks import end_fork_server
-from _fault_cases import CASES, Case, Outcome, cannot_run, run_case
+from ddp.fault_cases import CASES, Case, Outcome, cannot_run, end_fork_server, run_case
 
 from distlab import script
 from distlab.errors import Skipped

@@ -1,10 +1,13 @@
 """Named checks: a script proves its own claim, and says with which value and tolerance."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
+
+CONFIDENCE = 0.95  # of the interval by which a noisy quantity is judged
 
 
 @dataclass(frozen=True)
@@ -89,6 +92,65 @@ def above(name: str, value: float, limit: float, unit: str = "") -> Check:
     return Check(
         name, bool(value >= limit), f"{value:.4g}{suffix}, at least {limit:.4g}{suffix} wanted"
     )
+
+
+def within(
+    name: str,
+    samples: Sequence[float],
+    limit: float = math.inf,
+    at_least: float = -math.inf,
+    unit: str = "",
+    more: str = "--repeats",
+    judged: bool = True,
+) -> Check:
+    """The median of a noisy quantity is between `at_least` and `limit`; noise alone fails nothing.
+
+    For times and ratios. `samples` are independent measurements of it; of two things compared,
+    each sample is the ratio of a pair measured one right after the other (`Timing.ratios`). The
+    claim is judged by `median_interval`: it fails only when the whole interval is outside, and
+    when a limit lies within the interval the detail says that it cannot tell, and that `more` of
+    them could. With `judged` false the numbers are told and never fail, as at smoke size.
+    """
+    if not len(samples):
+        return Check(name, False, "there is no sample")
+    if np.isnan(samples).any():
+        return Check(name, False, "a sample is not a number")
+    suffix = f" {unit}" if unit else ""
+    low, high = median_interval(samples)
+    limits = [f"at least {at_least:.4g}{suffix} wanted"] if at_least > -math.inf else []
+    limits += [f"limit {limit:.4g}{suffix}"] if limit < math.inf else []
+    where = f"{100 * CONFIDENCE:g} % interval {low:.4g} to {high:.4g}{suffix} of {len(samples)}"
+    why = "the interval covers the limit"
+    if math.isinf(low):
+        where, why = f"{len(samples)} samples", "too few samples for an interval"
+    told = f"median {float(np.median(samples)):.4g}{suffix}, {where}, {', '.join(limits)}"
+    if not judged:
+        return Check(name, True, f"not judged at this size: {told}")
+    if low > limit or high < at_least:
+        return Check(name, False, told)
+    if low < at_least or high > limit:
+        return Check(name, True, f"cannot tell: {why}: {told}; take more {more}")
+    return Check(name, True, told)
+
+
+def median_interval(
+    samples: Sequence[float], confidence: float = CONFIDENCE
+) -> tuple[float, float]:
+    """Where the median of what was sampled lies, whatever its distribution.
+
+    The k-th smallest and the k-th largest sample. A sample is below the median with probability
+    1/2, so the median is outside when fewer than k of n tosses of a coin are heads, or tails; k is
+    the largest for which that is rarer than 1 - `confidence`. (-inf, inf) when there are too few
+    samples for any: 95 % needs 6. Source: David and Nagaraja, Order Statistics, section 7.1.
+    """
+    count, outside, k = len(samples), 0, 0
+    while k < count // 2:
+        outside += math.comb(count, k)
+        if 2 * outside / 2**count > 1 - confidence:
+            break
+        k += 1
+    ordered = sorted(float(value) for value in samples)
+    return (ordered[k - 1], ordered[count - k]) if k else (-math.inf, math.inf)
 
 
 def true(name: str, ok: bool, detail: str) -> Check:

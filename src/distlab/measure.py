@@ -36,6 +36,10 @@ class Timing:
     def q3(self) -> float:
         return float(np.percentile(self.samples, 75))
 
+    def ratios(self, twin: "Timing") -> list[float]:
+        """Each sample over its twin's, measured in the same turn: what slowed both cancels."""
+        return [own / other for own, other in zip(self.samples, twin.samples, strict=True)]
+
     def __str__(self) -> str:
         spread = f"{quantity(self.q1, 's')} to {quantity(self.q3, 's')}"
         return f"{quantity(self.median, 's')} (quartiles {spread}, n={len(self.samples)})"

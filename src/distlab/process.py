@@ -7,9 +7,10 @@ import sys
 import threading
 import time
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import psutil
@@ -54,6 +55,7 @@ class Job:
             text=True,
             errors="replace",
             start_new_session=True,
+            preexec_fn=hear_interrupts(),
         )
         self.texts: dict[str, list[str]] = {"stdout": [], "stderr": []}
         self._readers = [
@@ -98,6 +100,17 @@ class Job:
         with suppress(subprocess.TimeoutExpired):  # it has its word: it ends by itself
             self._guardian.communicate(timeout=GRACE_S)
         return names
+
+
+def hear_interrupts() -> Callable[[], object] | None:
+    """For `Popen(preexec_fn=...)`: have a command end by SIGINT, though this process ignores it.
+
+    A script's background (`&`, nohup, many CI runners) ignores SIGINT, and all that is started
+    there inherits that. None where there is nothing to do: Popen is quicker without.
+    """
+    if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
+        return None
+    return partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
 
 
 def end_marked(mark: str) -> tuple[str, ...]:

@@ -1,6 +1,7 @@
 """One run of a script: it prints what it measures and checks, and keeps the same as a record."""
 
 import argparse
+import math
 import os
 import sys
 import time
@@ -181,6 +182,19 @@ class Run:
     def check_above(self, name: str, value: float, limit: float, unit: str = "") -> bool:
         """See `distlab.check.above`."""
         return self._checked(check.above(name, value, limit, unit))
+
+    def check_within(
+        self,
+        name: str,
+        samples: Sequence[float],
+        limit: float = math.inf,
+        at_least: float = -math.inf,
+        unit: str = "",
+        more: str = "--repeats",
+    ) -> bool:
+        """See `distlab.check.within`; at smoke size, which shows no speed, it is not judged."""
+        judged = self.args.preset != "smoke"
+        return self._checked(check.within(name, samples, limit, at_least, unit, more, judged))
 
     def check_true(self, name: str, ok: bool, detail: str) -> bool:
         """See `distlab.check.true`."""

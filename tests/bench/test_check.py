@@ -196,3 +196,78 @@ def test_below_and_above_hold_at_the_limit_and_fail_for_nan():
 def test_every_verdict_is_a_plain_bool(value):
     assert check.true("x", value, "").ok is True
     assert check.below("x", np.float32(1), 2).ok is True
+
+
+NOISES = {
+    "normal": lambda chance, shape: chance.normal(size=shape),
+    "skewed": lambda chance, shape: np.exp(2 * chance.normal(size=shape)) - 1,
+    "heavy-tailed": lambda chance, shape: chance.standard_cauchy(size=shape),
+}  # each with the median 0
+
+
+@pytest.mark.parametrize("count", [6, 10, 25, 60])
+@pytest.mark.parametrize("noise", NOISES)
+def test_the_interval_covers_the_true_median_as_often_as_it_says(noise, count):
+    runs = 4000
+    drawn = NOISES[noise](np.random.default_rng(count), (runs, count))
+    intervals = [check.median_interval(samples) for samples in drawn]
+    covered = sum(low <= 0 <= high for low, high in intervals) / runs
+    assert covered >= check.CONFIDENCE - 3 * math.sqrt(0.05 * 0.95 / runs)
+    assert covered < 0.99  # and is hardly longer than it must be: of 10, a shorter one covers 89 %
+
+
+def test_the_interval_is_the_one_of_the_books():
+    """Ranks of the 95 % interval as tables of order statistics have them."""
+    for count, k in ((6, 1), (8, 1), (9, 2), (10, 2), (25, 8), (50, 18), (100, 40), (2000, 956)):
+        assert check.median_interval(range(1, count + 1)) == (k, count + 1 - k)
+    assert check.median_interval([3.0, 1.0, 2.0, 5.0, 4.0]) == (-math.inf, math.inf)
+    assert check.median_interval([2.0] * 9) == (2.0, 2.0)
+
+
+def verdicts(median, noise, limit, runs=1000, count=25):
+    """How often a claim about a quantity with this true median is ok, failed, and not told."""
+    drawn = median + noise * np.random.default_rng(0).normal(size=(runs, count))
+    made = [check.within("x", list(samples), limit) for samples in drawn]
+    failed = sum(not one.ok for one in made)
+    unknown = sum("cannot tell" in one.detail for one in made)
+    return runs - failed - unknown, failed, unknown
+
+
+def test_a_noisy_claim_fails_only_where_the_interval_excludes_it():
+    ok, failed, unknown = verdicts(median=0.02, noise=0.002, limit=0.03)
+    assert (ok, failed, unknown) == (1000, 0, 0)
+    ok, failed, unknown = verdicts(median=0.04, noise=0.002, limit=0.03)
+    assert (ok, failed, unknown) == (0, 1000, 0)
+    ok, failed, unknown = verdicts(median=0.02, noise=0.2, limit=0.03)  # as on a busy machine
+    assert failed <= 25 and unknown > 900
+    ok, failed, unknown = verdicts(median=0.03, noise=0.01, limit=0.03)  # true, by a hair
+    assert failed <= 40 and unknown > 900
+
+
+def test_within_tells_its_interval_and_what_could_tell_more():
+    good = check.within("cost", [1.0] * 8, 3.0, unit="%")
+    assert str(good) == ("check: cost … ok (median 1 %, 95 % interval 1 to 1 % of 8, limit 3 %)")
+    bad = check.within("speed-up", [1.25] * 8, at_least=1.5)
+    assert (bad.ok, bad.detail) == (
+        False, "median 1.25, 95 % interval 1.25 to 1.25 of 8, at least 1.5 wanted"
+    )  # fmt: skip
+    wide = check.within("cost", list(range(9)), 3.0, more="--rounds")
+    assert wide.ok and wide.detail == (
+        "cannot tell: the interval covers the limit: median 4, 95 % interval 1 to 7 of 9, limit 3; "
+        "take more --rounds"
+    )
+    few = check.within("cost", [9.0] * 5, 3.0)
+    assert few.ok and few.detail == (
+        "cannot tell: too few samples for an interval: median 9, 5 samples, limit 3; "
+        "take more --repeats"
+    )
+    small = check.within("cost", [9.0] * 8, 3.0, judged=False)
+    assert small.ok and small.detail.startswith("not judged at this size: median 9, ")
+    both = check.within("ratio", [1.0] * 6, limit=1.1, at_least=0.9)
+    assert both.ok and both.detail.endswith("at least 0.9 wanted, limit 1.1")
+
+
+@pytest.mark.parametrize("samples", [[], [1.0] * 9 + [math.nan], np.full(9, math.nan)])
+def test_within_fails_where_there_is_nothing_to_judge(samples):
+    assert not check.within("x", samples, math.inf).ok
+    assert not check.within("x", samples, math.inf, judged=False).ok

@@ -18,6 +18,13 @@ def test_median_and_quartiles_of_known_samples():
     assert measure.Timing((1.0, 2.0, 3.0, 4.0)).median == 2.5
 
 
+def test_ratios_compare_each_sample_with_its_twin_of_the_same_turn():
+    slow, quick = measure.Timing((2.0, 8.0, 3.0)), measure.Timing((1.0, 4.0, 1.0))
+    assert slow.ratios(quick) == [2.0, 2.0, 3.0]
+    with pytest.raises(ValueError):
+        slow.ratios(measure.Timing((1.0, 2.0)))
+
+
 def test_functions_are_timed_in_turns_and_the_warm_up_does_not_count(monkeypatch):
     clock = itertools.count()
     monkeypatch.setattr(measure.time, "perf_counter", lambda: float(next(clock)))

@@ -206,6 +206,28 @@ def test_nothing_is_left_when_the_parent_is_ended(number, status, pids):
     assert len(pids.read_text().split()) == 4
 
 
+@pytest.mark.parametrize("in_a_thread", [False, True])
+def test_a_job_of_a_process_that_ignores_sigint_is_ended_by_it(in_a_thread):
+    code = f"""
+import signal, threading, time
+from distlab import process
+process.GRACE_S = 60.0
+def run():
+    began = time.monotonic()
+    assert process.run_command(["sleep", "300"], timeout_s=0.5).status == 124
+    assert time.monotonic() - began < 30, "sleep was deaf to SIGINT"
+thread = threading.Thread(target=run)
+thread.start() if {in_a_thread} else run()
+if {in_a_thread}:
+    thread.join()
+assert signal.getsignal(signal.SIGINT) == signal.SIG_IGN
+print("done")
+"""
+    deaf = ["sh", "-c", "trap '' INT; exec \"$@\"", "sh", *python(code)]
+    done = subprocess.run(deaf, capture_output=True, text=True, timeout=100)
+    assert (done.stdout, done.stderr) == ("done\n", "")
+
+
 def test_a_job_within_a_job_is_ended_by_the_outer_one(pids):
     inner = [*python(PARENT), DEAF + TREE + "time.sleep(303)"]
     hang_inner_parent = (

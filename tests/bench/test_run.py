@@ -87,6 +87,21 @@ def test_the_record_holds_what_was_printed(tmp_path, capsys):
     assert made["versions"]["python"] == ".".join(map(str, sys.version_info[:3]))
 
 
+def test_a_time_is_judged_by_its_interval_and_only_reported_at_smoke_size(capsys):
+    slow = [9.0] * 8
+    with script.run(arguments()) as run:
+        assert run.check_within("cost", slow, 3.0, unit="%")
+    with script.run(arguments(preset="laptop")) as run:
+        assert not run.check_within("cost", slow, 3.0, unit="%")
+        assert run.check_within("speed-up", slow, at_least=3.0)
+    lines = [line for line in capsys.readouterr().out.splitlines() if "check: cost" in line]
+    assert lines == [
+        "check: cost … ok (not judged at this size: median 9 %, 95 % interval 9 to 9 % of 8, "
+        "limit 3 %)",
+        "check: cost … FAILED (median 9 %, 95 % interval 9 to 9 % of 8, limit 3 %)",
+    ]
+
+
 def test_a_failing_check_fails_the_run_and_is_recorded(tmp_path, capsys):
     path = tmp_path / "run.json"
     with script.run(arguments(json=str(path))) as run:

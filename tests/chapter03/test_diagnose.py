@@ -1,27 +1,25 @@
 """diagnose finds every fault: its cause, its rank, its line; and says nothing of a healthy job."""
 
 import json
+import os
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
+import diagnose
+import psutil
 import pytest
+from ddp.diagnosis.divergence import shared_device, straggler
+from ddp.diagnosis.evidence import Call, Rank
+from ddp.diagnosis.standstill import first_difference
+from ddp.diagnosis.watching import agent_variables, watch
+from ddp.fault_cases import CASES, ForkedRanks, cannot_run, run_case
 
 from distlab.errors import UsageError
 from distlab.files import repo_root
 
 CODE = repo_root() / "chapter03-ddp" / "code"
-sys.path.insert(0, str(CODE))
-
-import diagnose  # noqa: E402
-from _diagnose_devices import shared_device  # noqa: E402
-from _diagnose_difference import first_difference  # noqa: E402
-from _diagnose_ranks import ForkedRanks  # noqa: E402
-from _diagnose_straggler import straggler  # noqa: E402
-from _diagnose_watch import Call, Rank  # noqa: E402
-from _fault_cases import CASES, cannot_run, run_case  # noqa: E402
-
 STALL_S = 2.0
 PATIENT_S = 10.0  # a healthy job of a busy machine may pause, and takes no longer for being let
 RANKS = {"rank_only_collective": 0, "collective_order": 0, "lock_deadlock": 0,
@@ -80,9 +78,9 @@ def watched(tmp_path, script, ranks=2, stall_after=STALL_S):
     path = tmp_path / "job.py"
     path.write_text(script)
     with tempfile.TemporaryDirectory() as folder:
-        env = {"OMP_NUM_THREADS": "1", **diagnose.agent_variables(Path(folder), stall_after, {})}
+        env = {"OMP_NUM_THREADS": "1", **agent_variables(Path(folder), stall_after, {})}
         with ForkedRanks(path, [], ranks, env, 60) as job:
-            found = diagnose.watch(job, Path(folder), stall_after, set())
+            found = watch(job, Path(folder), stall_after, set())
             return found, 1 if found else job.wait()
 
 
@@ -143,8 +141,6 @@ dist.barrier()
 
 @pytest.mark.slow
 def test_the_command_line_watches_torchrun_and_leaves_nothing_running(tmp_path):
-    import psutil
-
     fault = CODE / "faults" / "unsynced_parameters.py"
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", str(fault)]
     told = tmp_path / "verdict.json"
@@ -157,6 +153,28 @@ def test_the_command_line_watches_torchrun_and_leaves_nothing_running(tmp_path):
     assert json.loads(told.read_text())["cause"] == "unsynced_parameters"
     running = [" ".join(p.info["cmdline"] or []) for p in psutil.process_iter(["cmdline"])]
     assert not [line for line in running if str(fault) in line]
+
+
+def test_the_agent_comes_after_torch_and_hides_no_module_of_the_job(tmp_path):
+    for name in ("ddp", "hooks", "agent", "evidence"):
+        (tmp_path / f"{name}.py").write_text("OWN = True\n")
+    (tmp_path / "job.py").write_text("""
+import sys
+assert not {"torch", "diagnose_agent"} & sys.modules.keys()
+import agent, ddp, evidence, hooks
+assert ddp.OWN and hooks.OWN and agent.OWN and evidence.OWN
+import torch
+assert "diagnose_agent.hooks" in sys.modules
+print(sorted(name for name, module in sys.modules.items()
+             if "/ddp/diagnosis/" in str(getattr(module, "__file__", ""))))
+""")
+    env = {**os.environ, "RANK": "0", **agent_variables(tmp_path, STALL_S)}
+    job = [sys.executable, str(tmp_path / "job.py")]
+    done = subprocess.run(job, env=env, capture_output=True, text=True, timeout=120)
+    assert done.stdout == "['diagnose_agent', 'diagnose_agent.hooks', 'sitecustomize']\n", (
+        done.stderr
+    )
+    assert '"kind": "hello"' in (tmp_path / "attempt0-rank0.jsonl").read_text()
 
 
 def test_no_command_is_one_line():

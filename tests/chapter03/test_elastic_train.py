@@ -9,8 +9,10 @@ import time
 import uuid
 from pathlib import Path
 
+import elastic_train
 import psutil
 import pytest
+from ddp.elastic_log import FILE, StepLog, history, read_log
 
 from distlab import script
 from distlab.cluster import unavailable
@@ -20,11 +22,6 @@ from distlab.spawning import spawn
 
 CODE = repo_root() / "chapter03-ddp" / "code"
 SMOKE = ["--preset", "smoke", "--device", "cpu", "--backend", "gloo", "--step-seconds", "0"]
-
-
-@pytest.fixture(autouse=True)
-def code(monkeypatch):
-    monkeypatch.syspath_prepend(CODE)
 
 
 def begin(generation, resumed_at, ranks=2):
@@ -55,8 +52,6 @@ def batch(step):
 
 
 def test_a_restart_repeats_what_was_lost_and_the_final_path_has_each_step_once():
-    from _elastic_log import history
-
     lines = [*begin(1, 0), *trained(1, range(6)), *begin(2, 4), *trained(2, [4]),
              *begin(3, 4, ranks=1), *trained(3, range(4, 8), ranks=1)]  # fmt: skip
     past = history(lines, 8, batch)
@@ -77,15 +72,11 @@ def test_a_restart_repeats_what_was_lost_and_the_final_path_has_each_step_once()
     ids=["skipped", "missing", "a rank's part", "twice in one generation"],
 )  # fmt: skip
 def test_what_is_skipped_or_kept_twice_is_named(change, wrong):
-    from _elastic_log import history
-
     lines = change([*begin(1, 0), *trained(1, range(6))])
     assert history(lines, 8, batch).wrong == wrong
 
 
 def test_a_line_on_its_way_is_left_for_later_and_a_torn_one_is_an_error(tmp_path):
-    from _elastic_log import FILE, StepLog, read_log
-
     log = StepLog(tmp_path, rank=0, world_size=1)
     log.write("take", step=0)
     (tmp_path / FILE).open("a").write('{"kind": "ta')
@@ -118,9 +109,6 @@ def losses_of(folder, parts):
 
 
 def train_part(job, folder, steps):
-    sys.path.insert(0, str(CODE))
-    import elastic_train
-
     args = elastic_train.parse_args([*SMOKE, "--folder", folder, "--steps", str(steps)])
     with script.run(args) as run:
         elastic_train.work(run, args, job)
@@ -136,23 +124,17 @@ def train_part(job, folder, steps):
     ],
 )
 def test_a_wrong_flag_is_one_line(flags, words, monkeypatch):
-    import elastic_train
-
     monkeypatch.delenv("RANK", raising=False)
     with pytest.raises(UsageError, match=words):
         elastic_train.parse_args([*SMOKE, *flags])
 
 
 def test_a_job_without_a_folder_is_refused():
-    import elastic_train
-
     with pytest.raises(UsageError, match="--folder is missing"):
         elastic_train.work(None, elastic_train.parse_args(SMOKE), None)
 
 
 def test_a_machine_without_virtual_clusters_skips(monkeypatch):
-    import elastic_train
-
     monkeypatch.delenv("RANK", raising=False)
     monkeypatch.setattr(elastic_train, "unavailable", lambda: "no namespaces here")
     with pytest.raises(script.Skipped, match="no namespaces here"):

@@ -18,9 +18,9 @@ from argparse import Namespace
 from collections.abc import Callable
 from functools import partial
 
-import _fault as fault
 import torch
 import torch.distributed as dist
+from ddp import fault
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 

@@ -18,10 +18,10 @@ import time
 from argparse import Namespace
 from pathlib import Path
 
-import _fault as fault
+from ddp import fault
 from torch.nn.functional import cross_entropy
 
-from distlab import script
+from distlab import ranks, script
 from distlab.cluster import VirtualCluster, unavailable
 from distlab.errors import RunError, Skipped
 from distlab.run import Run
@@ -55,7 +55,7 @@ def train(run: Run, args: Namespace, job: Runtime) -> None:
         optimizer.step()
         optimizer.zero_grad()
         run.print(f"sample: step {step}, loss {loss:.3f}")
-    run.check_equal("all ranks hold the same weights", fault.distinct(model.parameters()), 1)
+    run.check_equal("all ranks hold the same weights", ranks.distinct(model.parameters()), 1)
 
 
 def cut_a_link(run: Run, args: Namespace) -> None:

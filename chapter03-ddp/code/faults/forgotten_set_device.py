@@ -18,13 +18,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 
-import _fault as fault
 import torch
 import torch.distributed as dist
+from ddp import fault
 from torch.nn.functional import cross_entropy
 from torch.nn.parallel import DistributedDataParallel as DDP
 
-from distlab import script
+from distlab import ranks, script
 from distlab.errors import Skipped
 from distlab.run import Run
 
@@ -58,7 +58,7 @@ def train(run: Run, args: Namespace) -> None:
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-    used = fault.gathered(torch.cuda.current_device())
+    used = ranks.gathered(torch.cuda.current_device())
     run.check_equal("each rank has a GPU of its own", len(set(used)), dist.get_world_size())
 
 

@@ -14,8 +14,8 @@ You should see: as many different orders as epochs with --fix, and one without.
 
 from argparse import Namespace
 
-import _fault as fault
 import torch
+from ddp import fault
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 

@@ -15,10 +15,10 @@ import os
 import subprocess
 from argparse import Namespace
 
-import _fault as fault
+from ddp import fault
 from torch.nn.functional import cross_entropy
 
-from distlab import script
+from distlab import ranks, script
 from distlab.run import Run
 from distlab.runtime import Runtime
 
@@ -42,7 +42,7 @@ def train(run: Run, args: Namespace, job: Runtime) -> None:
         optimizer.step()
         optimizer.zero_grad()
     run.print(f"sample: step {step}, loss {loss:.3f}")
-    run.check_equal("all ranks hold the same weights", fault.distinct(model.parameters()), 1)
+    run.check_equal("all ranks hold the same weights", ranks.distinct(model.parameters()), 1)
 
 
 if __name__ == "__main__":

@@ -20,9 +20,9 @@ import time
 from argparse import Namespace
 from contextlib import nullcontext
 
-import _fault as fault
 import torch
 import torch.distributed as dist
+from ddp import fault
 from torch import nn
 from torch.nn.functional import cross_entropy
 

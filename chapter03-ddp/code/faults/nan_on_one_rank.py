@@ -14,7 +14,7 @@ has a floor, and the loss stays finite.
 
 from argparse import Namespace
 
-import _fault as fault
+from ddp import fault
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 

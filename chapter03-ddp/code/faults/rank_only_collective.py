@@ -14,9 +14,9 @@ With --fix every rank gathers, rank 0 alone prints, and the mean is right.
 
 from argparse import Namespace
 
-import _fault as fault
 import torch
 import torch.distributed as dist
+from ddp import fault
 from torch.nn.functional import cross_entropy
 
 from distlab import script

@@ -21,12 +21,12 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
-import _fault as fault
 import torch
+from ddp import fault
 from torch.nn.functional import cross_entropy
 from torch.nn.parallel import DistributedDataParallel as DDP
 
-from distlab import script
+from distlab import ranks, script
 from distlab.errors import Skipped
 from distlab.run import Run
 from distlab.runtime import Runtime
@@ -47,7 +47,7 @@ def train(run: Run, args: Namespace, job: Runtime) -> None:
     choose: Any = torch.cuda.set_device if is_gpu else partial(os.sched_setaffinity, 0)
     choose(devices[job.local_rank if args.fix else 0])  # the mistake: LOCAL_RANK is forgotten
     own = torch.cuda.current_device() if is_gpu else sorted(os.sched_getaffinity(0))
-    used = fault.gathered((os.uname().nodename, str(own)))
+    used = ranks.gathered((os.uname().nodename, str(own)))
     run.print(f"sample: devices by rank {[device for _, device in used]}")
 
     model = DDP(fault.network().to(job.device.type))

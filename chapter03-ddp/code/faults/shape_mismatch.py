@@ -18,9 +18,9 @@ that fails. With --fix the counts have as many elements, of one type, on every r
 
 from argparse import Namespace
 
-import _fault as fault
 import torch
 import torch.distributed as dist
+from ddp import fault
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 

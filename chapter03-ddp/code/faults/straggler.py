@@ -17,10 +17,10 @@ import time
 from argparse import Namespace
 from statistics import median
 
-import _fault as fault
+from ddp import fault
 from torch.nn.functional import cross_entropy
 
-from distlab import script
+from distlab import ranks, script
 from distlab.run import Run
 from distlab.runtime import Runtime
 
@@ -46,7 +46,7 @@ def train(run: Run, args: Namespace, job: Runtime) -> None:
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-    medians = fault.gathered(median(own_work))
+    medians = ranks.gathered(median(own_work))
     run.print(f"sample: own work in a step: {', '.join(f'{1e3 * m:.1f} ms' for m in medians)}")
     run.check_below("longest minus shortest", max(medians) - min(medians), EXTRA_S / 2, "s")
 

@@ -16,9 +16,9 @@ and all 25 examples are trained on.
 from argparse import Namespace
 from contextlib import nullcontext
 
-import _fault as fault
 import torch
 import torch.distributed as dist
+from ddp import fault
 from torch.distributed.algorithms.join import Join
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, TensorDataset

@@ -16,13 +16,13 @@ the ranks agree.
 from argparse import Namespace
 from typing import Any
 
-import _fault as fault
 import torch
+from ddp import fault
 from torch import nn
 from torch.nn.functional import cross_entropy
 from torch.nn.parallel import DistributedDataParallel as DDP
 
-from distlab import script
+from distlab import ranks, script
 from distlab.run import Run
 from distlab.runtime import Runtime
 
@@ -43,10 +43,10 @@ def train(run: Run, args: Namespace, job: Runtime) -> None:
         optimizer.step()
         optimizer.zero_grad()
     run.print(f"sample: step {step}, loss {loss:.3f}")
-    run.check_equal("all ranks hold the same weights", fault.distinct(model.parameters()), 1)
+    run.check_equal("all ranks hold the same weights", ranks.distinct(model.parameters()), 1)
     with torch.no_grad():  # through DDP: rank 0's statistics come before a forward pass, not after
         logits = model.eval()(torch.ones(1, fault.FEATURES, device=job.device))
-    run.check_equal("all ranks give the same logits", fault.distinct([logits]), 1)
+    run.check_equal("all ranks give the same logits", ranks.distinct([logits]), 1)
 
 
 if __name__ == "__main__":

@@ -16,13 +16,13 @@ different weights. With --fix one broadcast for each parameter makes it hold.
 
 from argparse import Namespace
 
-import _fault as fault
 import torch
 import torch.distributed as dist
+from ddp import fault
 from torch.nn.functional import cross_entropy
 from torch.optim import SGD
 
-from distlab import script
+from distlab import ranks, script
 from distlab.run import Run
 from distlab.runtime import Runtime
 
@@ -42,13 +42,13 @@ def train(run: Run, args: Namespace, job: Runtime) -> None:
         inputs, targets = fault.examples(job.rank, step, job.device)
         loss = cross_entropy(model(inputs), targets)
         loss.backward()
-        for parameter in model.parameters():
-            dist.all_reduce(parameter.grad)
-            parameter.grad /= job.world_size
+        for gradient in [p.grad for p in model.parameters() if p.grad is not None]:
+            dist.all_reduce(gradient)
+            gradient /= job.world_size
         optimizer.step()
         optimizer.zero_grad()
     run.print(f"sample: step {step}, loss {loss:.3f}")
-    run.check_equal("all ranks hold the same weights", fault.distinct(model.parameters()), 1)
+    run.check_equal("all ranks hold the same weights", ranks.distinct(model.parameters()), 1)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,15 @@ from typing import TextIO
 
 import psutil
 
-from distlab.process import GRACE_S, KEEP_ENVIRON, MARKER, Completed, end_marked, marked
+from distlab.process import (
+    GRACE_S,
+    KEEP_ENVIRON,
+    MARKER,
+    Completed,
+    end_marked,
+    hear_interrupts,
+    marked,
+)
 
 SETTLE_S = 0.5
 POLL_S = 0.02
@@ -49,6 +57,7 @@ class NodeProcess:
             text=True,
             errors="replace",
             start_new_session=True,  # a Ctrl-C is for the cluster's owner, which ends this
+            preexec_fn=hear_interrupts(),
         )
         self.seconds: float | None = None  # it took, once it has ended
         self._texts: dict[str, list[str]] = {"stdout": [], "stderr": []}

@@ -1,27 +1,113 @@
-"""A script's ranks, forked from a process that has imported torch already: torchrun's job, cheaper.
+"""The faults as jobs that diagnose watches: which there are, and a run of one on forked ranks.
 
 torchrun imports torch in its own process and in each rank. A table of thirty jobs, and the tests,
-need the ranks and not the launcher, so they start them here, with the variables that torchrun sets.
+need the ranks and not the launcher, so they fork them from a process that has imported torch
+already, with the variables that torchrun sets.
 """
 
 import os
 import runpy
 import signal
 import sys
+import tempfile
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from multiprocessing import forkserver
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Self
 
 import torch
 import torch.distributed as dist
 
+from ddp.diagnosis.injected.diagnose_agent.hooks import activate
+from ddp.diagnosis.watching import Found, agent_variables, run_watched, watch
+from distlab.cluster import unavailable
 from distlab.spawning import fork_context
 
+FOLDER = Path(__file__).parents[1] / "faults"
+MARK = "# the mistake"  # in each fault's source, where its mistake is
+LIMIT_S = 90.0
 GRACE_S = 2.0  # that a rank has for its last words when another has failed
-AGENT = str(Path(__file__).parent / "_diagnose")
+
+
+@dataclass(frozen=True)
+class Case:
+    """One fault; its name is the cause that diagnose is to find."""
+
+    cause: str
+    flags: tuple[str, ...] = ()
+
+    @property
+    def script(self) -> Path:
+        return FOLDER / f"{self.cause}.py"
+
+    @property
+    def name(self) -> str:
+        return " ".join([self.cause, *self.flags])
+
+    @property
+    def has_own_nodes(self) -> bool:
+        return self.cause == "dead_link"
+
+    def line(self) -> int:
+        """The line of its mistake."""
+        lines = self.script.read_text(encoding="utf-8").splitlines()
+        (line,) = [number for number, text in enumerate(lines, 1) if MARK in text]
+        return line
+
+
+CASES = (
+    Case("rank_only_collective"),
+    Case("collective_order"),
+    Case("shape_mismatch"),
+    Case("shape_mismatch", ("--dtype",)),
+    Case("lock_deadlock"),
+    Case("uneven_last_batch"),
+    Case("dead_link"),
+    Case("killed_rank"),
+    Case("unsynced_parameters"),
+    Case("unsynced_buffers"),
+    Case("nan_on_one_rank"),
+    Case("straggler"),
+    Case("forgotten_set_epoch"),
+    Case("same_device"),
+    Case("forgotten_set_device"),
+)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What came of a run under diagnose."""
+
+    found: Found | None
+    status: int
+    output: str = ""
+
+
+def cannot_run(case: Case) -> str | None:
+    """Why this machine cannot run a fault; None when it can."""
+    if case.has_own_nodes:
+        return unavailable()
+    if case.cause == "forgotten_set_device" and torch.cuda.device_count() < 2:
+        return "it needs two GPUs"
+    return None
+
+
+def run_case(case: Case, fix: bool, stall_after: float) -> Outcome:
+    """A fault, or its cured version, under diagnose, on two ranks."""
+    flags = [*case.flags, *(["--fix"] if fix else [])]
+    if torch.cuda.device_count() < 2:
+        flags += ["--device", "cpu"]
+    if case.has_own_nodes:
+        command = ["env", "LAB_RECORD_DIR=", sys.executable, str(case.script), *flags]
+        return Outcome(*run_watched(command, stall_after))
+    with tempfile.TemporaryDirectory(prefix="diagnose-") as folder:
+        env = {"OMP_NUM_THREADS": "1", "LAB_RECORD_DIR": ""}
+        env |= agent_variables(Path(folder), stall_after)
+        with ForkedRanks(case.script, flags, 2, env, LIMIT_S) as job:
+            found = watch(job, Path(folder), stall_after, set())
+            return Outcome(found, 1 if found else job.wait(), job.output() + job.errors())
 
 
 class ForkedRanks:
@@ -42,7 +128,7 @@ class ForkedRanks:
 
     def __enter__(self) -> Self:
         context = fork_context()
-        self.folder = TemporaryDirectory()
+        self.folder = tempfile.TemporaryDirectory()
         self.store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         self.ranks = [
             context.Process(target=_run_rank, args=(self.command, self._variables(rank),
@@ -105,7 +191,7 @@ class ForkedRanks:
 
 def end_fork_server() -> None:
     """End the process that forks, and wait for it: it would outlive this one by a moment."""
-    forkserver._forkserver._stop()
+    forkserver._forkserver._stop()  # type: ignore[attr-defined]
 
 
 def _run_rank(command: list[str], env: dict[str, str], stdout: str, stderr: str) -> None:
@@ -116,10 +202,7 @@ def _run_rank(command: list[str], env: dict[str, str], stdout: str, stderr: str)
     os.environ.update(env)
     torch.set_num_threads(1)  # as torchrun has it; too late for OMP_NUM_THREADS
     if "DIAGNOSE_DIR" in env:
-        sys.path.insert(0, AGENT)
-        import diagnose_agent
-
-        diagnose_agent.activate()
+        activate()
     sys.argv = command
     sys.path.insert(0, str(Path(command[0]).parent))
     runpy.run_path(command[0], run_name="__main__")

@@ -13,11 +13,13 @@ path: the history of the weights that the job ends with.
 import json
 import os
 import time
+from argparse import Namespace
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from distlab.data import Loader, Tokens
 from distlab.errors import RunError
 
 Line = dict[str, Any]
@@ -111,3 +113,9 @@ def together(lines: Sequence[Line]) -> list[int]:
     if any([line["rank"] for line in ordered] != list(range(one["world_size"])) for one in lines):
         return []
     return [window for line in ordered for window in line["windows"]]
+
+
+def global_batches(args: Namespace, tokens: Tokens) -> Callable[[int], list[int]]:
+    """The windows of a step, in order, as one process reads them."""
+    alone = Loader(tokens, args.seq_len, args.batch_size, seed=args.seed)
+    return lambda step: alone.window_indices(step * args.batch_size).tolist()

@@ -1,12 +1,13 @@
-"""What the agents of all ranks have told so far, put in order for the judges."""
+"""What the agents of all ranks have told so far, in order, and the verdict of a judge about it."""
 
 import fcntl
 import json
+import linecache
 import os
 import time
 from collections import deque
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,24 @@ Signature = tuple[str, str, str]  # operation, shapes, dtypes
 HISTORY = 2000  # collectives kept of each rank
 PULSES = 400  # 100 s of them
 BOX_SLOT = 512  # bytes, as the agent has it
+CAUSES = {
+    "rank_only_collective": "a collective that not every rank calls",
+    "collective_order": "the ranks call collectives in different orders",
+    "shape_mismatch": "the ranks bring different shapes or types to one collective",
+    "lock_deadlock": "a lock is held while its holder waits in a collective",
+    "uneven_last_batch": "a rank has more batches than another",
+    "dead_link": "all ranks are in the same collective, and no data comes through",
+    "killed_rank": "a rank was killed from outside",
+    "crashed_rank": "a rank crashed below Python",
+    "silent_rank": "a rank no longer answers: its interpreter is blocked",
+    "same_device": "ranks share a device while others are free",
+    "forgotten_set_device": "no rank has chosen its device, so all use the first",
+    "unsynced_parameters": "the ranks train different models",
+    "unsynced_buffers": "the ranks hold different buffers",
+    "nan_on_one_rank": "one rank's loss became not finite, and spread",
+    "straggler": "the other ranks wait for one that is slow",
+    "forgotten_set_epoch": "every epoch has the same order of examples",
+}
 
 
 @dataclass(frozen=True)
@@ -203,3 +222,33 @@ def _calls(box: bytes) -> list[dict[str, Any]]:
         with suppress(ValueError):
             calls.append(json.loads(text))
     return sorted(calls, key=lambda call: call["call"])
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """The finding of one judge."""
+
+    cause: str  # a key of CAUSES
+    rank: int | None  # the culprit, where there is one
+    place: Place | None
+    what: str  # the evidence, in a sentence or two
+    remedy: str
+    collective: str | None = None
+
+    def __post_init__(self) -> None:
+        assert self.cause in CAUSES
+
+    @property
+    def where(self) -> str:
+        return shown(self.place)
+
+    def as_json(self) -> dict[str, Any]:
+        return {**asdict(self), "where": self.where, "source": source(self.place)}
+
+
+def shown(place: Place | None) -> str:
+    return f"{Path(place[0]).name}:{place[1]}" if place else "an unknown line"
+
+
+def source(place: Place | None) -> str:
+    return linecache.getline(place[0], place[1]).strip() if place else ""

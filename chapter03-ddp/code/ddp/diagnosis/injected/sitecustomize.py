@@ -27,9 +27,9 @@ class AfterTorch:
 
         def load_and_watch(module: object) -> None:
             load(module)  # type: ignore[arg-type]
-            import diagnose_agent
+            from diagnose_agent.hooks import activate
 
-            diagnose_agent.activate()
+            activate()
 
         spec.loader.exec_module = load_and_watch  # type: ignore[method-assign, assignment]
         return spec

@@ -3,12 +3,13 @@
 from collections import Counter
 from typing import Any
 
-from _diagnose_devices import shared_device
-from _diagnose_straggler import straggler
-from _diagnose_verdict import Verdict, shown
-from _diagnose_watch import Rank, as_place
+from ddp.diagnosis.evidence import Place, Rank, Verdict, as_place, shown
 
 NOT_FINITE_FOR = 3  # a scaler of float16 losses skips one step that overflows, not so many
+LAG_SHARE = 0.35  # of the time, that the others wait for the slowest
+LAST_SHARE = 0.8  # of the meetings, that it is the last to come
+MEETINGS = 8
+NOTABLE_S = 0.002  # a lag that is none of the scheduler's
 
 
 def judge_divergence(ranks: list[Rank], window_s: float) -> Verdict | None:
@@ -147,3 +148,130 @@ def forgotten_set_epoch(ranks: list[Rank]) -> Verdict | None:
                     "Call sampler.set_epoch(epoch) before each epoch's loop.",
                 )  # fmt: skip
     return None
+
+
+def shared_device(ranks: list[Rank]) -> Verdict | None:
+    """Ranks of one host that use one GPU, or were pinned to the same cores, while others idle."""
+    for host in {rank.host for rank in ranks}:
+        here = [rank for rank in ranks if rank.host == host]
+        found = _shared_gpu(here) or _shared_cores(here)
+        if found is not None:
+            return found
+    return None
+
+
+def _shared_gpu(here: list[Rank]) -> Verdict | None:
+    used = {rank.number: _gpu(rank) for rank in here}
+    known = {number: gpu for number, gpu in used.items() if gpu is not None}
+    taken = Counter(gpu["uuid"] for gpu in known.values())
+    if not taken or max(taken.values()) < 2 or len(taken) >= next(iter(known.values()))["count"]:
+        return None
+    twice = taken.most_common(1)[0][0]
+    sharers = sorted(number for number, gpu in known.items() if gpu["uuid"] == twice)
+    told = f"Ranks {', '.join(map(str, sharers))} use the same GPU {twice} on {here[0].host}, "
+    told += f"where there are {known[sharers[0]]['count']}"
+    late = next(rank for rank in here if rank.number == sharers[-1])
+    chosen = [event for event in late.told("chosen") if event["what"] == "cuda"]
+    remedy = "torch.cuda.set_device(int(os.environ['LOCAL_RANK'])) before anything uses the GPU."
+    if chosen:
+        place = as_place(chosen[-1]["place"])
+        return Verdict("same_device", late.number, place, f"{told}: chosen at {shown(place)}.",
+                       remedy)  # fmt: skip
+    steps = late.told("parameters")
+    place = as_place(steps[0]["built"]) if steps else late.place
+    return Verdict("forgotten_set_device", late.number, place,
+                   f"{told}; none of them has called set_device.", remedy)  # fmt: skip
+
+
+def _gpu(rank: Rank) -> dict[str, Any] | None:
+    """The GPU of a rank's parameters, or its current one when it ended before its first step."""
+    for event in [*rank.told("parameters"), *rank.told("exit")]:
+        if event["devices"] is not None:
+            return dict(event["devices"])
+    return None
+
+
+def _shared_cores(here: list[Rank]) -> Verdict | None:
+    chosen = {
+        rank.number: [event for event in rank.told("chosen") if event["what"] == "cores"][-1]
+        for rank in here
+        if any(event["what"] == "cores" for event in rank.told("chosen"))
+    }
+    allowed = {core for rank in here for core in rank.hello["cores"]}
+    taken = {core for event in chosen.values() for core in event["cores"]}
+    if len(chosen) < 2 or len(taken) >= min(len(chosen), len(allowed)):
+        return None
+    late = max(chosen)
+    place = as_place(chosen[late]["place"])
+    return Verdict(
+        "same_device", late, place,
+        f"{len(chosen)} ranks on {here[0].host} run on core {', '.join(map(str, sorted(taken)))} "
+        f"alone, of {len(allowed)} that they may use: pinned at {shown(place)}.",
+        "Choose by the local rank: core, or GPU, number LOCAL_RANK.",
+    )  # fmt: skip
+
+
+def straggler(ranks: list[Rank], window_s: float) -> Verdict | None:
+    """One rank comes last to almost every collective, and the others wait for it."""
+    meetings = _meetings(ranks, window_s)
+    if len(meetings) < MEETINGS:
+        return None
+    span = max(max(m.values()) for m in meetings) - min(min(m.values()) for m in meetings)
+    if span < 0.8 * window_s:
+        return None
+    lags, waited = Counter[int](), 0.0
+    until = 0.0
+    for arrivals in meetings:
+        begin, end = min(arrivals.values()), max(arrivals.values())
+        waited += max(0.0, end - max(begin, until))  # meetings may overlap
+        until = max(until, end)
+        if end - begin > NOTABLE_S:
+            lags[max(arrivals, key=lambda number: arrivals[number])] += 1
+    if not lags:
+        return None
+    slow, times = lags.most_common(1)[0]
+    if waited < LAG_SHARE * span or times < max(MEETINGS, LAST_SHARE * sum(lags.values())):
+        return None
+    place = _busier_line(ranks, slow, window_s)
+    return Verdict(
+        "straggler", slow, place,
+        f"Rank {slow} came last to {times} of {sum(lags.values())} meetings in {span:.1f} s; the "
+        f"others waited {100 * waited / span:.0f} % of the time. What it does meanwhile and they "
+        f"do not is at {shown(place)}.",
+        "Take that work off the rank, share it among all, or look at its host: heat, a neighbour, "
+        "a slow disk.",
+    )  # fmt: skip
+
+
+def _meetings(ranks: list[Rank], window_s: float) -> list[dict[int, float]]:
+    """When each rank came to each collective of the last `window_s`, the oldest first."""
+    if len(ranks) < 2:
+        return []
+    shared = set.intersection(*(set(rank.calls) for rank in ranks))
+    arrivals = [{rank.number: rank.calls[key].created for rank in ranks} for key in shared]
+    newest = max((max(a.values()) for a in arrivals), default=0.0)
+    recent = [a for a in arrivals if max(a.values()) >= newest - window_s]
+    return sorted(recent, key=lambda a: min(a.values()))
+
+
+def _busier_line(ranks: list[Rank], slow: int, window_s: float) -> Place | None:
+    """The line of which the slow rank's samples have the most more than the others'."""
+    shares = {rank.number: _line_shares(rank, window_s) for rank in ranks}
+    others = [share for number, share in shares.items() if number != slow]
+    excess = {
+        place: share - max(other.get(place, 0.0) for other in others)
+        for place, share in shares[slow].items()
+    }
+    return max(excess, key=lambda place: excess[place]) if excess else None
+
+
+def _line_shares(rank: Rank, window_s: float) -> dict[Place, float]:
+    counts: Counter[Place] = Counter()
+    newest = rank.pulse.get("t", 0.0)
+    for pulse in rank.pulses:
+        if pulse["t"] >= newest - window_s:
+            for where, _, count in pulse["samples"]:
+                if (place := as_place(where)) is not None:
+                    counts[place] += count
+    total = sum(counts.values())
+    return {place: count / total for place, count in counts.items()}

@@ -6,31 +6,46 @@ cost more, are told only when the rank waits, or fails. What must survive the pr
 stands in a black box: a file mapped into memory, which the kernel keeps.
 """
 
-import atexit
 import faulthandler
 import fcntl
 import json
 import mmap
 import os
+import pickle
 import signal
+import site
 import socket
 import sys
+import sysconfig
 import threading
 import time
 from collections import Counter, deque
 from contextlib import suppress
 from pathlib import Path
-from types import TracebackType
+from types import CodeType, FrameType
 from typing import Any
 
-import diagnose_frames as frames
-import diagnose_hooks
+import torch
 import torch.distributed as dist
+from torch._C import _distributed_c10d as c10d
 
 TICK_S = 0.05
 PULSE, TOLD = 5, 20  # ticks: of a sign of life, and of news from the flight recorder
 BOX_SLOT, BOX_SLOTS = 512, 8  # bytes of a call, calls
 TCP_ESTABLISHED = "01"
+
+Place = tuple[str, int, str]  # file, line, function
+
+FOLDERS = {
+    *(sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib")),
+    *site.getsitepackages(),
+    site.getusersitepackages(),
+    str(Path(__file__).parents[1]),  # this agent and its sitecustomize
+    str(Path(dist.__file__).parents[2]),
+}
+LIBRARIES = tuple(f"{os.path.realpath(folder)}{os.sep}" for folder in FOLDERS)
+BENCH = f"{os.sep}distlab{os.sep}"  # this book's library is one too
+_own: dict[str, bool] = {}
 
 
 class Agent:
@@ -42,7 +57,7 @@ class Agent:
         self.events: deque[dict[str, Any]] = deque()
         self.writing = threading.Lock()
         self.counts: Counter[str] = Counter()  # of steps, backward passes, batches drawn
-        self.samples: Counter[tuple[frames.Place | None, str]] = Counter()
+        self.samples: Counter[tuple[Place | None, str]] = Counter()
         self.told_record = -1
         self.same: tuple[Any, float] = (None, time.time())
         self.reported: Any = None
@@ -86,7 +101,7 @@ class Agent:
             if not self.listening:
                 continue
             tick += 1
-            self.samples[frames.main_place()] += 1
+            self.samples[main_place()] += 1
             if tick % PULSE == 0:
                 self.pulse()
                 if self.asked.exists():
@@ -100,10 +115,10 @@ class Agent:
     def pulse(self) -> None:
         groups = {}
         if dist.is_initialized():
-            for group, status in frames.flight_recorder(False, False)["pg_status"].items():
+            for group, status in flight_recorder(False, False)["pg_status"].items():
                 enqueued = status["last_enqueued_collective"]
                 groups[group] = [enqueued, status["last_completed_collective"]]
-        place, leaf = frames.main_place()
+        place, leaf = main_place()
         now = time.time()
         state = [groups, place, leaf, dict(self.counts)]
         if state != self.same[0]:
@@ -111,7 +126,7 @@ class Agent:
         pending = any(enqueued > completed for enqueued, completed in groups.values())
         self.tell(
             "pulse", groups=groups, pending=pending, place=place, leaf=leaf, since=self.same[1],
-            cpu=time.process_time(), counts=dict(self.counts),
+            cpu=_wanted(), counts=dict(self.counts),
             samples=[[*key, count] for key, count in self.samples.items()],
         )  # fmt: skip
         self.samples.clear()
@@ -121,14 +136,14 @@ class Agent:
 
     def report(self, why: str) -> None:
         """All that is known, at a cost: stacks, connections, then the collectives' lines."""
-        self.tell("report", why=why, threads=frames.threads(), unanswered=unanswered())
+        self.tell("report", why=why, threads=threads(), unanswered=unanswered())
         self.flush()
         if dist.is_initialized():
             self.collectives(stacks=True)
 
     def collectives(self, stacks: bool) -> None:
         """Those that are new, or with `stacks` all that the recorder has, with their lines."""
-        entries = frames.flight_recorder(True, stacks).get("entries", [])
+        entries = flight_recorder(True, stacks).get("entries", [])
         rows = []
         for entry in entries:
             if not stacks and entry["record_id"] <= self.told_record:
@@ -136,7 +151,7 @@ class Agent:
             own = [
                 (frame["filename"], frame["line"], frame["name"])
                 for frame in entry.get("frames", [])
-                if frames.is_own(frame["filename"])
+                if is_own(frame["filename"])
             ]
             rows.append(
                 [
@@ -159,7 +174,7 @@ class Agent:
 
     def last_words(self, status: int | None, error: str | None = None, place: Any = None) -> None:
         """The end of the process, as its own thread saw it come."""
-        devices = diagnose_hooks.cuda_device()
+        devices = cuda_device()
         self.tell("exit", status=status, error=error, place=place, devices=devices)
         if dist.is_initialized() or self.told_record >= 0:
             self.collectives(stacks=False)
@@ -167,45 +182,6 @@ class Agent:
         if status or error:
             self.report("failed")
             self.flush()
-
-
-def activate() -> Agent:
-    """Watch this rank from now on; torch has just been imported."""
-    folder, rank = os.environ["DIAGNOSE_DIR"], int(os.environ["RANK"])
-    agent = Agent(Path(folder), rank, float(os.environ["DIAGNOSE_STALL_AFTER"]))
-    diagnose_hooks.install(agent)
-    _hear_last_words(agent)
-    threading.Thread(target=agent.run, name="diagnose", daemon=True).start()
-    return agent
-
-
-def _hear_last_words(agent: Agent) -> None:
-    pid, leave, show = os.getpid(), os._exit, sys.excepthook
-
-    def leave_at_once(status: int) -> None:
-        if os.getpid() == pid:  # not a child that this rank forked
-            agent.last_words(status)
-        leave(status)
-
-    def show_error(
-        kind: type[BaseException], error: BaseException, trace: TracebackType | None
-    ) -> None:
-        place = None
-        while trace is not None:
-            if frames.is_own(trace.tb_frame.f_code.co_filename):
-                place = (trace.tb_frame.f_code.co_filename, trace.tb_lineno,
-                         trace.tb_frame.f_code.co_name)  # fmt: skip
-            trace = trace.tb_next
-        agent.last_words(1, f"{kind.__name__}: {error}"[:500], place)
-        show(kind, error, trace)
-
-    def leave_in_order() -> None:
-        if os.getpid() == pid:
-            agent.tell("exit", status=None, error=None, place=None, devices=None)
-            agent.flush()
-
-    os._exit, sys.excepthook = leave_at_once, show_error  # type: ignore[assignment]
-    atexit.register(leave_in_order)
 
 
 def _mapped(path: Path) -> mmap.mmap:
@@ -216,6 +192,16 @@ def _mapped(path: Path) -> mmap.mmap:
 
 def _cores() -> list[int]:
     return sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
+
+
+def _wanted() -> float:
+    """Seconds of the processor that this process had, or that its main thread waited for (Linux).
+
+    On a busy machine one that computes may get a tenth of the time; it is no idle one for that.
+    """
+    waits = Path("/proc/self/schedstat")
+    waited = int(waits.read_text().split()[1]) / 1e9 if waits.exists() else 0.0
+    return time.process_time() + waited
 
 
 def unanswered() -> list[str]:
@@ -248,3 +234,76 @@ def _address(text: str, width: int) -> str:
         words = words[12:]
     family = socket.AF_INET if len(words) == 4 else socket.AF_INET6
     return socket.inet_ntop(family, words)
+
+
+def cuda_device(device: torch.device | None = None) -> dict[str, Any] | None:
+    """The CUDA device that this rank uses: its number, identity, and how many there are."""
+    if not torch.cuda.is_initialized() or (device is not None and device.type != "cuda"):
+        return None
+    index = device.index if device is not None else torch.cuda.current_device()
+    identity = str(torch.cuda.get_device_properties(index).uuid)
+    return {"index": index, "uuid": identity, "count": torch.cuda.device_count()}
+
+
+def is_own(filename: str) -> bool:
+    """Whether a file is the user's: no library's, and no frozen or generated code."""
+    known = _own.get(filename)
+    if known is None:
+        real = os.path.realpath(filename)
+        known = not (filename.startswith("<") or real.startswith(LIBRARIES) or BENCH in real)
+        _own[filename] = known
+    return known
+
+
+def own_place(frame: FrameType | None) -> Place | None:
+    """The innermost own line of a running frame."""
+    while frame is not None:
+        code: CodeType = frame.f_code
+        if is_own(code.co_filename):
+            return code.co_filename, frame.f_lineno, code.co_name
+        frame = frame.f_back
+    return None
+
+
+def caller() -> Place | None:
+    """The own line that led to whoever calls this."""
+    return own_place(sys._getframe(1))
+
+
+def own_frame() -> FrameType | None:
+    """The innermost own frame of the calling thread."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None and not is_own(frame.f_code.co_filename):
+        frame = frame.f_back
+    return frame
+
+
+def main_place() -> tuple[Place | None, str]:
+    """Where the main thread is in the user's code, and the function at the very end."""
+    frame = sys._current_frames().get(threading.main_thread().ident or 0)
+    return own_place(frame), frame.f_code.co_name if frame else ""
+
+
+def threads() -> list[dict[str, Any]]:
+    """Every thread's own lines, innermost first, and the function at the very end."""
+    names = {thread.ident: thread.name for thread in threading.enumerate()}
+    found = []
+    for ident, frame in sys._current_frames().items():
+        places, leaf = [], f"{Path(frame.f_code.co_filename).name}:{frame.f_code.co_name}"
+        walk: FrameType | None = frame
+        while walk is not None:
+            if is_own(walk.f_code.co_filename):
+                places.append((walk.f_code.co_filename, walk.f_lineno, walk.f_code.co_name))
+            walk = walk.f_back
+        if places:
+            found.append({"ident": str(ident), "name": names.get(ident, "?"), "leaf": leaf,
+                          "own": places})  # fmt: skip
+    return found
+
+
+def flight_recorder(collectives: bool, stacks: bool) -> dict[str, Any]:
+    """torch's flight recorder: the last collectives of this rank, and the state of each group."""
+    dump: Any = c10d._dump_fr_trace  # type: ignore[attr-defined]
+    if dist.is_initialized() and "nccl" in dist.get_backend():
+        dump = getattr(c10d, "_dump_nccl_trace", dump)
+    return pickle.loads(dump(collectives, stacks, False))  # made in this process a moment ago

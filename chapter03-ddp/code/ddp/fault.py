@@ -1,12 +1,9 @@
 """What every fault shares: its flags, its run, a tiny model, its data. The mistake is elsewhere."""
 
-import hashlib
 from argparse import Namespace
 from collections.abc import Callable, Iterable
-from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel as DDP
 
@@ -66,18 +63,3 @@ def examples(
     draw = torch.Generator().manual_seed(1000 * step + rank)
     inputs = torch.randn(count, FEATURES, generator=draw)
     return inputs.to(device), inputs[:, :CLASSES].argmax(dim=1).to(device)
-
-
-def distinct(tensors: Iterable[Tensor]) -> int:
-    """How many different values the ranks hold, compared bit for bit."""
-    own = hashlib.sha256()
-    for tensor in tensors:
-        own.update(tensor.detach().cpu().numpy().tobytes())
-    return len(set(gathered(own.hexdigest())))
-
-
-def gathered(value: Any) -> list[Any]:
-    """A value of every rank, by rank."""
-    values: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(values, value)
-    return values

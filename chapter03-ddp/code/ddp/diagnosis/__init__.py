@@ -1,0 +1,1 @@
+"""Why a job hangs, crashes or goes wrong: what its ranks tell, compared by judges."""
