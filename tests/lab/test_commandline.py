@@ -139,6 +139,9 @@ with <!-- cell: one runs s "way=by hand" K=2|4 -->old<!-- end --> s by hand.
 
 <!-- code: ring.py add lines=2-3 -->
 <!-- end -->
+
+<!-- code: ring.py add Ring.send lines=3-8 -->
+<!-- end -->
 """
 CODE = '''class Ring:
     """A ring."""
@@ -207,6 +210,7 @@ def test_code_is_shown_without_its_docstring_and_its_place(lesson):
     method = "@property\ndef send(self) -> int:\n    return 1  # byte"
     assert f"```python\n{method}\n```\n\n*`Ring.send` in [ring.py](code/ring.py)*" in text
     assert "```python\nif a:\n    return b\n```" in text
+    assert "\n*`add`, `Ring.send` in [ring.py](code/ring.py)*" in text
 
 
 @pytest.mark.parametrize(
@@ -220,7 +224,7 @@ def test_code_is_shown_without_its_docstring_and_its_place(lesson):
         ("<!-- cell: one runs s K=2|3 -->", "2 rows of one runs have"),
         ("<!-- code: nope.py add -->", "shows code of nope.py, but"),
         ("<!-- code: ring.py Ring.nope -->", "ring.py defines no Ring.nope"),
-        ("<!-- code: ring.py add lines=3-9 -->", "add of ring.py has 4 lines, and lines=3-9"),
+        ("<!-- code: ring.py add lines=3-9 -->", "add of ring.py has 4 lines, not 3-9"),
     ],
 )
 def test_a_marker_without_its_record_is_told(lesson, marker, told):

@@ -7,7 +7,7 @@ In a lesson, between markers that a reader of the rendered page does not see:
     <!-- cell: RECORD NAME COLUMN K=4 -->     one number of a table, of the one row that is meant
     <!-- value: RECORD METRIC -->             one number of that record
     <!-- code: FILE NAME -->                  a function, class or method (`Class.method`) of the
-                                              chapter's code/FILE, without its docstring
+                                              chapter's code/FILE, or several, without docstrings
     <!-- code: FILE NAME lines=3-12 -->       some lines of it, counted in what is shown without
     <!-- chapters -->                         README's table of chapters
 
@@ -133,23 +133,25 @@ def _value(lesson: Path, name: str, key: str) -> str:
     raise RunError(f"{lesson}: the record {name} has no metric {key!r}")
 
 
-def _code(lesson: Path, file: str, name: str, lines: str = "") -> str:
-    """A definition of the chapter's code as a block, and below it where it stands."""
+def _code(lesson: Path, file: str, *words: str) -> str:
+    """Definitions of the chapter's code as a block, and below it where they stand."""
     path = lesson.parent / "code" / file
     if not path.is_file():
         raise RunError(f"{lesson} shows code of {file}, but {path} is not there")
-    shown = source_of(path, name)
+    names = [word for word in words if not word.startswith("lines=")]
+    lines = [word.removeprefix("lines=") for word in words if word not in names]
+    parts = [textwrap.dedent("\n".join(source_of(path, name))) for name in names]
+    shown = "\n\n".join(parts).splitlines()
     if lines:
-        first, _, last = lines.removeprefix("lines=").partition("-")
+        first, _, last = lines[0].partition("-")
         if not (
-            first.isdecimal() and last.isdecimal() and 1 <= int(first) <= int(last) <= len(shown)
+            first.isdecimal() and last.isdecimal() and 0 < int(first) <= int(last) <= len(shown)
         ):
-            raise RunError(
-                f"{lesson}: {name} of {file} has {len(shown)} lines, and {lines} is none of it"
-            )
-        shown = shown[int(first) - 1 : int(last)]
-    text = textwrap.dedent("\n".join(shown)).strip("\n")
-    return f"```python\n{text}\n```\n\n*`{name}` in [{file}](code/{file})*"
+            told = f"{', '.join(names)} of {file} has {len(shown)} lines"
+            raise RunError(f"{lesson}: {told}, not {lines[0]}")
+        shown = textwrap.dedent("\n".join(shown[int(first) - 1 : int(last)])).splitlines()
+    where = f"*{', '.join(f'`{name}`' for name in names)} in [{file}](code/{file})*"
+    return "\n".join(["```python", *shown, "```", "", where])
 
 
 def source_of(path: Path, name: str) -> list[str]:
