@@ -56,7 +56,9 @@ def draw(spec: Mapping[str, Any], path: Path) -> None:
         for side in ("top", "right"):
             axes.spines[side].set_visible(False)
         if axes.get_legend_handles_labels()[0] and (len(spec["series"]) > 1 or spec["lines"]):
-            axes.legend(framealpha=0.8, edgecolor="none")  # words on a line can still be read
+            many = len(axes.get_legend_handles_labels()[0]) > 6
+            # Its words can be read on a line, and a line under it can be seen.
+            axes.legend(framealpha=0.8, edgecolor="none", fontsize="small" if many else None)
         with atomic_write(path) as temporary, plt.rc_context({"svg.hashsalt": "distlab"}):
             figure.savefig(temporary, dpi=150, metadata=_no_date(path))
     finally:
