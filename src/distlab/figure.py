@@ -1,7 +1,7 @@
 """Draw the figures of a record: one place decides how the book's figures look."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,13 @@ matplotlib.use("Agg")  # before pyplot is imported: no display is needed
 
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
-from matplotlib.ticker import FuncFormatter, ScalarFormatter
+from matplotlib.ticker import (
+    FuncFormatter,
+    LogLocator,
+    MaxNLocator,
+    NullFormatter,
+    ScalarFormatter,
+)
 
 from distlab.display import number
 from distlab.files import atomic_write
@@ -43,25 +49,45 @@ def draw(spec: Mapping[str, Any], path: Path) -> None:
         if axes.yaxis_inverted():  # lying bars
             across, up = up, across
         axes.set(title=_plain(spec["title"]), xlabel=across, ylabel=up)
-        if spec["log_x"]:
-            axes.set_xscale("log", base=2)
-            if axes.get_xlim()[1] < 10_000:  # 64 reads better than a power of two
-                small = axes.get_xlim()[0] < 1  # a fraction, which ScalarFormatter rounds to 0
-                plain = FuncFormatter(lambda x, _: f"{x:g}") if small else ScalarFormatter()
-                axes.xaxis.set_major_formatter(plain)
-        if spec["log_y"]:
-            axes.set_yscale("log")
+        _scale_axes(axes, spec)
         if spec["kind"] != "matrix":
             axes.grid(alpha=0.25)
         axes.set_axisbelow(True)
         for side in ("top", "right"):
             axes.spines[side].set_visible(False)
         if axes.get_legend_handles_labels()[0] and (len(spec["series"]) > 1 or spec["lines"]):
-            axes.legend(frameon=False)
+            many = len(axes.get_legend_handles_labels()[0]) > 6
+            # Its words can be read on a line, and a line under it can be seen.
+            axes.legend(framealpha=0.8, edgecolor="none", fontsize="small" if many else None)
         with atomic_write(path) as temporary, plt.rc_context({"svg.hashsalt": "distlab"}):
             figure.savefig(temporary, dpi=150, metadata=_no_date(path))
     finally:
         plt.close(figure)
+
+
+def _scale_axes(axes: Axes, spec: Mapping[str, Any]) -> None:
+    """Logarithmic where the figure says so, with plain numbers while they are short."""
+    if spec["log_x"]:
+        axes.set_xscale("log", base=2)
+        if axes.get_xlim()[1] < 10_000:  # 64 reads better than a power of two
+            small = axes.get_xlim()[0] < 1  # a fraction, which ScalarFormatter rounds to 0
+            plain = FuncFormatter(lambda x, _: f"{x:g}") if small else ScalarFormatter()
+            axes.xaxis.set_major_formatter(plain)
+    elif spec["kind"] == "line" and _whole([x for one in spec["series"] for x in one["x"]]):
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))  # there are no 1.5 nodes
+    if spec["log_y"]:
+        axes.set_yscale("log")
+        low, high = axes.get_ylim()
+        if low > 1e-3 and high < 1e4:
+            few = high / low < 100  # then a power of ten alone is too rare
+            axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if few else (1,)))
+            axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}"))
+            axes.yaxis.set_minor_formatter(NullFormatter())
+
+
+def _whole(numbers: Sequence[float]) -> bool:
+    """Whether these are whole numbers, such as counts of nodes, and not very many."""
+    return len(set(numbers)) < MOST_NAMES and all(float(x).is_integer() for x in numbers)
 
 
 def _plain(text: str) -> str:

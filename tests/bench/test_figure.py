@@ -77,6 +77,19 @@ def test_points_have_no_line(monkeypatch, tmp_path):
     plt.close("all")
 
 
+def test_ticks_are_numbers_that_there_are(monkeypatch, tmp_path):
+    """No 1.5 nodes, and 0.05 s instead of five times ten to the minus two."""
+    drawn = []
+    monkeypatch.setattr(plt, "close", drawn.append)
+    series = [{"label": "latency", "x": [1, 2, 4], "y": [0.02, 0.05, 0.4]}]
+    figure.draw({**SPEC, "log_y": True, "series": series, "lines": []}, tmp_path / "a.png")
+    axes = drawn[0].axes[0]
+    assert all(float(x).is_integer() for x in axes.get_xticks())
+    assert "0.05" in [label.get_text() for label in axes.get_yticklabels()]
+    monkeypatch.undo()
+    plt.close("all")
+
+
 def test_a_dashed_line_has_the_colour_of_the_one_before_it(monkeypatch, tmp_path):
     drawn = []
     monkeypatch.setattr(plt, "close", drawn.append)

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
 
 TEXT = ["def ", "answer", "(): ", "return ", "42"]
 
@@ -54,14 +55,14 @@ class _Server(ThreadingHTTPServer):
     daemon_threads = True
     request_queue_size = 128  # with 5, a load of more at once waits for TCP to try again
 
-    def handle_error(self, *unused: object) -> None:
+    def handle_error(self, *unused: Any) -> None:
         """A client that leaves is none of the server's faults; any other error is told."""
         if not isinstance(sys.exception(), ConnectionError):
             super().handle_error(*unused)
 
 
 @contextmanager
-def fake_openai(**settings: object) -> Iterator[Fake]:
+def fake_openai(**settings: Any) -> Iterator[Fake]:
     fake = Fake(**settings)
     server = _Server(("127.0.0.1", 0), _handler(fake))
     fake.url = f"http://127.0.0.1:{server.server_address[1]}/v1"

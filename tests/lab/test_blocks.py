@@ -161,3 +161,18 @@ def test_a_block_past_its_limit_fails_and_is_ended(checkout):
 def test_core_is_the_python_that_runs_the_lab():
     assert blocks.environment_python("core") == Path(sys.executable)
     assert os.access(blocks.environment_python("core"), os.X_OK)
+
+
+def test_several_ranks_have_a_thread_each_unless_the_reader_says_otherwise(monkeypatch, tmp_path):
+    """What torchrun would set, with a block of warnings."""
+
+    def threads(text: str) -> str | None:
+        environment = blocks.block_environment(block(text), "smoke", tmp_path, "gloo")
+        return environment.get("OMP_NUM_THREADS")
+
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    assert threads(f"torchrun --nproc_per_node=2 {SCRIPT}") == "1"
+    assert threads(f"torchrun --nproc_per_node=1 {SCRIPT}") is None
+    assert threads(f"python {SCRIPT}") is None
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    assert threads(f"torchrun --nproc_per_node=2 {SCRIPT}") == "3"

@@ -128,8 +128,39 @@ old
 <!-- end -->
 
 It was <!-- value: one speed -->old<!-- end -->
-in <!-- value: one time.measured -->old<!-- end -->.
+in <!-- value: one time.measured -->old<!-- end -->,
+with <!-- cell: one runs s "way=by hand" K=2|4 -->old<!-- end --> s by hand.
+
+<!-- table: one runs K=2|4 "way=by hand|alone" -->
+<!-- end -->
+
+<!-- code: ring.py Ring.send -->
+<!-- end -->
+
+<!-- code: ring.py add lines=2-3 -->
+<!-- end -->
+
+<!-- code: ring.py add Ring.send lines=3-8 -->
+<!-- end -->
 """
+CODE = '''class Ring:
+    """A ring."""
+
+    @property
+    def send(self) -> int:
+        """Send it.
+
+        And more.
+        """
+
+        return 1  # byte
+
+
+def add(a, b):
+    if a:
+        return b
+    return a
+'''
 RECORD = {
     "schema": record.SCHEMA,
     "command": "python x.py",
@@ -137,7 +168,14 @@ RECORD = {
     "machine": {"cpu": "a CPU", "cores": 2, "gpus": []},
     "metrics": {"speed": {"value": 4312.0, "unit": "tok/s"}},
     "comparisons": {"time": {"predicted": 0.1, "measured": 0.2, "unit": "s", "error": -0.5}},
-    "tables": {"workers": {"columns": ["K", "name"], "rows": [[2, "a|b"]], "caption": ""}},
+    "tables": {
+        "workers": {"columns": ["K", "name"], "rows": [[2, "a|b"]], "caption": ""},
+        "runs": {
+            "columns": ["K", "way", "s"],
+            "rows": [[2, "by hand", 1.5], [3, "by hand", 2.5], [4, "alone", 3.5]],
+            "caption": "* of all runs",
+        },
+    },
     "figures": {},
 }
 
@@ -148,6 +186,8 @@ def lesson(tmp_path: Path) -> Path:
     record.save(RECORD, tmp_path / "results" / "one.json")
     path = tmp_path / "main.md"
     path.write_text(LESSON)
+    (tmp_path / "code").mkdir()
+    (tmp_path / "code" / "ring.py").write_text(CODE)
     return path
 
 
@@ -157,8 +197,20 @@ def test_generated_parts_come_from_the_record(lesson):
     assert "*a CPU, 2 cores, no GPU, 2026-01-02:* `python x.py`\n<!-- end -->" in text
     assert "<!-- value: one speed -->4,312 tok/s<!-- end -->" in text
     assert "<!-- value: one time.measured -->200 ms<!-- end -->" in text
+    assert '<!-- cell: one runs s "way=by hand" K=2|4 -->1.50<!-- end --> s by hand' in text
+    assert "| 2 | by hand | 1.50 |\n| 4 | alone | 3.50 |\n\n\\* of all runs; the rows with" in text
+    assert "rows with K 2 or 4 and way by hand or alone, 2 of 3. *a CPU, 2 cores" in text
     lesson.write_text(text)
     assert generated.regenerate(lesson) == text
+
+
+def test_code_is_shown_without_its_docstring_and_its_place(lesson):
+    """A method with its decorators, and some lines of a function, both from the margin on."""
+    text = generated.regenerate(lesson)
+    method = "@property\ndef send(self) -> int:\n    return 1  # byte"
+    assert f"```python\n{method}\n```\n\n*`Ring.send` in [ring.py](code/ring.py)*" in text
+    assert "```python\nif a:\n    return b\n```" in text
+    assert "\n*`add`, `Ring.send` in [ring.py](code/ring.py)*" in text
 
 
 @pytest.mark.parametrize(
@@ -167,6 +219,12 @@ def test_generated_parts_come_from_the_record(lesson):
         ("<!-- table: two workers -->", "names the record 'two'"),
         ("<!-- table: one nope -->", "has no table 'nope'"),
         ("<!-- value: one nope -->", "has no metric 'nope'"),
+        ("<!-- table: one runs L=2 -->", "one has no column 'L'; it has K, way, s"),
+        ("<!-- table: one runs K=9 -->", "runs of one has no row with"),
+        ("<!-- cell: one runs s K=2|3 -->", "2 rows of one runs have"),
+        ("<!-- code: nope.py add -->", "shows code of nope.py, but"),
+        ("<!-- code: ring.py Ring.nope -->", "ring.py defines no Ring.nope"),
+        ("<!-- code: ring.py add lines=3-9 -->", "add of ring.py has 4 lines, not 3-9"),
     ],
 )
 def test_a_marker_without_its_record_is_told(lesson, marker, told):
@@ -180,6 +238,17 @@ def test_what_was_printed_replaces_the_output_block_and_nothing_else(lesson, mon
     (block,) = read_blocks(lesson)
     recording.show(block, f"new\n{repo_root()}/build/x\n")
     assert lesson.read_text() == LESSON.replace("```output\nold\n", "```output\nnew\nbuild/x\n")
+
+
+def test_an_output_keeps_the_free_words_that_it_still_needs(lesson, monkeypatch):
+    monkeypatch.setattr("distlab.lab.lessons.repo_root", lambda: lesson.parent)
+    lesson.write_text(LESSON.replace("```output\n", "```output free=sample,verdict\n"))
+    (block,) = read_blocks(lesson)
+    recording.show(block, "a sample: x\nverdict: good\n")
+    (block,) = read_blocks(lesson)
+    assert block.free == ("verdict",) and "```output free=verdict\na sample" in lesson.read_text()
+    recording.show(block, "nothing\n")
+    assert "```output\nnothing\n" in lesson.read_text()
 
 
 def test_minutes_are_those_of_the_records():

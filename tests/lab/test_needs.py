@@ -4,7 +4,6 @@ import json
 
 import pytest
 
-from distlab.files import repo_root
 from distlab.lab import doctor, needs
 from distlab.lab.needs import Need
 
@@ -80,7 +79,6 @@ def test_doctor_tells_and_does_not_judge(capsys):
 
 def test_check_cuda_checks_a_wrong_product(monkeypatch, capsys, tmp_path):
     """A device that computes wrongly is found out."""
-    monkeypatch.syspath_prepend(repo_root() / "chapter01-introduction" / "code")
     import check_cuda
     import torch
 

@@ -147,6 +147,14 @@ def test_a_block_may_ask_for_nodes_and_for_slurm(words, nodes, slurm, lesson):
     assert (block.nodes, block.slurm) == (nodes, slurm)
 
 
+def test_an_output_says_which_of_its_lines_are_free(lesson):
+    shown = "```bash\ntrue\n```\n```output {}\nsample: x\n```\n"
+    (block,) = read_blocks(lesson(shown.format("free=sample,verdict")))
+    assert block.free == ("sample", "verdict") and block.output == "sample: x\n"
+    with pytest.raises(RunError, match="main.md:4: unknown word after output: fre=sample"):
+        read_blocks(lesson(shown.format("fre=sample")))
+
+
 @pytest.mark.parametrize("text", ["", "#\nsbatch x", "#  \n"])
 def test_norun_without_a_reason_is_refused(text, lesson):
     with pytest.raises(RunError, match="main.md:1: a norun block begins with a comment"):

@@ -30,7 +30,6 @@ from distlab.lab.shape import difference, shape, without_log
         ("[1, 2, 3]", "[4, 5, 6]"),
         ("machine: a laptop, 8 cores", "machine: a server with 2 GPUs"),
         ("(2955, at least 361 wanted)", "(8.5e+04, at least 1,361.5 wanted)"),
-        ("verdict: the step is compute-bound", "verdict: the step is memory-bound"),
         ("aten::mm 3 1.2", "aten::add 1 0.1"),
         ("a\nx: 1\nx: 2\nb", "a\nx: 3\nb"),
         ("a  \n\n b", "a\nb"),
@@ -62,11 +61,21 @@ def test_the_same_shape(shown, printed):
         ("a\nb\na\nb", "a\nb"),  # only neighbours are one line
         ("the machine: x", "the machine: y"),
         ("state", "State"),
+        ("verdict: the step is compute-bound", "verdict: the step is memory-bound"),
+        ("sample: bucket 0 has a to b", "sample: bucket 0 has a to c"),
         ("3 words", "words"),
     ],
 )
 def test_another_shape(shown, printed):
     assert difference(shown, printed) != ""
+
+
+def test_a_line_is_free_whose_word_the_lesson_names():
+    shown, printed = "sample: 'import os'\nend\n", "sample: 'def f'\nend\n"
+    assert difference(shown, printed, free=["sample"]) == ""
+    assert difference(f"node0| {shown}", f"node0| {printed}", free=["trace", "sample"]) == ""
+    assert difference(shown, "end\n", free=["sample"]) != ""  # it must be there
+    assert difference(shown, printed, free=["verdict"]) != ""
 
 
 def test_a_difference_shows_both_sides():

@@ -15,16 +15,13 @@ import subprocess
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 from distlab.cluster.availability import find_program, install_line, program
 from distlab.cluster.commands import NodeProcess
 from distlab.cluster.slurm_conf import CPUS, FOLDER, GPUS, MOST_MINUTES, configuration
 from distlab.errors import RunError, Skipped
 from distlab.process import Completed
-
-if TYPE_CHECKING:
-    from distlab.cluster.virtual import VirtualCluster
 
 HELP = f"""With --slurm, CMD runs once, on node0: a script, or a shell such as bash, in which sinfo,
 srun, sbatch, squeue, scancel and scontrol work. Whatever the machine has, each node has {CPUS} CPUs
@@ -55,7 +52,31 @@ def unavailable() -> str | None:
     return f"{', '.join(missing)} of Slurm {what} missing; {install_line(PACKAGES)}"
 
 
-def start(cluster: "VirtualCluster") -> "Slurm":
+class Nodes(Protocol):
+    """What Slurm needs of the cluster that it runs on; `as_user` in a user namespace."""
+
+    names: list[str]
+
+    @property
+    def as_user(self) -> bool: ...
+
+    def start(
+        self, node: str, command: Sequence[str], env: Mapping[str, str] | None = None
+    ) -> NodeProcess: ...
+
+    def run(
+        self,
+        command: Sequence[str],
+        nodes: Sequence[str] | None = None,
+        env: Mapping[str, str] | None = None,
+        timeout_s: float | None = 60.0,
+        echo: bool = False,
+    ) -> list[Completed]: ...
+
+    def attach(self, node: str, command: Sequence[str]) -> int: ...
+
+
+def start(cluster: Nodes) -> "Slurm":
     """Start Slurm on a cluster whose nodes are on, and wait until all of them are idle.
 
     Raises `Skipped` where Slurm is not installed, and `RunError` when it does not come up.
@@ -72,16 +93,15 @@ def start(cluster: "VirtualCluster") -> "Slurm":
 class Slurm:
     """Slurm's daemons on the nodes of a cluster; they end when their nodes do."""
 
-    def __init__(self, cluster: "VirtualCluster") -> None:
+    def __init__(self, cluster: Nodes) -> None:
         self.head = cluster.names[0]
         self._cluster = cluster
         self._daemons: dict[str, NodeProcess] = {}
-        in_user_namespace = cluster._world.as_user
-        uid, gid = _user(in_user_namespace)
+        uid, gid = _user(cluster.as_user)
         # A client is whom it says it is only if munged, which asks the kernel, sees the same user.
         self._become = (
             [program("unshare"), "--user", f"--map-user={uid}", f"--map-group={gid}", "--"]
-            if in_user_namespace
+            if cluster.as_user
             else []
         )
         self._setup = {

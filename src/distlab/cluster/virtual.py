@@ -87,6 +87,11 @@ class VirtualCluster:
     ) -> None:
         self._close()
 
+    @property
+    def as_user(self) -> bool:
+        """Whether the cluster lives in a user namespace, since this user may make no other."""
+        return self._world.as_user
+
     def run(
         self,
         command: Sequence[str],

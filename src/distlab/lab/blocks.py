@@ -134,6 +134,10 @@ def block_environment(block: Block, preset: str, records: Path, backend: str) ->
     }
     if backend == "gloo" and block.gpus == 0:
         env["CUDA_VISIBLE_DEVICES"] = ""
+    if block.ranks > 1:
+        # What torchrun sets for several ranks, for as many threads in each as there are cores would
+        # wait for each other; it opens the output with five lines of warning where it has to.
+        env.setdefault("OMP_NUM_THREADS", "1")
     return env
 
 

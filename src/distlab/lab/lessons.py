@@ -14,7 +14,9 @@ info string says what the block needs:
     record=NAME        `lab record` keeps its run as results/NAME.json
     norun              no test can run it; its first line is a comment with the reason
 
-An `output` block right after it shows a real run.
+An `output` block right after it shows a real run. `output free=sample,verdict` says that of lines
+beginning with `sample: ` and `verdict: ` what follows is another on each machine or at each preset;
+it stands beside the output so that a reader of the lesson's source knows what is compared.
 """
 
 import re
@@ -54,6 +56,7 @@ class Block:
     record: str | None = None
     norun: bool = False
     output: str | None = None
+    free: tuple[str, ...] = ()  # the words that begin lines of the output which may differ
     output_lines: tuple[int, int] | None = None  # of the output's text in the lesson, end exclusive
 
     @property
@@ -175,9 +178,11 @@ def _blocks(lesson: Path, tokens: list[Token]) -> Iterator[Block]:
         line = token.map[0] + 1
         settings = _settings(lesson, line, words[1:])
         following = tokens[index + 1] if index + 1 < len(tokens) else None
-        if following and following.type == "fence" and following.info.strip() == "output":
+        shown = following.info.split() if following and following.type == "fence" else []
+        if following and shown[:1] == ["output"]:
             assert following.map is not None
             settings["output"] = following.content
+            settings["free"] = _free(lesson, following.map[0] + 1, shown[1:])
             settings["output_lines"] = (following.map[0] + 1, following.map[1] - 1)
         block = Block(lesson, line, section, token.content, **settings)
         if block.norun and not (block.text.startswith("#") and block.reason):
@@ -185,6 +190,15 @@ def _blocks(lesson: Path, tokens: list[Token]) -> Iterator[Block]:
         if block.background and not block.ready:
             raise RunError(f"{lesson}:{line}: a background block says ready=URL")
         yield block
+
+
+def _free(lesson: Path, line: int, words: list[str]) -> tuple[str, ...]:
+    """The words of `output free=WORD,WORD`."""
+    if any(not word.startswith("free=") for word in words):
+        raise RunError(
+            f"{lesson}:{line}: unknown word after output: {' '.join(words)}; known: free=…"
+        )
+    return tuple(each for word in words for each in word.removeprefix("free=").split(","))
 
 
 def _settings(lesson: Path, line: int, words: list[str]) -> dict:

@@ -1,8 +1,9 @@
 """`lab record [CH]`: run a chapter at laptop size; rewrite its results and its lesson from it.
 
 It keeps the records of the blocks marked `record=NAME` as results/NAME.json, draws their figures
-beside them, puts what was printed into the lesson's `output` blocks, and makes the lesson's tables
-and README's table of chapters anew. Without a chapter it only makes the tables anew.
+beside them, puts what was printed into the lesson's `output` blocks, and makes the tables, numbers
+and lines of code in all lessons anew, and README's table of chapters. Without a chapter it does
+only the latter.
 """
 
 import argparse
@@ -63,7 +64,10 @@ def keep(one: Chapter, block: Block, outcome: Outcome) -> None:
 
 
 def show(block: Block, printed: str) -> None:
-    """Put `printed` into the block's `output` block, wherever that stands by now."""
+    """Put `printed` into the block's `output` block, wherever that stands by now.
+
+    Of the words that its fence names as free, those stay that still begin a line.
+    """
     current = next(
         other
         for other in read_blocks(block.lesson)
@@ -74,6 +78,10 @@ def show(block: Block, printed: str) -> None:
     lines = block.lesson.read_text(encoding="utf-8").splitlines()
     printed = without_log(printed).replace(f"{repo_root()}/", "")
     lines[first:end] = printed.rstrip("\n").splitlines()
+    if current.free:
+        free = [word for word in current.free if f"\n{word}: " in f"\n{printed}"]
+        fence = lines[first - 1].partition("output")[0]
+        lines[first - 1] = f"{fence}output" + (f" free={','.join(free)}" if free else "")
     write_text(block.lesson, "\n".join(lines) + "\n")
 
 

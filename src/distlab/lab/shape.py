@@ -2,16 +2,17 @@
 
 Free are numbers with their units, the width of columns, how often a line of the same shape is
 repeated (a table has more rows at another preset), the names of torch's operators, and what stands
-after one of the words in FREE at the beginning of a line, since it depends on the machine. What
-the nodes of a cluster print at once is compared node by node. Lines of torch's log, which depend on
-the reader's environment, count as not printed.
+after `machine: ` and `job: ` at the beginning of a line, or after a word that the lesson's output
+block names (`output free=sample`). What the nodes of a cluster print at once is compared node by
+node. Lines of torch's log, which depend on the reader's environment, count as not printed.
 """
 
 import difflib
 import re
+from collections.abc import Sequence
 
 NODE = re.compile(r"(node\d+)\| ")
-FREE = re.compile(r"((?:node\d+\| )?(?:machine|job|verdict|sample|trace|figure)): ")
+FREE = ("machine", "job")  # everywhere: what runs the command, on which machine
 _LOG = re.compile(r"(?:node\d+\| )?[IWE]\d{4} \d\d:\d\d:\d\d\.\d+ ")  # W1121 11:04:35.106000
 _OPERATOR = re.compile(r"\baten::\w+")
 _UNIT = r"(?:[KMGTPE]?(?:B|FLOP|bit|params|tok)(?:/s)?|[nµm]?s|min|h|%)"
@@ -26,11 +27,12 @@ def without_log(text: str) -> str:
     return "".join(line for line in lines if not _LOG.match(line))
 
 
-def shape(text: str) -> list[str]:
-    """The shape of a text, a line each."""
+def shape(text: str, free: Sequence[str] = ()) -> list[str]:
+    """The shape of a text, a line each; `free` as in `difference`."""
+    begins_free = re.compile(rf"((?:node\d+\| )?(?:{'|'.join([*FREE, *free])})): ")
     lines: list[str] = []
     for line in sorted(without_log(text).splitlines(), key=_node):
-        line = _line_shape(line)
+        line = f"{word[1]}: …" if (word := begins_free.match(line)) else _line_shape(line)
         if line and (not lines or lines[-1] != line):
             lines.append(line)
     return lines
@@ -42,15 +44,15 @@ def _node(line: str) -> str:
 
 
 def _line_shape(line: str) -> str:
-    if (free := FREE.match(line)) is not None:
-        return f"{free[1]}: …"
     line = _NUMBER.sub("#", _OPERATOR.sub("aten::…", line))
     line = re.sub(r"[─━]+", "─", line)
     return re.sub(r"\s+", " ", line).strip()
 
 
-def difference(shown: str, printed: str) -> str:
-    """What differs in shape between the lesson's output and a run's; empty where nothing does."""
-    return "\n".join(
-        difflib.unified_diff(shape(shown), shape(printed), "main.md", "this run", lineterm="", n=1)
-    )
+def difference(shown: str, printed: str, free: Sequence[str] = ()) -> str:
+    """What differs in shape between the lesson's output and a run's; empty where nothing does.
+
+    Lines that begin with a word of `free` and a colon may differ in all that follows.
+    """
+    one, other = shape(shown, free), shape(printed, free)
+    return "\n".join(difflib.unified_diff(one, other, "main.md", "this run", lineterm="", n=1))
