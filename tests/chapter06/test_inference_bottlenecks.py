@@ -94,12 +94,10 @@ def test_wrong_flags(monkeypatch, flags, why):
 def test_a_smoke_run(tmp_path, dtype):
     path = tmp_path / "run.json"
     flags = ["--preset", "smoke", "--device", "cpu", "--dtype", dtype, "--memory-mib", "2"]
-    inference_bottlenecks.main(
-        [*flags, "--batches", "4", "1", "4", "--prompts", "2", "16", "--json", str(path)]
-    )
+    flags += ["--batches", "4", "1", "4", "--prompts", "2", "16", "--json", str(path)]
+    assert inference_bottlenecks.main(flags) == 0
     record = json.loads(path.read_text())
-    timed = ("no pass is", "the largest batch", "a long prompt")
-    assert all(c["ok"] for c in record["checks"] if not c["name"].startswith(timed))
+    assert "closest_pass_to_its_bound" in record["metrics"]
     assert [row[0] for row in record["tables"]["decode"]["rows"]] == [1, 4]
     assert [row[0] for row in record["tables"]["prefill"]["rows"]] == [2, 16]
     assert set(record["figures"]) == {"inference_roofline", "inference_batching"}

@@ -9,6 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from inference import speculation
+from speculative_decoding import accept, generate
 
 from distlab.errors import UsageError
 from distlab.model import SIZES, Llama
@@ -27,25 +28,21 @@ def test_equal_distributions_accept_every_guess():
     q = torch.softmax(torch.randn(200, 3, 5, generator=generator), dim=-1)
     drafted = torch.multinomial(q.flatten(0, 1), 1, generator=generator).view(200, 3)
     last = one_hot(*[4] * 200)[:, None]
-    accepted, following = speculative_decoding.accept(
-        drafted, q, torch.cat([q, last], dim=1), generator
-    )
+    accepted, following = accept(drafted, q, torch.cat([q, last], dim=1), generator)
     assert (accepted == 3).all() and (following == 4).all()
 
 
 def test_a_guess_that_the_target_never_makes_is_refused_and_what_follows_it_is_not_judged():
     q = one_hot(1, 2, 3)[None]
     p = one_hot(1, 4, 3, 0)[None]
-    accepted, following = speculative_decoding.accept(torch.tensor([[1, 2, 3]]), q, p, seeded())
+    accepted, following = accept(torch.tensor([[1, 2, 3]]), q, p, seeded())
     assert (accepted.item(), following.item()) == (1, 4)
 
 
 def test_a_refused_guess_is_never_drawn_again_at_its_place():
     q = torch.tensor([0.9, 0.1]).expand(1000, 1, 2)
     p = torch.tensor([0.3, 0.7]).expand(1000, 2, 2)
-    accepted, following = speculative_decoding.accept(
-        torch.zeros(1000, 1, dtype=torch.long), q, p, seeded()
-    )
+    accepted, following = accept(torch.zeros(1000, 1, dtype=torch.long), q, p, seeded())
     assert 0 < (accepted == 0).sum() < 1000
     assert (following[accepted == 0] == 1).all()  # the target has more of 1 than the draft
 
@@ -54,7 +51,7 @@ def test_distributions_that_differ_by_rounding_alone_still_give_a_token(monkeypa
     q = torch.tensor([[[0.5, 0.5, 0.0]]])
     p = torch.cat([q.nextafter(torch.zeros(1)), q], dim=1)
     monkeypatch.setattr(speculative_decoding.torch, "rand", lambda *size, **_: torch.ones(*size))
-    accepted, following = speculative_decoding.accept(torch.tensor([[0]]), q, p, seeded())
+    accepted, following = accept(torch.tensor([[0]]), q, p, seeded())
     assert accepted.item() == 0 and following.item() in (0, 1)
 
 
@@ -76,7 +73,7 @@ def test_the_draft_is_made_of_the_targets_own_weights(pair):
 def test_after_a_way_back_the_caches_hold_what_was_accepted(pair, k):
     """At so low a temperature random models hardly agree; a wrong key changes a probability."""
     target, draft = (pair.decoder(model, 0.02) for model in (pair.target, pair.draft))
-    tokens, rounds = speculative_decoding.generate(target, draft, pair.prompt, 20, k, seeded())
+    tokens, rounds = generate(target, draft, pair.prompt, 20, k, seeded())
     assert tokens.shape == (1, 26) and min(rounds.accepted) < k
     for decoder in (target, draft):
         length = decoder.cache.length
@@ -91,7 +88,7 @@ def test_after_a_way_back_the_caches_hold_what_was_accepted(pair, k):
 
 def test_a_draft_that_is_the_target_is_always_right(pair):
     target, draft = (pair.decoder(pair.target, 1.0) for _ in range(2))
-    _, rounds = speculative_decoding.generate(target, draft, pair.prompt, 20, 4, seeded())
+    _, rounds = generate(target, draft, pair.prompt, 20, 4, seeded())
     assert rounds.acceptance > 0.99 and rounds.tokens_per_pass > 4.9
     assert rounds.deviations < 4
 
