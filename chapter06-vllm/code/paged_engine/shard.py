@@ -15,6 +15,7 @@ from torch.utils._triton import has_triton
 
 from paged_engine._attention_plan import COMPILED_CHUNK, Planner, moved
 from paged_engine._kernels_build import native
+from paged_engine._kernels_layers import LayerStack
 from paged_engine.attention import CacheShape, PagedCache, Plan, Span
 from paged_engine.batch import Batch
 from paged_engine.config import EngineConfig
@@ -86,6 +87,8 @@ class Shard:
             self.config.compile,
         )
         del self.weights  # packed by now
+        if not self.sharing.is_shared:
+            self.model.stack = LayerStack.of(self.model.layers, self.cache)
         self.graphs: DecodeGraphs | None = None
         if self.kernel == "Triton" and self.config.compile and self.part.size == 1:
             most_blocks = -(-self.max_model_len // self.config.block_size)
