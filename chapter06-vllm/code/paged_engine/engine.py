@@ -12,9 +12,13 @@ One thread at a time may use it; `paged_engine.async_engine` lets many clients s
 import time
 from collections.abc import Sequence as List
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Protocol
+
+from torch import Tensor
 
 from distlab.errors import UsageError
+from distlab.model_config import ModelConfig
+from paged_engine.batch import Batch
 from paged_engine.block_manager import BlockManager
 from paged_engine.config import EngineConfig
 from paged_engine.detokenizer import IncrementalDetokenizer
@@ -66,6 +70,22 @@ class EngineStats:
     steps: int
 
 
+class Runner(Protocol):
+    """What the engine asks of a model: `paged_engine.runner.ModelRunner`, or a test's."""
+
+    config: ModelConfig
+    num_blocks: int
+    max_model_len: int
+    eos_token_ids: frozenset[int]
+
+    @property
+    def description(self) -> str: ...
+
+    def execute(self, batch: Batch) -> Tensor: ...
+
+    def close(self) -> None: ...
+
+
 class Engine:
     """Owns tokenizer, scheduler, block manager and model runner; `close` it, or use `with`.
 
@@ -76,7 +96,9 @@ class Engine:
         UsageError, RunError: for a model or sizes that cannot be served, in one line.
     """
 
-    def __init__(self, config: EngineConfig, runner: Any = None, tokenizer: Any = None) -> None:
+    def __init__(
+        self, config: EngineConfig, runner: Runner | None = None, tokenizer: Any = None
+    ) -> None:
         self.tokenizer = load_tokenizer(config.model) if tokenizer is None else tokenizer
         self.runner = _load_runner(config) if runner is None else runner
         self.config = replace(config, max_model_len=self.runner.max_model_len)
@@ -109,7 +131,7 @@ class Engine:
         prompt_ids = self.encode(prompt)
         self._added += 1
         name = f"request-{self._added}" if request_id is None else request_id
-        ends = frozenset(self.runner.eos_token_ids)
+        ends = self.runner.eos_token_ids
         request = Request(name, prompt_ids, params or SamplingParams(), time.monotonic(), ends)
         self.scheduler.add(request)
         self._requests[name] = request
@@ -243,7 +265,7 @@ class Engine:
         return IncrementalDetokenizer(self.tokenizer, params.stop, prompt_ids, params.min_tokens)
 
 
-def _load_runner(config: EngineConfig) -> Any:
+def _load_runner(config: EngineConfig) -> Runner:
     from paged_engine.runner import ModelRunner  # brings the model's code, which is slow to import
 
     return ModelRunner(config)
