@@ -19,8 +19,8 @@ from argparse import Namespace
 from collections.abc import Sequence
 
 import numpy as np
-from _client import Answer, Server, add_server_flags, connected
-from _vllm_model import tiny_model
+from inference.clients import Answer, Server, add_server_flags, connected
+from inference.tiny_model import tiny_model, transformers_greedy
 
 from distlab import script
 from distlab.run import Run
@@ -119,23 +119,12 @@ async def check(run: Run, server: Server, pair: tuple[str, Answer], args: Namesp
 
 def transformers_answers(args: Namespace) -> list[str]:
     """What transformers says to the same prompts, greedily and in float32, from --reference."""
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-    from transformers.utils.logging import disable_progress_bar
+    from transformers import AutoTokenizer
 
-    disable_progress_bar()
     folder = tiny_model(args.preset) if args.reference == TINY else args.reference
+    answers = transformers_greedy(folder, prompts(4, 0), args.max_tokens, "float32")
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    network = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    answers = []
-    for prompt in prompts(4, 0):
-        ids = tokenizer(prompt, return_tensors="pt")
-        made = network.generate(
-            **ids, max_new_tokens=args.max_tokens, do_sample=False, pad_token_id=0
-        )
-        new = made[0, ids["input_ids"].shape[1] :]
-        answers.append(tokenizer.decode(new, skip_special_tokens=True))
-    return answers
+    return [tokenizer.decode(answer, skip_special_tokens=True) for answer in answers]
 
 
 def draw(run: Run, rows: Sequence[Sequence[float]]) -> None:

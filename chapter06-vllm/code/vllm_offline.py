@@ -25,11 +25,10 @@ from typing import TYPE_CHECKING
 
 import torch
 from _engine_roofline import measured_roofline
-from _vllm_model import add_model_flags, model_directory
-from _vllm_settings import add_engine_flags, running
+from inference.tiny_model import add_model_flags, model_directory, transformers_greedy
+from inference.vllm_settings import add_engine_flags, running
 
 from distlab import script
-from distlab.hardware import default_device
 from distlab.model import read_config
 from distlab.run import Run
 
@@ -133,31 +132,11 @@ def seconds(llm: "LLM", requests: int, new_tokens: int, vocab_size: int) -> floa
 
 def check_parity(run: Run, answers: list[list[int]], args: Namespace, model: Path) -> None:
     """Compare with what transformers generates, from the same text and the same weights."""
-    expected = transformers_greedy(model, args)
+    expected = transformers_greedy(model, PROMPTS, args.new_tokens, args.dtype)
     equal = sum(answer == wanted for answer, wanted in zip(answers, expected, strict=True))
     run.metric("answers_equal_to_transformers", 100 * equal / len(PROMPTS), "%")
     if args.dtype == "float32":
         run.check_equal("every greedy token equals transformers'", answers, expected)
-
-
-def transformers_greedy(model: Path, args: Namespace) -> list[list[int]]:
-    """The token ids that transformers adds to each of the PROMPTS, the end of text included."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-    from transformers.utils.logging import disable_progress_bar
-
-    disable_progress_bar()
-    device = default_device()
-    tokenizer = AutoTokenizer.from_pretrained(model)
-    network = AutoModelForCausalLM.from_pretrained(model, dtype=getattr(torch, args.dtype))
-    network.to(device)
-    answers = []
-    for prompt in PROMPTS:
-        ids = tokenizer(prompt, return_tensors="pt").to(device)
-        made = network.generate(
-            **ids, max_new_tokens=args.new_tokens, do_sample=False, pad_token_id=0
-        )
-        answers.append(made[0, ids["input_ids"].shape[1] :].tolist())
-    return answers
 
 
 if __name__ == "__main__":

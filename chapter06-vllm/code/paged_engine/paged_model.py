@@ -7,6 +7,7 @@ needs one row of the vocabulary's product, not 1,000.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -14,11 +15,9 @@ from torch import Tensor
 
 from distlab.layers import rope_tables
 from paged_engine import kernels
-from paged_engine._kernels_layers import LayerStack
-from paged_engine._loading_weights import LayerWeights, Weights
 from paged_engine._model_operators import operators
 from paged_engine.attention import PagedCache, Plan
-from paged_engine.loading import Shape
+from paged_engine.loading import LayerWeights, Shape, Weights
 
 
 @dataclass
@@ -38,6 +37,14 @@ class Sharing:
     reduce: Callable[[Tensor], Tensor] = lambda partial: partial  # sums outputs, in place
     gather: Callable[[Tensor], Tensor] = lambda part: part  # joins parts of the vocabulary
     is_shared: bool = False  # with other processes
+
+
+class Stack(Protocol):
+    """All layers of a step as one call, where `takes` says so."""
+
+    def takes(self, plan: Plan) -> bool: ...
+
+    def __call__(self, x: Tensor, rope: tuple[Tensor, Tensor], plan: Plan) -> Tensor: ...
 
 
 class PagedModel:
@@ -70,7 +77,7 @@ class PagedModel:
         # Packing copies: letting go of each layer's own weights keeps the peak at one copy.
         taken = (weights.layers.pop(0) for _ in range(config.num_hidden_layers))
         self.layers = [Layer(self, index, layer) for index, layer in enumerate(taken)]
-        self.stack = None if sharing.is_shared else LayerStack.of(self.layers, cache)
+        self.stack: Stack | None = None  # made of the layers, by whoever knows how
 
     @torch.inference_mode()
     def __call__(self, inputs: StepInputs) -> Tensor:

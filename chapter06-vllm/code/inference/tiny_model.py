@@ -1,11 +1,14 @@
-"""The model that the vLLM scripts serve: the folder of --model, else a tiny one trained here.
+"""The model that the vLLM scripts serve, and what transformers says with it.
 
-As a program it prints that folder, for the shell scripts: _vllm_model.py [--model DIR].
+It is the folder of --model, else a tiny one trained here.
+
+As a program it prints that folder, for shells: python -m inference.tiny_model [--model DIR].
 """
 
 import argparse
 import hashlib
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -73,6 +76,25 @@ def tiny_model(size: str) -> Path:
         model = _train(Llama(shape).to(default_device()), tokens, STEPS[size])
         save(model, folder, tokenizer, overwrite=True)
     return folder
+
+
+def transformers_greedy(
+    model: str | Path, prompts: Sequence[str], new_tokens: int, dtype: str
+) -> list[list[int]]:
+    """The token ids that transformers adds to each prompt, the end of text included."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    network = AutoModelForCausalLM.from_pretrained(model, dtype=getattr(torch, dtype))
+    network.to(default_device())
+    answers = []
+    for prompt in prompts:
+        ids = tokenizer(prompt, return_tensors="pt").to(default_device())
+        made = network.generate(**ids, max_new_tokens=new_tokens, do_sample=False, pad_token_id=0)
+        answers.append(made[0, ids["input_ids"].shape[1] :].tolist())
+    return answers
 
 
 def _train(model: Llama, tokens: torch.Tensor, steps: int) -> Llama:
