@@ -16,6 +16,7 @@ from distlab.lab.blocks import run_block
 from distlab.lab.lessons import Block, all_blocks
 from distlab.lab.running import kept_outcome
 from distlab.lab.servers import Servers
+from distlab.lab.warm import warm_commands
 
 SMOKE_LIMIT_S, LAB_LIMIT_S = 420, 1500  # of a script's command; of the lab's, which run many
 FAST_BLOCKS = 3  # of a lesson
@@ -40,6 +41,13 @@ def _cases() -> Iterator[pytest.param]:
 
 def _limit_s(block: Block) -> int:
     return SMOKE_LIMIT_S if block.scripts else LAB_LIMIT_S
+
+
+@pytest.fixture(scope="module", autouse=True)
+def warm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """python and torchrun need not import torch anew for each command; LAB_COLD=1 lets them."""
+    with warm_commands(tmp_path_factory.mktemp("warm")):
+        yield
 
 
 @pytest.fixture(scope="module")

@@ -12,6 +12,7 @@ from distlab import cluster, record
 from distlab.errors import RunError
 from distlab.files import repo_root
 from distlab.lab.lessons import Block
+from distlab.lab.warm import VARIABLE as WARM
 from distlab.process import Completed, run_command
 from distlab.script import SKIPPED
 
@@ -124,9 +125,10 @@ def _proves_something(block: Block, completed: Completed, records: list[dict[str
 def block_environment(block: Block, preset: str, records: Path, backend: str) -> dict[str, str]:
     """The environment variables that `block` runs under."""
     programs = environment_python(block.env).parent
+    warm = [os.environ[WARM]] if block.env == "core" and WARM in os.environ else []
     env = {
         **os.environ,
-        "PATH": f"{programs}{os.pathsep}{os.environ.get('PATH', '')}",
+        "PATH": os.pathsep.join([*warm, str(programs), os.environ.get("PATH", "")]),
         "VIRTUAL_ENV": str(programs.parent),
         "PYTHONUNBUFFERED": "1",
         "LAB_PRESET": preset,
