@@ -133,5 +133,5 @@ def user_cache() -> Path:
 
 def shares_disk(cache: Path) -> bool:
     """Whether files can be linked from `cache` into an environment, and the cache be written."""
-    there = next(folder for folder in (cache, *cache.parents) if folder.exists())
+    there = next(folder for folder in (cache, *cache.parents) if os.path.exists(folder))
     return os.access(there, os.W_OK) and there.stat().st_dev == FOLDER.stat().st_dev
