@@ -1,5 +1,6 @@
 """What an installer's output says: how far it is, and in one line why it failed."""
 
+import os
 import re
 import shutil
 import sys
@@ -38,7 +39,7 @@ def explain(output: str, gigabytes: float = 0.1) -> str:
             f"the disk is full ({room}; about {gigabytes:g} GB are needed); "
             "make room and run this again"
         )
-    if NO_NETWORK.search(output):
+    if NO_NETWORK.search(output) or os.environ.get("UV_OFFLINE"):
         return (
             "no package index can be reached; check the network and `pip config list`, "
             "then run this again"
