@@ -1,11 +1,13 @@
 """Sets up the environment that a command needs, then hands the command over to it.
 
     python3 scripts/lab.py run 1                any command of the lab: list, run, test, doctor, ...
-    python3 scripts/lab.py env vllm             builds one environment and prints its python
+    python3 scripts/lab.py env vllm             builds environments and prints each one's python
+    python3 scripts/lab.py lock vllm            makes constraints/vllm.txt anew
+    python3 scripts/lab.py uv pip list          the uv that builds them, led by pip's configuration
     python3 scripts/lab.py --torch cuda test    takes torch's CUDA build from now on (or cpu, auto)
 
 Environments stand in .venv/ (or in $LAB_VENV_DIR), one folder each, built on first need from the
-recipes in pyproject.toml, and again when their pins change. Standard library only.
+recipes in pyproject.toml, and again when their locks change. Standard library only.
 """
 
 import sys
@@ -22,16 +24,26 @@ import argparse
 import os
 from typing import NoReturn
 
-sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))  # for PYTHONSAFEPATH=1
-from lab_environment import Environment, Interrupted, SetupError, ensure
+# The bench is not installed yet.
+sys.path.insert(0, os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "src"))
+from distlab.environments.building import Interrupted, ensure, lab_uv
+from distlab.environments.locking import lock
+from distlab.environments.recipes import FOLDER, Environment, SetupError
 
 
 def main(argv: list[str]) -> int:
     args = parse_args(argv)
     try:
         if args.command == "env":
-            print(ensure(args.arguments[0], args.torch).python)
+            for name in args.arguments:
+                print(ensure(name, args.torch).python, flush=True)
             return 0
+        if args.command == "lock":
+            lock(args.arguments)
+            return 0
+        if args.command == "uv":
+            tool, variables = lab_uv()
+            os.execve(tool, [str(tool), *args.arguments], variables)
         core = ensure("core", args.torch)
     except SetupError as error:
         return say(str(error), error.status)
@@ -57,12 +69,12 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
         "words",
         nargs=argparse.REMAINDER,  # one for all, since a positional before it would swallow a `--`
         metavar="COMMAND ...",
-        help="env, or a command of the lab: try list; then what the command takes",
+        help="env, lock, uv, or a command of the lab: try list; then what the command takes",
     )
     args = parser.parse_args(argv)
     args.command, *args.arguments = args.words or [None]
-    if args.command == "env" and len(args.arguments) != 1:
-        parser.error("env takes one name, for example: lab.py env core")
+    if args.command == "env" and not args.arguments:
+        parser.error("env takes a name, for example: lab.py env core")
     return args
 
 
@@ -84,7 +96,9 @@ def hand_over(core: Environment, arguments: list[str]) -> NoReturn:
     os.environ["PATH"] = f"{core.python.parent}{os.pathsep}{os.environ.get('PATH', os.defpath)}"
     os.environ.pop("PYTHONHOME", None)
     if "LAB_VENV_DIR" in os.environ:  # it may be relative to a folder that a child leaves
-        os.environ["LAB_VENV_DIR"] = str(core.folder.parent)
+        os.environ["LAB_VENV_DIR"] = str(FOLDER)
+    if os.environ.pop("PYTHONDONTWRITEBYTECODE", ""):  # half of the time would go into compiling
+        os.environ["PYTHONPYCACHEPREFIX"] = str(FOLDER / "bytecode")
     os.execv(core.python, [str(core.python), "-P", "-m", "distlab.lab", *arguments])
 
 

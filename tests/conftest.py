@@ -5,6 +5,7 @@ import os
 import signal
 import threading
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 # Tests prove results, not speed. With a thread for each core, OpenMP's threads spin while they wait
@@ -21,9 +22,10 @@ if threading.current_thread() is threading.main_thread() and (
 import pytest
 
 from distlab.display import text_table
+from distlab.errors import RunError
 from distlab.files import repo_root, write_text
 from distlab.hardware import has_cuda
-from distlab.lab.blocks import Outcome
+from distlab.lab.blocks import Outcome, environment_python
 
 LONG = ["test_commands.py", "test_grade.py", "test_train_slurm.py"]  # files, in this order
 LEDGER = "ledger"  # the name of a test's property: what its block did
@@ -100,6 +102,21 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         if item.get_closest_marker("gpu") and not has_cuda():
             item.add_marker(pytest.mark.skip(reason="no CUDA device"))
     items.sort(key=lambda item: LONG.index(item.path.name) if item.path.name in LONG else len(LONG))
+
+
+ENVIRONMENT_OF = {"vllm_python": "vllm", "bench_python": "bench", "triton_packages": "triton"}
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)  # before pytest-timeout's clock starts
+def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
+    """An environment that `lab test` builds meanwhile is waited for outside the test's limit."""
+    wanted = {ENVIRONMENT_OF.get(name) for name in getattr(item, "fixturenames", ())}
+    if block := getattr(getattr(item, "callspec", None), "params", {}).get("block"):
+        wanted.add(getattr(block, "env", None))
+    for name in wanted.intersection(os.environ.get("LAB_TEST_ENVIRONMENTS", "").split()):
+        with suppress(RunError):  # the test says why it cannot be had
+            environment_python(name)
+    return (yield)
 
 
 @pytest.hookimpl(optionalhook=True)

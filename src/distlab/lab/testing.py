@@ -3,21 +3,20 @@
 It takes three processes from two cores on, as tests wait for something half of the time: ranks that
 start, nodes that time out. `-- -n 0` takes one, for a debugger or a test's own prints.
 
-The environments that the lessons' commands run in are set up first, so that their minutes count
-against no test's limit. With CI=true those follow that other tests use, and the system packages, by
-root on Debian; elsewhere the tests that miss something are skipped, and `lab doctor` tells what.
+The environments that the lessons' commands run in are set up meanwhile; a test that needs one waits
+for it, before its own limit begins. With CI=true so are those that other tests use, and the system
+packages, by root on Debian; elsewhere the tests that miss something are skipped, and `lab doctor`
+tells what.
 """
 
 import argparse
 import os
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
 
 from distlab.errors import RunError
 from distlab.files import repo_root
 from distlab.host import usable_cores
-from distlab.lab.blocks import environment_python
 from distlab.lab.lessons import Chapter, chapter, chapters
 from distlab.lab.needs import ENVIRONMENTS, install_line, missing_system_packages
 from distlab.script import OneLineParser
@@ -35,7 +34,7 @@ def main(argv: list[str]) -> int:
         install_system_packages()
     tested = [chapter(args.chapter)] if args.chapter else [c for c in chapters() if c.written]
     if not args.fast:
-        set_up(environments(tested, in_ci))
+        set_up_meanwhile(environments(tested, in_ci))
     command = [sys.executable, "-m", "pytest", *processes()]
     if args.fast:
         command += ["-m", "not slow"]
@@ -63,14 +62,22 @@ def environments(tested: list[Chapter], in_ci: bool) -> list[str]:
     return sorted({block.env for block in blocks}.union(of_tests) - {"core"})
 
 
-def set_up(names: list[str]) -> None:
-    """Have these environments ready; one that cannot be had is left to the tests to tell."""
-    with ThreadPoolExecutor(max_workers=usable_cores()) as pool:
-        for building in [pool.submit(environment_python, name) for name in names]:
-            try:
-                building.result()
-            except RunError as error:
-                print(f"lab: {error}; tests that need it fail or are skipped", file=sys.stderr)
+def set_up_meanwhile(names: list[str]) -> None:
+    """Start to build these environments, one after the other, and name them to the tests.
+
+    A test that needs one asks for it itself (`environment_python`), waits for its lock, and tells
+    why it cannot be had. The builder ends with its work, or by the terminal's Ctrl-C.
+    """
+    if not names:
+        return
+    os.environ["LAB_TEST_ENVIRONMENTS"] = " ".join(names)
+    lab = [sys.executable, str(repo_root() / "scripts" / "lab.py")]
+    subprocess.Popen(
+        ["nice", "-n", "5", *lab, "env", *names],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
 
 
 def install_system_packages() -> None:

@@ -1,24 +1,24 @@
 """What an installer's output says: how far it is, and in one line why it failed."""
 
+import os
 import re
 import shutil
 import sys
 import tempfile
 import time
 
-from lab_environment import FOLDER, Environment
+from distlab.environments.recipes import FOLDER
 
 PLAIN_LINE_SECONDS = 10
 STAGE = re.compile(
-    r"^ *((?:Collecting|Downloading|Using cached|Building|Preparing|Installing|Resolved"
-    r"|Prepared|Installed) .*?)(?: \(from .*)?$",
+    r"^ *((?:Collecting|Downloading|Building|Preparing|Installing|Resolved|Prepared|Installed) .*)",
     re.MULTILINE,
 )
 NO_SUCH_VERSION = re.compile(r"No matching distribution found|No solution found")
 NO_NETWORK = re.compile(
     r"NewConnectionError|NameResolutionError|connection broken|Max retries exceeded"
     r"|Network is unreachable|name resolution|error sending request|Failed to fetch"
-    r"|network was disabled|[Tt]imed out|ProxyError|SSLError"
+    r"|network was disabled|[Tt]imed out|ProxyError|SSLError|\(from versions: none\)"
 )
 DISK_FULL = re.compile(r"No space left on device|[Qq]uota exceeded")
 
@@ -27,33 +27,37 @@ def is_unavailable(output: str) -> bool:
     return bool(NO_SUCH_VERSION.search(output) or NO_NETWORK.search(output))
 
 
-def explain(output: str, environment: Environment) -> str:
-    """Say in one line why an installing command with this output failed, and the remedy."""
+def explain(output: str, gigabytes: float = 0.1) -> str:
+    """Say in one line why an installing command with this output failed, and the remedy.
+
+    gigabytes: the room that the whole needs.
+    """
     free = {place: shutil.disk_usage(place).free for place in (FOLDER, tempfile.gettempdir())}
     if DISK_FULL.search(output) or min(free.values()) < 16e6:  # venv does not say why it fails
         room = ", ".join(f"{size / 1e9:.1f} GB free in {place}" for place, size in free.items())
         return (
-            f"the disk is full ({room}; about {environment.gigabytes:g} GB are needed); "
+            f"the disk is full ({room}; about {gigabytes:g} GB are needed); "
             "make room and run this again"
         )
-    if NO_NETWORK.search(output):
+    if NO_NETWORK.search(output) or os.environ.get("UV_OFFLINE"):
         return (
             "no package index can be reached; check the network and `pip config list`, "
             "then run this again"
         )
-    if "(from versions: none)" in output:
-        return (
-            "no package index that can be reached has what is needed; check the network and "
-            "`pip config list`, then run this again"
-        )
     if "ensurepip" in output:
-        return "this Python has no venv; install it (Debian: apt install python3-venv), or uv"
+        return (
+            "this Python has neither pip nor venv; install one "
+            "(Debian: apt install python3-venv), or uv"
+        )
     if "this is a CPU build" in output:
         return (
             "the package index gave a CPU build of torch; name one that has CUDA builds in "
             "PIP_EXTRA_INDEX_URL, or run lab.py --torch cpu"
         )
     lines = [line.strip() for line in output.splitlines() if line.strip()] or ["no output"]
+    if NO_SUCH_VERSION.search(output):
+        causes = [line for line in lines if re.match(r"(?i)cause: |╰─▶ |because ", line)]
+        return f"no index has what the lock names: {(causes or lines)[0][:300]}"
     errors = [line for line in lines if re.match(r"(?i)error\b", line)]
     return (errors or lines)[-1][:300]
 
