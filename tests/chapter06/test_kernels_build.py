@@ -7,6 +7,8 @@ import torch
 from paged_engine import _kernels_build, kernels
 from paged_engine._kernels_memory import ALIGNMENT, CHUNK, Room
 
+from distlab.errors import UsageError
+
 
 def test_without_a_compiler_the_reason_is_told(monkeypatch):
     monkeypatch.setenv("CXX", "no-such-compiler")
@@ -27,6 +29,25 @@ def test_a_compiler_that_fails_is_told(monkeypatch, tmp_path):
     monkeypatch.setenv("CXX", str(broken))
     with pytest.raises(_kernels_build.BuildError, match="fatal error: no cstring"):
         _kernels_build._load()
+
+
+def test_what_is_not_there_is_refused_and_not_replaced(monkeypatch):
+    for name in set(_kernels_build.WIDTHS) - set(_kernels_build.available()):
+        monkeypatch.setenv(_kernels_build.VARIABLE, name)
+        with pytest.raises(UsageError, match=f"={name}: this processor has no .*; use one of nat"):
+            _kernels_build._load()
+    monkeypatch.setenv(_kernels_build.VARIABLE, "mmx")
+    with pytest.raises(UsageError, match="=mmx is unknown; use one of native, sse2, avx2, avx512"):
+        _kernels_build.choice()
+
+
+@pytest.mark.parametrize(("name", "lanes"), [("sse2", 4), ("avx2", 8), ("avx512", 16), ("neon", 4)])
+def test_a_width_that_is_asked_for_is_used(monkeypatch, name, lanes):
+    monkeypatch.setenv(_kernels_build.VARIABLE, name)
+    try:
+        assert _kernels_build._load().columns == 2 * lanes
+    except UsageError as lacking:
+        pytest.skip(str(lacking))
 
 
 def test_a_second_process_compiles_nothing(monkeypatch):

@@ -96,7 +96,7 @@ class LayerStack:
 
 def _is_compiled(layer: "Layer") -> bool:
     products = (layer.qkv, layer.output, layer.gate_up, layer.down)
-    plain = all(isinstance(one, Linear) and one.is_alone for one in products)
+    plain = all(isinstance(one, Linear) for one in products)
     norms = (layer.input_norm, layer.mlp_norm)
     return (
         plain and layer.head_norms == (None, None) and all(n.dtype == torch.float32 for n in norms)

@@ -6,14 +6,13 @@ from dataclasses import asdict, dataclass
 import psutil
 import torch
 from torch import Tensor
-from torch.utils._triton import has_triton
 
 from paged_engine._attention_plan import COMPILED_CHUNK, Planner
 from paged_engine._kernels_build import native
 from paged_engine._loading_weights import Part, load_weights
 from paged_engine._runner_graphs import DecodeGraphs
 from paged_engine._runner_inputs import Step, step_inputs
-from paged_engine.attention import CacheShape, PagedCache
+from paged_engine.attention import CacheShape, PagedCache, has_gpu_kernel
 from paged_engine.loading import DTYPES, Shape, read_shape
 from paged_engine.paged_model import PagedModel, Sharing
 
@@ -122,7 +121,7 @@ class Shard:
     def _kernel(self) -> tuple[str, int]:
         """Who computes short chunks and decodes, and of how many tokens at most."""
         if self.device.type == "cuda":
-            return ("Triton", 1) if has_triton() else ("gathered blocks", 0)
+            return ("Triton", 1) if has_gpu_kernel(self.device) else ("gathered blocks", 0)
         config, (built, _) = self.shape.config, native()
         if built is None or not built.library.attention_takes(config.dim_per_head):
             return "gathered blocks", 0

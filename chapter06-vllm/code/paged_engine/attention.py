@@ -25,6 +25,7 @@ from torch import Tensor
 from torch.utils._triton import has_triton
 
 from paged_engine import kernels
+from paged_engine._kernels_build import choice
 
 
 class Span(NamedTuple):
@@ -88,6 +89,11 @@ class Plan:
     prefills: list[Prefills] = field(default_factory=list)
 
 
+def has_gpu_kernel(device: torch.device) -> bool:
+    """Whether decodes on `device` are Triton's: a GPU that it knows, and nothing forbids it."""
+    return device.type == "cuda" and has_triton() and choice() != "torch"
+
+
 class PagedCache:
     """Keys and values of all layers, and attention over them.
 
@@ -105,7 +111,7 @@ class PagedCache:
         self.gathered = self.data.new_empty(0)
         self.scale = shape.head_dim**-0.5
         self.kernel = kernels.paged_decode_attention
-        if device.type == "cuda" and has_triton():
+        if has_gpu_kernel(device):
             from paged_engine import _attention_triton
 
             self.kernel = _attention_triton.paged_decode_attention

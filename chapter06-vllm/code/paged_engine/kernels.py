@@ -17,9 +17,11 @@ A token's result is bit for bit the same whatever else is in the batch, so that 
 change a greedy output; only prompts of more than 64 new tokens go through torch's attention, whose
 sums are in another order.
 
-Where the processor has instructions for bfloat16 (AVX-512 BF16, AMX), products of many rows with a
-bfloat16 weight go to torch's oneDNN, which uses them. Without a C++ compiler everything goes to
-plain torch, as does what lies on another device. `describe` says what is used.
+Both promises hold on every processor, so AVX-512's instructions for bfloat16 stay unused: they
+would round what is multiplied, and to keep float32 exact in three parts would take three of them,
+each of which does the work of two. Without a C++ compiler everything goes to plain torch, exact to
+float32 too, but with sums that may differ from batch to batch; so does what lies on another device.
+`describe` says what is used, and the variable PAGED_ENGINE_KERNELS chooses (`_kernels_build`).
 """
 
 import torch
@@ -27,13 +29,7 @@ from torch import Tensor
 
 from paged_engine import _kernels_torch
 from paged_engine._kernels_build import Native, native
-from paged_engine._kernels_product import (
-    MATRIX_UNIT_TOKENS,
-    Linear,
-    Product,
-    by_onednn,
-    by_torch,
-)
+from paged_engine._kernels_product import Linear, Product, by_torch
 
 NATIVE_TYPES = (torch.float32, torch.bfloat16)
 
@@ -41,36 +37,22 @@ NATIVE_TYPES = (torch.float32, torch.bfloat16)
 def describe() -> str:
     """What computes the operators here, and why, in a few words."""
     built, words = native()
-    if built is None:
-        return f"plain torch kernels ({words})"
-    units = f", oneDNN bfloat16 from {MATRIX_UNIT_TOKENS} tokens" if has_bfloat16_units() else ""
-    return f"{words} kernels{units}"
+    return f"plain torch kernels ({words})" if built is None else f"{words} kernels"
 
 
-def has_bfloat16_units() -> bool:
-    """Whether this processor multiplies bfloat16 faster than float32."""
-    amx = getattr(torch.cpu, "_is_amx_tile_supported", None)
-    avx = getattr(torch.cpu, "_is_avx512_bf16_supported", None)
-    return any(ask is not None and ask() for ask in (amx, avx))
-
-
-def pack(weight: Tensor, bias: Tensor | None = None, expected_tokens: int = 64) -> Product:
+def pack(weight: Tensor, bias: Tensor | None = None) -> Product:
     """The product x Wᵀ + b with `weight` [out, in] and `bias` [out], packed for this machine.
 
     The product takes x [..., in] of any floating type and gives [..., out] of the same type; sums
     are float32. Keep activations in float32 even beside bfloat16 weights: it is more exact and
-    saves conversions. The weight is copied, so drop the original. `expected_tokens` is how many a
-    step has at most, usually: with less than a few no second copy is made for the matrix units.
+    saves conversions. The weight is copied, so drop the original.
     """
     if weight.dim() != 2:
         raise ValueError(f"a weight of {weight.dim()} dimensions cannot be packed; it needs 2")
     built, _ = native()
     if built is None or weight.device.type != "cpu" or weight.dtype not in NATIVE_TYPES:
         return by_torch(weight, bias)
-    many = None
-    if weight.dtype == torch.bfloat16 and expected_tokens >= MATRIX_UNIT_TOKENS:
-        many = by_onednn(weight, bias) if has_bfloat16_units() else None
-    return Linear(weight, bias, built, many)
+    return Linear(weight, bias, built)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, added: Tensor | None = None) -> Tensor:
