@@ -45,10 +45,13 @@ def allocated(model: str, dtype: str, blocks: int, block_size: int) -> tuple[int
     """Bytes of all tensors that live once a runner with `blocks` blocks is built, and the bytes
     that it tells for a block. Two such counts differ by the cache alone: the weights are the same.
     """
+    from paged_engine.config import EngineConfig
     from paged_engine.runner import ModelRunner
 
+    config = EngineConfig(model, dtype=dtype, num_blocks=blocks, block_size=block_size)
+
     with LiveBytes() as live:
-        runner = ModelRunner(model, dtype=dtype, num_blocks=blocks, block_size=block_size)
+        runner = ModelRunner(config)
     try:
         return live.bytes, runner.block_bytes
     finally:

@@ -22,11 +22,10 @@ from contextlib import ExitStack
 from pathlib import Path
 from statistics import median
 
-from _benchmark_prompts import Prompts
-from _engine_process import EngineProcess, Load, engine_process
 from _engine_roofline import Roofline, measured_roofline
-from _vllm_model import add_model_flags, model_directory
-from _vllm_settings import CPU_CACHE_BYTES, refuse
+from inference.engine_process import EngineProcess, Load, Prompts, engine_process
+from inference.tiny_model import add_model_flags, model_directory
+from inference.vllm_settings import CPU_CACHE_BYTES, refuse
 
 from distlab import script
 from distlab.errors import UsageError

@@ -26,12 +26,20 @@ OSDI 2022, section 3.1.
 from argparse import Namespace
 from collections import deque
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
-from _continuous_engine import MeasuredEngine, fit_cost, model_directory
-from _continuous_report import Served, draw, show
-from _continuous_trace import Job, draw_lengths, make_jobs
+from inference.batching import (
+    Job,
+    MeasuredEngine,
+    Served,
+    draw,
+    draw_lengths,
+    fit_cost,
+    make_jobs,
+    model_directory,
+    show,
+)
 
 from distlab import script
 from distlab.model import SIZES
@@ -70,7 +78,8 @@ def main(argv: list[str] | None = None) -> int:
 
 def parse_args(argv: list[str] | None) -> Namespace:
     parser = script.Parser(__doc__, PRESETS)
-    positive, number = {"type": script.positive_int}, {"type": script.positive_float}
+    positive: dict[str, Any] = {"type": script.positive_int}
+    number: dict[str, Any] = {"type": script.positive_float}
     parser.add_argument("--model", metavar="SIZE|DIR", help=f"{', '.join(SIZES)} with random "
                         "weights, or the folder of a model")  # fmt: skip
     parser.add_argument("--requests", **positive)

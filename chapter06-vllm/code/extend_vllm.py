@@ -22,8 +22,8 @@ forced beginning; and every check hold while requests come, leave, and move betw
 from argparse import Namespace
 from typing import TYPE_CHECKING, Any
 
-from _vllm_model import add_model_flags, model_directory
-from _vllm_settings import add_engine_flags, running
+from inference.tiny_model import add_model_flags, model_directory
+from inference.vllm_settings import add_engine_flags, running
 
 from distlab import script
 from distlab.run import Run
@@ -49,7 +49,7 @@ def main(argv: list[str] | None = None) -> int:
         running(
             model_directory(args),
             args,
-            logits_processors=["_vllm_processor:ForbidAndForce"],
+            logits_processors=["inference.logits_processor:ForbidAndForce"],
             max_num_seqs=ROWS,
         ) as llm,
     ):

@@ -26,12 +26,11 @@ Lengths: lognormal with the means of ShareGPT's prompts and answers in Kwon et a
 
 from argparse import Namespace
 from collections import deque
-from dataclasses import dataclass
 from itertools import count
+from typing import Any
 
 import numpy as np
-from _fragmentation_allocators import CONTIGUOUS, Allocator, make_allocator
-from _fragmentation_report import Row, draw, show
+from inference.allocators import CONTIGUOUS, Allocator, Job, Row, Usage, make_allocator
 
 from distlab import script
 from distlab.script import Run, UsageError
@@ -48,6 +47,7 @@ PRESETS = {
 }  # fmt: skip
 WARMUP = 1 / 4  # of the requests are admitted before anything is counted: they all begin at once
 OBSERVE_EVERY = 7  # steps; no divisor of a block size, so that no place in a block is preferred
+SHARES = ["tokens", "reserved for later", "never used", "not given out"]
 FORMULA_HOLDS = 10  # blocks in a prompt from which on sequences end anywhere in their last one
 
 
@@ -65,7 +65,8 @@ def main(argv: list[str] | None = None) -> int:
 
 def parse_args(argv: list[str] | None) -> Namespace:
     parser = script.Parser(__doc__, PRESETS)
-    positive, number = {"type": script.positive_int}, {"type": script.positive_float}
+    positive: dict[str, Any] = {"type": script.positive_int}
+    number: dict[str, Any] = {"type": script.positive_float}
     parser.add_argument("--requests", **positive, help="in each trace")
     parser.add_argument("--seeds", **positive, help="traces that are averaged")
     parser.add_argument("--capacity", **positive, help="tokens that the cache holds")
@@ -102,38 +103,6 @@ def draw_requests(args: Namespace, seed: int) -> np.ndarray:
     lengths[:, 0] = np.minimum(lengths[:, 0], args.max_len - 1)
     lengths[:, 1] = np.minimum(lengths[:, 1], args.max_len - lengths[:, 0])
     return lengths
-
-
-@dataclass
-class Job:
-    """A request in the replay: `length` tokens are in its cache now, `final` will be."""
-
-    length: int
-    final: int
-
-
-@dataclass
-class Usage:
-    """Sums over the steps that were counted, in tokens of cache."""
-
-    steps: int = 0
-    running: int = 0
-    live: int = 0  # tokens that are there
-    future: int = 0  # room for tokens that will come
-    internal: int = 0  # room within what sequences hold that no token will ever use
-    worst: int = 0  # the most internal waste of one sequence
-    recomputed: int = 0  # tokens of preempted requests
-
-    def observe(self, running: list[Job], allocator: Allocator) -> None:
-        self.steps += 1
-        self.running += len(running)
-        for job in running:
-            held = allocator.held(job)
-            future = min(job.final, held) - job.length
-            self.live += job.length
-            self.future += future
-            self.internal += held - job.length - future
-            self.worst = max(self.worst, held - job.length - future)
 
 
 def replay(lengths: np.ndarray, allocator: Allocator, usage: Usage) -> None:
@@ -201,6 +170,51 @@ def predict_sequences(args: Namespace, lengths: np.ndarray, name: str, size: int
     final = prompt + output
     held = final if name.startswith("best") else 2.0 ** np.ceil(np.log2(final))
     return args.capacity / float(np.sum(output * held) / output.sum())
+
+
+def show(run: Run, args: Namespace, rows: list[Row]) -> None:
+    run.table(
+        "use",
+        ["allocator", *(f"{name} %" for name in SHARES), "sequences", "predicted",
+         "waste per sequence", "recomputed %"],
+        [[row.name, *row.shares, row.sequences, row.predicted, row.waste,
+          100 * row.usage.recomputed / row.tokens]
+         for row in rows],
+        caption=f"Use of a cache of {args.capacity:,} tokens under full load; means over the steps",
+    )  # fmt: skip
+    reserved, *_ = rows
+    paged = [row for row in rows if row.block_size]
+    usual = min(paged, key=lambda row: abs(row.block_size - 16))
+    for row in (reserved, usual, paged[-1]):
+        run.compare(f"sequences at once, {row.name}", row.predicted, row.sequences)
+    run.compare(
+        f"waste per sequence, {usual.name}, (block size - 1) / 2",
+        (usual.block_size - 1) / 2, usual.waste, "tokens",
+    )  # fmt: skip
+    run.metric(
+        "gain", usual.sequences / reserved.sequences, "times as many sequences",
+        f"{usual.name} against reservation",
+    )  # fmt: skip
+
+
+def draw(run: Run, rows: list[Row]) -> None:
+    run.figure(
+        "fragmentation_use", kind="bar",
+        title="Where the cache goes", x_label="allocator", y_label="% of the cache",
+        series=[{"label": name, "x": [row.name for row in rows],
+                 "y": [row.shares[i] for row in rows]} for i, name in enumerate(SHARES)],
+    )  # fmt: skip
+    paged = [row for row in rows if row.block_size]
+    sizes = [row.block_size for row in paged]
+    run.figure(
+        "fragmentation_sequences", kind="line", log_x=True,
+        title="Paging by block size, against contiguous pieces",
+        x_label="block size (tokens)", y_label="sequences at once",
+        series=[{"label": "paged, measured", "x": sizes, "y": [r.sequences for r in paged]},
+                {"label": "predicted", "x": sizes, "y": [r.predicted for r in paged],
+                 "dashed": True}],
+        lines=[{"label": row.name, "y": row.sequences} for row in rows if not row.block_size],
+    )  # fmt: skip
 
 
 def check(run: Run, args: Namespace, traces: list[np.ndarray], rows: list[Row]) -> None:

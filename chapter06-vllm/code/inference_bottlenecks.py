@@ -27,10 +27,21 @@ Scaling Transformer Inference" (arXiv 2211.05102), section 2.
 """
 
 from argparse import Namespace
+from typing import Any
 
 import torch
-from _bottleneck_passes import Machine, Pass, Rig, flops_of, recorded, roofs
-from _bottleneck_report import draw, show_passes, show_roof, show_turn
+from inference.passes import (
+    Machine,
+    Pass,
+    Rig,
+    draw,
+    flops_of,
+    recorded,
+    roofs,
+    show_passes,
+    show_roof,
+    show_turn,
+)
 
 from distlab import hardware, measure, predict, script
 from distlab.model import Llama, ModelConfig, num_parameters
@@ -38,14 +49,13 @@ from distlab.script import Run, UsageError
 
 PRESETS = {
     "smoke": {"hidden": 128, "layers": 2, "vocab_size": 512, "context": 32, "batches": [1, 4, 16],
-              "prompts": [4, 32, 128], "dtype": "float32", "repeats": 3, "memory_mib": 16,
-              "tolerance": 10.0},  # so short a run on a busy machine shows no more than wrong units
+              "prompts": [4, 32, 128], "dtype": "float32", "repeats": 3, "memory_mib": 16},
     "laptop": {"hidden": 768, "layers": 8, "vocab_size": 8192, "context": 128,
                "batches": [1, 2, 4, 8, 16, 32, 64], "prompts": [1, 4, 16, 64, 256],
-               "dtype": "float32", "repeats": 5, "tolerance": 1.25},
+               "dtype": "float32", "repeats": 5},
     "gpu": {"hidden": 2048, "layers": 16, "vocab_size": 128_256, "context": 256,
             "batches": [1, 4, 16, 64, 128, 256], "prompts": [1, 16, 64, 256, 1024, 4096],
-            "dtype": "bfloat16", "repeats": 15, "tolerance": 1.25},
+            "dtype": "bfloat16", "repeats": 15},
 }  # fmt: skip
 ROUNDING = {"float32": 1e-4, "bfloat16": 0.05, "float16": 0.01}  # of the largest logit
 
@@ -68,13 +78,13 @@ def main(argv: list[str] | None = None) -> int:
         show_passes(run, machine, decode, prefill)
         show_turn(run, machine, model.config.architecture, decode)
         draw(run, machine, decode, prefill)
-        check_passes(run, machine, decode, prefill, args.tolerance)
+        check_passes(run, machine, decode, prefill, args)
     return run.status
 
 
 def parse_args(argv: list[str] | None) -> Namespace:
     parser = script.Parser(__doc__, PRESETS)
-    positive = {"type": script.positive_int}
+    positive: dict[str, Any] = {"type": script.positive_int}
     parser.add_argument("--hidden", **positive, help="hidden size, a multiple of 64")
     parser.add_argument("--layers", **positive)
     parser.add_argument("--vocab-size", **positive)
@@ -85,7 +95,8 @@ def parse_args(argv: list[str] | None) -> Namespace:
     parser.add_argument("--repeats", **positive, help="timed passes of each size")
     parser.add_argument("--memory-mib", **positive, help="read to measure the bandwidth (default: "
                         "4 last caches)")  # fmt: skip
-    parser.add_argument("--tolerance", type=script.positive_float, metavar="X", help="how far a "
+    parser.add_argument("--tolerance", type=script.positive_float, default=1.25,
+                        metavar="X", help="how far a "
                         "pass's median may be above the roof's best, as a factor")  # fmt: skip
     parser.add_argument("--seed", type=script.non_negative_int, default=0)
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
@@ -162,25 +173,23 @@ def check_formulas(run: Run, model: Llama, args: Namespace) -> None:
 
 
 def check_passes(
-    run: Run, machine: Machine, decode: list[Pass], prefill: list[Pass], tolerance: float
+    run: Run, machine: Machine, decode: list[Pass], prefill: list[Pass], args: Namespace
 ) -> None:
-    run.check_below(
-        "no pass is faster than its bound",
-        max(machine.bound(one) / one.seconds for one in [*decode, *prefill]),
-        tolerance,
-        "of the roof",
+    """Passes of the smoke size last microseconds: what they say of time is told, not judged."""
+    closest = max(machine.bound(one) / one.seconds for one in [*decode, *prefill])
+    batched = decode[-1].rate / decode[0].rate
+    prefilled = prefill[-1].rate / decode[0].rate
+    if args.preset == "smoke":
+        run.metric("closest_pass_to_its_bound", closest, "of the roof")
+        run.metric("largest_batch_over_smallest", batched, "times the tokens a second")
+        run.metric("long_prompt_over_smallest_batch", prefilled, "times the tokens a second")
+        return
+    run.check_below("no pass is faster than its bound", closest, args.tolerance, "of the roof")
+    run.check_above(
+        "the largest batch makes more tokens a second than the smallest", batched, 1.0, "times"
     )
     run.check_above(
-        "the largest batch makes more tokens a second than the smallest",
-        decode[-1].rate / decode[0].rate,
-        1.0,
-        "times",
-    )
-    run.check_above(
-        "a long prompt is read faster than tokens are made one by one",
-        prefill[-1].rate / decode[0].rate,
-        1.0,
-        "times",
+        "a long prompt is read faster than tokens are made one by one", prefilled, 1.0, "times"
     )
 
 

@@ -23,18 +23,27 @@ Sources: Kwon et al., "Efficient Memory Management for LLM Serving with PagedAtt
 
 import math
 from argparse import Namespace
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
-from _paged_attention_cases import Batch, cases, dense, draw_lengths, filled
-from _paged_attention_report import gathered_bytes, show_times
+from inference.attention_cases import (
+    Batch,
+    cases,
+    dense,
+    draw_lengths,
+    filled,
+    gathered_bytes,
+    show_times,
+)
 from torch import Tensor
 
 from distlab import hardware, measure, script
 from distlab.script import Run, UsageError
 
-PRESETS = {
+PRESETS: dict[str, dict[str, Any]] = {
     "smoke": {"heads": 4, "kv_heads": 2, "head_dim": 16, "batch": 4, "longest": 256,
               "repeats": 3},
     "laptop": {"heads": 9, "kv_heads": 3, "head_dim": 64, "batch": 32, "longest": 2048,
@@ -55,7 +64,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def parse_args(argv: list[str] | None) -> Namespace:
     parser = script.Parser(__doc__, PRESETS)
-    positive = {"type": script.positive_int}
+    positive: dict[str, Any] = {"type": script.positive_int}
     parser.add_argument("--block-size", **positive, default=16, help="tokens in a block")
     parser.add_argument("--blocks-at-once", **positive, default=16, help="gathered in one step")
     parser.add_argument("--heads", **positive, help="of the queries")
@@ -209,18 +218,19 @@ def compare_times(run: Run, args: Namespace) -> None:
     """
     dtype = getattr(torch, args.dtype)
     mixes = {"equal": [args.longest] * args.batch, "mixed": draw_lengths(args)}
-    steps, tokens = {}, {}
+    steps: dict[str, Callable[[], Tensor]] = {}
+    tokens = {}
     for name, lengths in mixes.items():
         batch = filled(args, lengths, args.block_size, dtype)
         pool = store(args, batch, args.block_size)
-        steps[name, "dense"] = batch.padded_step()
-        steps[name, "paged"] = partial(
+        steps[f"{name}, dense"] = batch.padded_step()
+        steps[f"{name}, paged"] = partial(
             paged_attention, batch.queries, pool, batch.tables, batch.starts, args.blocks_at_once
         )
         tokens[name] = (args.batch * max(lengths), sum(lengths))
         run.check_close(
-            f"{name} lengths: the two that are timed agree", steps[name, "paged"]().float(),
-            steps[name, "dense"]().float(), 1e-5 if dtype == torch.float32 else 2e-2,
+            f"{name} lengths: the two that are timed agree", steps[f"{name}, paged"]().float(),
+            steps[f"{name}, dense"]().float(), 1e-5 if dtype == torch.float32 else 2e-2,
             relative=True,
         )  # fmt: skip
     show_times(run, measure.compare(steps, 2, args.repeats, args.device), tokens)

@@ -18,11 +18,13 @@ cache.
 
 import asyncio
 from argparse import Namespace
+from collections import defaultdict
+from dataclasses import dataclass
 from urllib.parse import urlsplit
 
 import httpx
-from _client import Answer, add_server_flags, connected
-from _metrics_text import Metrics, parse
+from inference.clients import Answer, add_server_flags, connected
+from prometheus_client.parser import text_string_to_metric_families
 
 from distlab import script
 from distlab.errors import RunError
@@ -33,6 +35,7 @@ PRESETS = {
     "laptop": {"requests": 128, "max_tokens": 64},
     "gpu": {"requests": 1024, "max_tokens": 256},
 }
+PREFIXES = ("vllm:", "paged_engine:")
 POLL_S = 0.05
 SETTLE_S = 5.0  # a server may count its last tokens a moment after it has sent them
 SHOWN = [
@@ -59,6 +62,26 @@ def parse_args(argv: list[str] | None) -> Namespace:
     add = parser.add_argument
     add("--requests", type=script.positive_int, metavar="N", help="sent at once")
     return parser.parse_args(argv)
+
+
+@dataclass(frozen=True)
+class Metrics:
+    """One reading: each name without its prefix, summed over its labels (models, engines, ...)."""
+
+    prefix: str
+    values: dict[str, float]
+
+    def __getitem__(self, name: str) -> float:
+        return self.values.get(name, 0.0)  # a counter with labels has no line before it counts
+
+    def grown(self, counter: str, before: "Metrics") -> float:
+        """How much a counter has grown since `before`."""
+        return self[counter] - before[counter]
+
+    def mean_since(self, histogram: str, before: "Metrics") -> float | None:
+        """The mean of what a histogram has observed since `before`; None if nothing."""
+        count = self.grown(f"{histogram}_count", before)
+        return self.grown(f"{histogram}_sum", before) / count if count else None
 
 
 async def watch(run: Run, args: Namespace) -> None:
@@ -109,6 +132,26 @@ async def read(args: Namespace) -> Metrics:
     if answer.status_code != 200:
         raise RunError(f"{url} answered {answer.status_code}; is it an inference server?")
     return parse(answer.text, url)
+
+
+def parse(text: str, source: str) -> Metrics:
+    """Read Prometheus' text format. Raises `RunError` when it is none, or no inference server's."""
+    values: dict[str, dict[str, float]] = {prefix: defaultdict(float) for prefix in PREFIXES}
+    try:
+        for family in text_string_to_metric_families(text):
+            for sample in family.samples:
+                for prefix in PREFIXES:
+                    if sample.name.startswith(prefix):
+                        values[prefix][sample.name.removeprefix(prefix)] += sample.value
+    except ValueError as error:
+        raise RunError(f"{source} is no Prometheus text: {error}") from error
+    for prefix, found in values.items():
+        if "num_requests_running" in found:
+            return Metrics(prefix, dict(found))
+    raise RunError(
+        f"{source} has no metric {' or '.join(p + 'num_requests_running' for p in PREFIXES)}; "
+        "point --base-url at a server of vLLM or paged_engine"
+    )
 
 
 def report(run: Run, before: Metrics, during: list[Metrics], after: Metrics) -> None:

@@ -27,11 +27,19 @@ Sources: Leviathan, Kalman and Matias, "Fast Inference from Transformers via Spe
 
 from argparse import Namespace
 from collections.abc import Callable
+from typing import Any
 
 import torch
-from _speculative_models import Decoder, Pair, train_pair
-from _speculative_proof import prove_on_models, prove_on_tables
-from _speculative_report import Rounds, overlap, show
+from inference.speculation import (
+    Decoder,
+    Pair,
+    Rounds,
+    overlap,
+    prove_on_models,
+    prove_on_tables,
+    show,
+    train_pair,
+)
 from torch import Tensor
 
 from distlab import hardware, measure, script
@@ -63,7 +71,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def parse_args(argv: list[str] | None) -> Namespace:
     parser = script.Parser(__doc__, PRESETS)
-    positive = {"type": script.positive_int}
+    positive: dict[str, Any] = {"type": script.positive_int}
     parser.add_argument("--hidden", **positive, help="hidden size of both models, a multiple of 32")
     parser.add_argument("--layers", **positive, help="of the target")
     parser.add_argument("--draft-layers", **positive, default=1, help="of these, how many the "

@@ -22,11 +22,11 @@ draws the frontier.
 from argparse import Namespace
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from _benchmark_prompts import Prompts
-from _engine_process import Load, engine_process
-from _vllm_model import add_model_flags, model_directory
-from _vllm_settings import CPU_CACHE_BYTES, refuse
+from inference.engine_process import Load, Prompts, engine_process
+from inference.tiny_model import add_model_flags, model_directory
+from inference.vllm_settings import CPU_CACHE_BYTES, refuse
 
 from distlab import script
 from distlab.errors import UsageError
@@ -34,7 +34,7 @@ from distlab.hardware import has_cuda
 from distlab.model import read_config
 from distlab.run import Run
 
-SETTINGS = {
+SETTINGS: dict[str, dict[str, Any]] = {
     "default": {},
     "seqs-4": {"max_num_seqs": 4},
     "tokens-128": {"max_num_batched_tokens": 128, "max_num_seqs": 64},
@@ -133,9 +133,9 @@ def sweep(model: Path, setting: str, args: Namespace) -> list[Point]:
     return points
 
 
-def engine_options(setting: str, args: Namespace) -> dict:
+def engine_options(setting: str, args: Namespace) -> dict[str, Any]:
     """Arguments of `vllm.LLM`: those of all settings, then the setting's own."""
-    base = {**BASE, "max_model_len": longest(args), "enforce_eager": not has_cuda()}
+    base: dict[str, Any] = {**BASE, "max_model_len": longest(args), "enforce_eager": not has_cuda()}
     if has_cuda():
         base |= {"gpu_memory_utilization": 0.85, "multiprocessing": True}
         del base["block_size"]  # the attention kernel's own choice, unless it is what is tuned

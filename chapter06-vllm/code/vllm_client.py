@@ -19,8 +19,8 @@ from argparse import Namespace
 from collections.abc import Sequence
 
 import numpy as np
-from _client import Answer, Server, add_server_flags, connected
-from _vllm_model import tiny_model
+from inference.clients import Answer, Server, add_server_flags, connected
+from inference.tiny_model import tiny_model
 
 from distlab import script
 from distlab.run import Run

@@ -23,7 +23,6 @@
 # SLURM_NODEID and SLURM_NNODES stand in for NODE_RANK and NNODES; give HEAD the first node's name.
 # Ctrl-C on the head ends all of them: a node whose head is gone ends too.
 set -euo pipefail
-here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 case "${1:-}" in
     --help | -h)
         sed -n '2,/^set /{/^#/s/^# \{0,1\}//p}' "$0"
@@ -35,4 +34,4 @@ if [ -z "$NODE_RANK" ] || [ -z "$NNODES" ] || [ -z "${HEAD:-}" ]; then
     echo "error: NODE_RANK, NNODES and HEAD say which node this is; see --help" >&2
     exit 2
 fi
-exec python "$here/_vllm_node.py" "$@"
+exec python -m inference.vllm_node "$@"

@@ -25,8 +25,8 @@ from typing import TYPE_CHECKING
 
 import torch
 from _engine_roofline import measured_roofline
-from _vllm_model import add_model_flags, model_directory
-from _vllm_settings import add_engine_flags, running
+from inference.tiny_model import add_model_flags, model_directory
+from inference.vllm_settings import add_engine_flags, running
 
 from distlab import script
 from distlab.hardware import default_device

@@ -42,7 +42,7 @@ if [ ! -f "$config" ]; then
     exit 2
 fi
 
-directory=$(python "$here/_vllm_model.py" "${model[@]}") # or one line that says what is wrong
+directory=$(python -m inference.tiny_model "${model[@]}") # or one line that says what is wrong
 flags=(--served-model-name "$(basename "$directory")")
 export HF_HUB_OFFLINE=1 VLLM_NO_USAGE_STATS=1 VLLM_LOGGING_LEVEL="${VLLM_LOGGING_LEVEL:-WARNING}"
 
@@ -67,4 +67,4 @@ if ! python -c 'from distlab.hardware import has_cuda; raise SystemExit(not has_
 fi
 
 # exec: vLLM is this process from here on, so that a signal reaches it.
-exec python "$here/_vllm_command.py" serve "$directory" --config "$config" "${flags[@]}" "${rest[@]}"
+exec python -m inference.vllm_command serve "$directory" --config "$config" "${flags[@]}" "${rest[@]}"

@@ -1,158 +1,215 @@
-"""An engine without a model: the next token is a function of the prefix, read by the paged cache.
+"""A model without weights, and a scheduler that runs on it with every invariant asserted.
 
-The cache keeps each token's id and position where a real one keeps its key and value. Whoever hands
-out a block twice, copies too late, or forgets to compute a token is found at once: a prefix with a
-wrong position raises, and one with a wrong token continues differently from `continuation`.
+The next token is a function of all that the paged cache holds of a sequence, and what it holds of a
+token depends on all tokens before it, as in a transformer. Whoever hands out a block twice, copies
+too late, or forgets to compute a token gets other tokens than a run alone.
 """
 
+import hashlib
 import time
-from dataclasses import replace
-from functools import cache
-from pathlib import Path
+from array import array
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
 from types import SimpleNamespace
 
 import numpy as np
 import torch
-from paged_engine.engine import Engine, EngineConfig
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from paged_engine.batch import Batch
+from paged_engine.block_manager import BlockManager
+from paged_engine.config import EngineConfig
+from paged_engine.request import Request, Sequence, Status
+from paged_engine.sampling_params import SamplingParams
+from paged_engine.scheduler import Scheduler
 from torch import Tensor
-from transformers import PreTrainedTokenizerFast
 
-from distlab.model import SIZES, Llama, save
-
-END_OF_TEXT = 0
-VOCABULARY = 257  # every byte, and the end of a text
-CHAT_TEMPLATE = (
-    "{% for message in messages %}{{ message['role'] }}: {{ message['content'] }}\n{% endfor %}"
-    "{% if add_generation_prompt %}assistant:{% endif %}"
-)
-ROWS = 4096
-LETTERS = b"etaoinshrdlu "
+VOCABULARY = 4  # so few that different requests come to the same tokens, and share blocks
+EOS = 0
+MOMENTS = ("before the step", "before it computes", "before sampling", "before the update")
 
 
-def fake_engine(
-    *, max_model_len: int = 512, step_seconds: float = 0.0, eos_bias: float = -50.0, **config
-) -> Engine:
-    """An engine on the tiny tokenizer; `config` as in `EngineConfig`.
+def key_value(before: int, token: int) -> int:
+    """What the cache holds of a token after one of which it holds `before`; 40 bits."""
+    digest = hashlib.sha256(array("q", [before, token]).tobytes()).digest()
+    return int.from_bytes(digest[:5])
 
-    It rarely ends a text by itself; a larger `eos_bias` lets it. Each step lasts `step_seconds`
-    more than it must.
-    """
-    sizes = {"model": "fake", "block_size": 4, "num_blocks": 256, "max_batch_tokens": 64, **config}
-    settings = EngineConfig(**sizes, max_model_len=max_model_len)
-    runner = FakeRunner(
-        settings.num_blocks, settings.block_size, max_model_len, step_seconds, eos_bias
-    )
-    return Engine(settings, runner=runner, tokenizer=tiny_tokenizer())
+
+def keys_values(tokens: Iterable[int], before: int = 0) -> list[int]:
+    values = []
+    for token in tokens:
+        before = key_value(before, token)
+        values.append(before)
+    return values
 
 
 class FakeRunner:
-    """Stands for `paged_engine.runner.ModelRunner`; counts `steps` and the `tokens` computed."""
+    """Stands for `paged_engine.runner.ModelRunner`; counts `steps` and the `tokens` computed.
+
+    Writing and reading go through the block tables only. The logits after a sequence are a row of
+    `table`; each step lasts `step_seconds` more than it must.
+    """
 
     def __init__(
         self,
         num_blocks: int,
         block_size: int,
         max_model_len: int = 512,
+        table: Tensor | None = None,
         step_seconds: float = 0.0,
-        eos_bias: float = -50.0,
     ) -> None:
-        self.num_blocks = num_blocks
-        self.block_size = block_size
-        self.max_model_len = max_model_len
-        self.step_seconds = step_seconds
-        self.block_bytes = block_size * 16
-        self.config = SimpleNamespace(vocab_size=VOCABULARY)
-        self.eos_token_ids = frozenset({END_OF_TEXT})
+        self.num_blocks, self.block_size = num_blocks, block_size
+        self.max_model_len, self.step_seconds = max_model_len, step_seconds
+        self.table = torch.empty(0, VOCABULARY) if table is None else table
+        self.block_bytes = block_size * 8
+        self.config = SimpleNamespace(vocab_size=self.table.shape[1])
+        self.eos_token_ids = frozenset({EOS})
         self.description = "a fake runner"
-        self.cache = np.full((num_blocks, block_size, 2), -1, dtype=np.int64)  # token, position
-        self.table = _logits_table(eos_bias)
+        self.cache = np.full((num_blocks, block_size), -1, dtype=np.int64)
         self.steps = self.tokens = 0
 
-    def execute(self, batch) -> Tensor:
+    def execute(self, batch: Batch) -> Tensor:
         """Logits [chunks that sample, vocabulary], as `ModelRunner.execute`."""
         if self.step_seconds:
             time.sleep(self.step_seconds)
         self.steps += 1
-        for source, target in batch.copies:
-            self.cache[target] = self.cache[source]
-        for chunk in batch.chunks:
-            self._write(chunk)
-        rows = [self._row(chunk) for chunk in batch.chunks if chunk.samples]
+        self.tokens += batch.num_tokens
+        rows = [int(cached.sum()) % len(self.table) for cached in self.cached(batch)]
         return self.table[rows].clone()
 
-    def _write(self, chunk) -> None:
-        positions = np.arange(chunk.start, chunk.start + chunk.length)
-        blocks = np.asarray(chunk.sequence.block_table)[positions // self.block_size]
-        tokens = chunk.sequence.token_ids[chunk.start : chunk.start + chunk.length]
-        self.cache[blocks, positions % self.block_size, 0] = tokens
-        self.cache[blocks, positions % self.block_size, 1] = positions
-        self.tokens += chunk.length
-
-    def _row(self, chunk) -> int:
-        end = chunk.start + chunk.length
-        held = self.cache[chunk.sequence.block_table].reshape(-1, 2)[:end]
-        if not np.array_equal(held[:, 1], np.arange(end)):
-            raise AssertionError(f"the cache of {chunk.sequence} does not hold its prefix")
-        return prefix_hash(held[:, 0])
+    def cached(self, batch: Batch) -> list[np.ndarray]:
+        """Compute a batch; for each chunk that samples, all that its sequence has in the cache."""
+        targets, sources = [to for _, to in batch.copies], [here for here, _ in batch.copies]
+        assert len(set(targets)) == len(targets)
+        self.cache[targets] = self.cache[sources]  # all at once, as on a GPU
+        # What this very step writes for others cannot be read yet.
+        before = [self._held(chunk.block_table, chunk.start)[-1:] for chunk in batch.chunks]
+        for chunk, last in zip(batch.chunks, before, strict=True):
+            places = np.arange(chunk.start, chunk.end)
+            blocks = np.asarray(chunk.block_table)[places // self.block_size]
+            values = keys_values(chunk.tokens, int(last.sum()))  # 0 where nothing is before
+            self.cache[blocks, places % self.block_size] = values
+        sampling = [chunk for chunk in batch.chunks if chunk.samples]
+        return [self._held(chunk.block_table, chunk.end) for chunk in sampling]
 
     def close(self) -> None:
         pass
 
-
-def prefix_hash(token_ids) -> int:
-    """Which row of the table follows a prefix; every token and its place counts."""
-    tokens = np.asarray(token_ids, dtype=np.uint64)
-    places = np.arange(1, len(tokens) + 1, dtype=np.uint64)
-    mixed = (tokens + np.uint64(1)) * (places * np.uint64(0x9E3779B97F4A7C15) | np.uint64(1))
-    mixed ^= mixed >> np.uint64(29)
-    return int((mixed * np.uint64(0xBF58476D1CE4E5B9)).sum() >> np.uint64(40)) % ROWS
+    def _held(self, block_table: list[int], length: int) -> np.ndarray:
+        return self.cache[block_table].reshape(-1)[:length]
 
 
-def next_logits(token_ids: list[int], eos_bias: float = -50.0) -> Tensor:
-    """Logits [vocabulary] after a prefix, without any engine."""
-    return _logits_table(eos_bias)[prefix_hash(token_ids)]
+def next_token(cached: Iterable[int], index: int) -> int:
+    """What the scheduler's tests sample: a hash of all that is in the cache and of the sample."""
+    return key_value(int(sum(cached)), index) % VOCABULARY
 
 
-def continuation(prompt_ids: list[int], count: int, eos_bias: float = -50.0) -> list[int]:
-    """The greedy continuation of a prompt by at most `count` tokens, without any engine."""
-    tokens, table = list(prompt_ids), _logits_table(eos_bias)
-    while len(tokens) < len(prompt_ids) + count:
-        tokens.append(int(table[prefix_hash(tokens)].argmax()))
-        if tokens[-1] == END_OF_TEXT:
-            break
-    return tokens[len(prompt_ids) :]
+def expected(request: Request, index: int, max_length: int) -> list[int]:
+    """What the fake model gives this sample when it runs alone, without a cache."""
+    params, tokens, cached = request.params, list(request.prompt_ids), []
+    while True:
+        while len(cached) < len(tokens):
+            cached.append(key_value(cached[-1] if cached else 0, tokens[len(cached)]))
+        tokens.append(next_token(cached, index))
+        output = tokens[len(request.prompt_ids) :]
+        stopped = tokens[-1] in request.eos_token_ids and not params.ignore_eos
+        stopped &= len(output) >= params.min_tokens
+        if stopped or len(output) == params.max_tokens or len(tokens) == max_length:
+            return output
 
 
-def tiny_tokenizer() -> PreTrainedTokenizerFast:
-    """A token for each byte, and a chat template of one line a message."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocabulary = {"<|endoftext|>": END_OF_TEXT} | {c: i for i, c in enumerate(alphabet, 1)}
-    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens(["<|endoftext|>"])
-    wrapped = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|endoftext|>")
-    wrapped.chat_template = CHAT_TEMPLATE
-    return wrapped
+@dataclass
+class Engine:
+    """Scheduler, blocks and fake model, with every invariant asserted at every step."""
+
+    scheduler: Scheduler
+    runner: FakeRunner = field(init=False)
+    order: list[Request] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        blocks = self.scheduler.blocks
+        self.runner = FakeRunner(blocks.num_blocks, blocks.block_size)
+
+    def add(self, request: Request) -> None:
+        self.scheduler.add(request)
+        self.order.append(request)
+
+    def step(self, at: Callable[[str], None] = lambda moment: None) -> Batch:
+        """One step; `at` may interfere at each of MOMENTS."""
+        at("before the step")
+        batch = self.scheduler.schedule()
+        self._check_batch(batch)
+        at("before it computes")
+        rows = self.runner.cached(batch)
+        at("before sampling")
+        pairs = self.scheduler.fork_samples(batch)
+        tokens = [next_token(rows[row], sequence.index) for row, sequence in pairs]
+        self.scheduler.check()
+        at("before the update")
+        finished = self.scheduler.update(batch, tokens)
+        assert all(sequence.status is Status.FINISHED for sequence in finished)
+        self.scheduler.check()
+        return batch
+
+    def run(self, limit: int = 1000) -> None:
+        while self.scheduler.requests:
+            self.step()
+            limit -= 1
+            assert limit > 0, "a request starves"
+
+    def _check_batch(self, batch: Batch) -> None:
+        scheduler = self.scheduler
+        scheduler.check()
+        assert batch.num_tokens <= scheduler.config.max_batch_tokens
+        assert scheduler.num_running <= scheduler.config.max_sequences
+        running, waiting = self._ranks(scheduler.running), self._ranks(scheduler.waiting)
+        assert running + waiting == sorted(running + waiting), "not in the order of arrival"
+        chunks = self._ranks(batch.sequences)
+        assert chunks == sorted(set(chunks))
+        if running:
+            assert chunks[0] == running[0], "the first to arrive got no token"
+        else:
+            assert not waiting, "nobody runs, though somebody waits"
+        for chunk, sequence in zip(batch.chunks, batch.sequences, strict=True):
+            assert chunk.length > 0 and chunk.start == sequence.computed
+            assert chunk.tokens == sequence.token_ids[chunk.start : chunk.end]
+            assert chunk.samples == (chunk.end == len(sequence.token_ids))
+            assert len(chunk.block_table) * self.runner.block_size >= chunk.end
+
+    def _ranks(self, sequences: list[Sequence]) -> list[tuple[int, int]]:
+        return [(self.order.index(one.request), one.index) for one in sequences]
+
+    def check_outputs(self) -> None:
+        """What ended by itself has exactly its tokens, what was cancelled the first of them."""
+        for request in self.order:
+            for one in request.sequences:
+                alone = expected(request, one.index, self.scheduler.max_length)
+                if one.finish_reason == "cancelled":
+                    assert one.output_ids == alone[: one.num_output]
+                else:
+                    assert one.output_ids == alone
 
 
-def random_model(directory: Path, seed: int = 0) -> Llama:
-    """A tiny random Llama whose greedy texts vary, saved with the tiny tokenizer."""
-    torch.manual_seed(seed)
-    llama = Llama(replace(SIZES["smoke"], tie_word_embeddings=False))
-    with torch.no_grad():
-        for parameter in llama.parameters():
-            parameter.mul_(8 if parameter.dim() == 2 else 1)
-    save(llama, directory, tiny_tokenizer())
-    return llama
+def engine_of(
+    num_blocks: int = 64, block_size: int = 4, caching: bool = True, **limits: int
+) -> Engine:
+    config = EngineConfig("no model", **limits)
+    return Engine(Scheduler(config, BlockManager(num_blocks, block_size, caching)))
 
 
-@cache
-def _logits_table(eos_bias: float) -> Tensor:
-    """[rows, vocabulary]: noise, with letters likelier than other bytes."""
-    noise = np.random.default_rng(6).standard_normal((ROWS, VOCABULARY), dtype=np.float32)
-    letters = tiny_tokenizer().encode(LETTERS.decode())
-    noise[:, letters] += 3
-    noise[:, END_OF_TEXT] += eos_bias
-    return torch.from_numpy(noise)
+def request_of(name: str, prompt: list[int], max_tokens: int = 4, n: int = 1) -> Request:
+    return Request(name, prompt, SamplingParams(n=n, max_tokens=max_tokens))
+
+
+def prompt_of(length: int, first: int = 0) -> list[int]:
+    return [(first + position * position) % VOCABULARY for position in range(length)]
+
+
+def shape(batch: Batch) -> list[tuple[str, int, int]]:
+    """(request, start, length) of each chunk."""
+    return [
+        (sequence.request.request_id, chunk.start, chunk.length)
+        for chunk, sequence in zip(batch.chunks, batch.sequences, strict=True)
+    ]
+
+
+def names(sequences: Iterable[Sequence]) -> list[str]:
+    return [one.request.request_id for one in sequences]

@@ -11,7 +11,7 @@ from typing import Any
 
 import httpx
 import uvicorn
-from fake_runner import fake_engine
+from fake_engine import fake_engine
 from paged_engine.engine import Engine
 from paged_engine.server import serve_engine
 

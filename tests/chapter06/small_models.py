@@ -6,12 +6,13 @@ the next one: then float32 rounding cannot decide between two.
 
 import warnings
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from paged_engine.batch import SchedulerConfig
 from paged_engine.block_manager import BlockManager
+from paged_engine.config import EngineConfig
 from paged_engine.request import Request
 from paged_engine.runner import ModelRunner
 from paged_engine.sampling_params import SamplingParams
@@ -94,6 +95,10 @@ def random_prompts(count: int, shared: int = 0, longest: int = 60) -> list[list[
     return [(prefix if i % 2 else []) + draw(length) for i, length in enumerate(lengths)]
 
 
+def runner_of(directory: Path, **settings: Any) -> ModelRunner:
+    return ModelRunner(EngineConfig(directory, **settings))
+
+
 class Greedy:
     """Scheduler, block manager and runner, and nothing else: the engine for greedy answers."""
 
@@ -102,8 +107,8 @@ class Greedy:
     ) -> None:
         self.runner = runner
         self.blocks = BlockManager(num_blocks, runner.settings.block_size, prefix_caching)
-        limits = SchedulerConfig(max_batch_tokens, 64, runner.max_model_len)
-        self.scheduler = Scheduler(limits, self.blocks)
+        config = replace(runner.settings, max_batch_tokens=max_batch_tokens, max_sequences=64)
+        self.scheduler = Scheduler(config, self.blocks)
 
     def generate(self, prompts: Sequence[Sequence[int]], count: int) -> list[list[int]]:
         """`count` tokens after each prompt; they arrive in order."""

@@ -2,7 +2,7 @@
 
 import gc
 
-from paged_engine._dedicated import dedicate_process
+from paged_engine.config import dedicate_process
 
 from distlab.spawning import fork_context
 

@@ -5,11 +5,11 @@ import sys
 
 import pytest
 import torch
-from fake_runner import (
+from fake_engine import (
     END_OF_TEXT,
-    FakeRunner,
     continuation,
     fake_engine,
+    fake_runner,
     next_logits,
 )
 from paged_engine import LLM, Engine, EngineConfig, SamplingParams
@@ -222,7 +222,7 @@ def test_a_chat_is_its_template():
 
 
 def test_a_model_without_tokenizer_takes_token_ids(tmp_path):
-    engine = Engine(EngineConfig(tmp_path, num_blocks=8), runner=FakeRunner(8, 16))
+    engine = Engine(EngineConfig(tmp_path, num_blocks=8), runner=fake_runner(8, 16))
     with pytest.raises(UsageError, match="has no tokenizer; give token ids"):
         engine.add_request("text")
     (answer,) = LLM(engine=engine).generate([1, 2, 3], GREEDY)
@@ -237,7 +237,7 @@ def test_bad_settings_and_a_damaged_tokenizer_are_told_in_one_line(tmp_path):
         LLM()
     (tmp_path / "tokenizer.json").write_text("{broken")
     with pytest.raises(RunError, match="tokenizer in .* cannot be read") as told:
-        Engine(EngineConfig(tmp_path), runner=FakeRunner(8, 16))
+        Engine(EngineConfig(tmp_path), runner=fake_runner(8, 16))
     assert "\n" not in str(told.value)
 
 

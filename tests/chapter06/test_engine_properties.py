@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from fake_runner import random_model
+from fake_engine import random_model
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from paged_engine.engine import Engine, EngineConfig

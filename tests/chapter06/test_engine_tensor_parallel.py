@@ -11,14 +11,12 @@ import psutil
 import pytest
 import torch
 from paged_engine import parallel
-from paged_engine._runner_inputs import Step
-from paged_engine._runner_shard import Settings
-from paged_engine.attention import Span
 from paged_engine.batch import Batch, Chunk
+from paged_engine.config import EngineConfig
 from paged_engine.request import Request
 from paged_engine.runner import ModelRunner
 from paged_engine.sampling_params import SamplingParams
-from small_models import Greedy, random_prompts, save_random_model
+from small_models import Greedy, random_prompts, runner_of, save_random_model
 
 from distlab.errors import RunError
 
@@ -35,7 +33,7 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def one_token(runner: ModelRunner) -> torch.Tensor:
     sequence = Request("a", [1, 2, 3], SamplingParams()).sequences[0]
     sequence.block_table = [0]
-    return runner.execute(Batch([Chunk(sequence, 0, 3, True)]))
+    return runner.execute(Batch([Chunk.of(sequence, 0, 3)]))
 
 
 def wait_until_gone(pids: list[int]) -> None:
@@ -51,9 +49,9 @@ def _lives(pid: int) -> bool:
 
 def test_two_processes_equal_one_and_a_lost_one_is_noticed(directory: Path) -> None:
     prompts = random_prompts(12, shared=30)
-    alone = ModelRunner(directory, num_blocks=60, block_size=8)
+    alone = runner_of(directory, num_blocks=60, block_size=8)
     expected, logits = Greedy(alone, 60, True, 50).generate(prompts, 8), one_token(alone)
-    both = ModelRunner(directory, num_blocks=60, block_size=8, tensor_parallel=2)
+    both = runner_of(directory, num_blocks=60, tensor_parallel=2, block_size=8)
     try:
         assert both.block_bytes == alone.block_bytes
         assert both.shard.cache.data.nbytes * 2 == alone.shard.cache.data.nbytes
@@ -75,13 +73,15 @@ def test_two_processes_equal_one_and_a_lost_one_is_noticed(directory: Path) -> N
 
 
 def test_a_worker_that_does_not_answer(directory: Path) -> None:
-    settings = Settings(str(directory), "float32", "cpu", 8, 64, 4, False)
-    group = parallel.TensorParallel(settings, 2, limit_s=5.0)
+    config = EngineConfig(
+        directory, "float32", "cpu", block_size=8, max_model_len=64, tensor_parallel=2
+    )
+    group = parallel.TensorParallel(config, limit_s=5.0)
     try:
         group.allocate(4)
         group.workers[0].process.send_signal(signal.SIGSTOP)
         with pytest.raises(RunError, match="step of the tensor-parallel model failed"):
-            group.run(Step([Span(0, 1, [0])], [[1]], [True], []))
+            group.run(Batch([Chunk(0, [1], [0], True)]))
     finally:
         group.close()
     assert not _lives(group.workers[0].process.pid)
@@ -90,13 +90,14 @@ def test_a_worker_that_does_not_answer(directory: Path) -> None:
 def test_a_worker_that_cannot_load(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "executable", "/bin/false")
     with pytest.raises(RunError, match="could not start: process 1 ended with status 1"):
-        ModelRunner(directory, num_blocks=4, tensor_parallel=2)
+        runner_of(directory, num_blocks=4, tensor_parallel=2)
 
 
 DRIVER = """
 import sys, time
+from paged_engine.config import EngineConfig
 from paged_engine.runner import ModelRunner
-runner = ModelRunner(sys.argv[1], num_blocks=4, tensor_parallel=2)
+runner = ModelRunner(EngineConfig(sys.argv[1], num_blocks=4, tensor_parallel=2))
 print(*[worker.process.pid for worker in runner.group.workers], flush=True)
 time.sleep(60)
 """

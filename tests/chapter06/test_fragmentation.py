@@ -1,33 +1,22 @@
 """The allocators by hand and at random, the predictions by hand, and wrong flags."""
 
-import importlib
 import json
 from argparse import Namespace
-from types import ModuleType
 
+import fragmentation
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from distlab import script
-from distlab.files import repo_root
 
 
-@pytest.fixture(scope="module")
-def fragmentation() -> ModuleType:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(repo_root() / "chapter06-vllm" / "code"))
-        yield importlib.import_module("fragmentation")
+def jobs(*finals):
+    return [fragmentation.Job(1, final) for final in finals]
 
 
-@pytest.fixture
-def jobs(fragmentation):
-    """Makes jobs of final lengths."""
-    return lambda *finals: [fragmentation.Job(1, final) for final in finals]
-
-
-def test_best_fit_takes_the_smallest_hole_and_joins_neighbours(fragmentation, jobs):
+def test_best_fit_takes_the_smallest_hole_and_joins_neighbours():
     arena = fragmentation.make_allocator("best fit", 0, 20, 20)
     a, b, c, d, e = jobs(6, 2, 3, 2, 3)
     assert all(arena.admit(job, 0) for job in (a, b, c, d))  # 0-6, 6-8, 8-11, 11-13, hole 13-20
@@ -41,7 +30,7 @@ def test_best_fit_takes_the_smallest_hole_and_joins_neighbours(fragmentation, jo
     assert arena.holes == [(0, 11), (13, 7)]
 
 
-def test_buddies_split_and_become_one(fragmentation, jobs):
+def test_buddies_split_and_become_one():
     arena = fragmentation.make_allocator("buddy", 0, 16, 16)
     a, b, c = jobs(3, 5, 4)
     assert all(arena.admit(job, 0) for job in (a, b, c))
@@ -54,18 +43,18 @@ def test_buddies_split_and_become_one(fragmentation, jobs):
     assert arena.holes == {(0, 16)}
 
 
-def test_a_capacity_that_is_no_power_of_two_is_several(fragmentation, jobs):
+def test_a_capacity_that_is_no_power_of_two_is_several():
     arena = fragmentation.make_allocator("buddy", 0, 20, 20)
     assert arena.holes == {(0, 16), (16, 4)}
     assert arena.admit(jobs(4)[0], 0) and arena.holes == {(0, 16)}
 
 
-def test_reservation_takes_the_longest_for_everyone(fragmentation, jobs):
+def test_reservation_takes_the_longest_for_everyone():
     arena = fragmentation.make_allocator("reserve max", 0, 20, 8)
     assert [arena.admit(job, 0) for job in jobs(1, 2, 3)] == [True, True, False]
 
 
-def test_a_page_comes_when_the_last_one_is_full(fragmentation, jobs):
+def test_a_page_comes_when_the_last_one_is_full():
     arena = fragmentation.make_allocator("paged", 4, 12, 12)
     [job] = jobs(12)
     assert arena.admit(job, 0) and arena.held(job) == 4
@@ -84,7 +73,7 @@ def test_a_page_comes_when_the_last_one_is_full(fragmentation, jobs):
     capacity=st.integers(16, 70),
     steps=st.lists(st.tuples(st.booleans(), st.integers(1, 16)), max_size=60),
 )
-def test_pieces_never_overlap_and_nothing_is_lost(fragmentation, name, capacity, steps):
+def test_pieces_never_overlap_and_nothing_is_lost(name, capacity, steps):
     arena, held = fragmentation.make_allocator(name, 0, capacity, 16), []
     untouched = sorted(arena.holes)
     for is_new, number in steps:
@@ -101,7 +90,7 @@ def test_pieces_never_overlap_and_nothing_is_lost(fragmentation, name, capacity,
     assert sorted(arena.holes) == untouched
 
 
-def test_predictions_by_hand(fragmentation):
+def test_predictions_by_hand():
     lengths = np.array([[10, 2], [1, 6]])  # in its cache: 10, 11; and 1 to 6
     args = Namespace(capacity=1000, max_len=64)
     predict = fragmentation.predict_sequences
@@ -113,14 +102,14 @@ def test_predictions_by_hand(fragmentation):
     assert predict(args, lengths, "buddy", 0) == pytest.approx(1000 / ((2 * 16 + 6 * 8) / 8))
 
 
-def test_the_latest_gives_way_and_comes_back(fragmentation):
+def test_the_latest_gives_way_and_comes_back():
     usage = fragmentation.Usage()
     arena = fragmentation.make_allocator("paged", 1, 12, 12)
     fragmentation.replay(np.array(6 * [[2, 6]]), arena, usage)
     assert usage.recomputed > 0 and arena.free == 12
 
 
-def test_drawn_lengths_fit(fragmentation):
+def test_drawn_lengths_fit():
     flags = ["--preset", "smoke", "--max-len", "64", "--sigma", "2", "--requests", "2000"]
     lengths = fragmentation.draw_requests(fragmentation.parse_args(flags), seed=1)
     assert lengths.min() >= 1 and lengths.sum(axis=1).max() == 64
@@ -129,7 +118,7 @@ def test_drawn_lengths_fit(fragmentation):
     np.testing.assert_allclose(means, [20, 40], rtol=0.03)  # 4,000 draws: known to 0.5 %
 
 
-def test_a_smoke_run(fragmentation, tmp_path):
+def test_a_smoke_run(tmp_path):
     path = tmp_path / "run.json"
     assert fragmentation.main(["--preset", "smoke", "--json", str(path)]) == 0
     record = json.loads(path.read_text())
@@ -148,7 +137,7 @@ def test_a_smoke_run(fragmentation, tmp_path):
         (["--sigma", "-1"], "'-1' is not a number above 0"),
     ],
 )
-def test_wrong_flags(fragmentation, capsys, flags, words):
+def test_wrong_flags(capsys, flags, words):
     try:
         status = script.status_of(lambda: fragmentation.main(["--preset", "smoke", *flags]))
     except SystemExit as stop:

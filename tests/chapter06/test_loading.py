@@ -5,11 +5,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from paged_engine._loading_weights import Part, load_weights
-from paged_engine.loading import check_split, eos_token_ids, read_shape
-from paged_engine.runner import ModelRunner
+from paged_engine.loading import Part, check_split, eos_token_ids, load_weights, read_shape
 from safetensors.torch import load_file, save_file
-from small_models import save_random_model
+from small_models import runner_of, save_random_model
 
 from distlab.errors import RunError, UsageError
 
@@ -151,4 +149,4 @@ def test_a_sliding_window_limits_the_length(tmp_path: Path) -> None:
 )
 def test_impossible_settings(directory: Path, wrong: dict, words: str) -> None:
     with pytest.raises(UsageError, match=words):
-        ModelRunner(directory, **wrong)
+        runner_of(directory, **wrong)

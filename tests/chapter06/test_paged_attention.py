@@ -1,29 +1,20 @@
 """The paged kernel against dense attention on any lengths, what it must not see, wrong flags."""
 
-import importlib
 import json
 from argparse import Namespace
-from types import ModuleType
 
+import paged_attention as paged
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from distlab import script
-from distlab.files import repo_root
 
 ARGS = Namespace(heads=4, kv_heads=2, head_dim=8, seed=3, device="cpu", block_size=4)
 
 
-@pytest.fixture(scope="module")
-def paged() -> ModuleType:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(repo_root() / "chapter06-vllm" / "code"))
-        yield importlib.import_module("paged_attention")
-
-
-def test_slots_by_hand(paged):
+def test_slots_by_hand():
     table = torch.tensor([7, 0, 5])
     places = paged.slots(table, torch.tensor([0, 3, 4, 11]), block_size=4)
     assert places.tolist() == [28, 31, 0, 23]
@@ -37,72 +28,72 @@ def test_slots_by_hand(paged):
     new=st.integers(1, 5),
     kv_heads=st.sampled_from([1, 2, 4]),
 )
-def test_paged_equals_dense(paged, lengths, block_size, blocks_at_once, new, kv_heads):
+def test_paged_equals_dense(lengths, block_size, blocks_at_once, new, kv_heads):
     args = Namespace(**{**vars(ARGS), "kv_heads": kv_heads})
     batch = paged.filled(args, [length + new - 1 for length in lengths], block_size, new=new)
     pool = paged.store(args, batch, block_size)
-    attended = attend(paged, batch, pool, blocks_at_once)
+    attended = attend(batch, pool, blocks_at_once)
     torch.testing.assert_close(attended, paged.dense(batch), atol=1e-5, rtol=1e-5)
 
 
-def attend(paged, batch, pool, blocks_at_once=1):
+def attend(batch, pool, blocks_at_once=1):
     return paged.paged_attention(batch.queries, pool, batch.tables, batch.starts, blocks_at_once)
 
 
 @pytest.fixture
-def stored(paged):
+def stored():
     batch = paged.filled(ARGS, [10, 5], 4)
     return batch, paged.store(ARGS, batch, 4)
 
 
-def test_what_lies_behind_the_end_is_not_seen(paged, stored):
+def test_what_lies_behind_the_end_is_not_seen(stored):
     batch, pool = stored
-    before = attend(paged, batch, pool, 3)
+    before = attend(batch, pool, 3)
     behind = paged.slots(batch.tables[0], torch.tensor([10, 11]), 4)
     for values in (-1e4, 0.0, 3e38):
         pool.write(behind, *(torch.full((2, 2, 8), values) for _ in range(2)))
-        assert torch.equal(attend(paged, batch, pool, 3), before)
+        assert torch.equal(attend(batch, pool, 3), before)
 
 
-def test_but_it_must_be_finite(paged, stored):
+def test_but_it_must_be_finite(stored):
     batch, pool = stored
     pool.values.flatten(1, 2)[:, paged.slots(batch.tables[0], torch.tensor([11]), 4)] = torch.nan
-    attended = attend(paged, batch, pool)
+    attended = attend(batch, pool)
     assert attended[0].isnan().all() and attended[1].isfinite().all()
 
 
-def test_every_token_up_to_the_end_is_seen(paged, stored):
+def test_every_token_up_to_the_end_is_seen(stored):
     batch, pool = stored
-    before = attend(paged, batch, pool)
+    before = attend(batch, pool)
     for position in range(10):
         place = paged.slots(batch.tables[0], torch.tensor([position]), 4)
         keys, values = (each.clone() for each in (pool.keys, pool.values))
         changed = paged.Pool(keys, values)
         changed.write(place, *(torch.ones(1, 2, 8) for _ in range(2)))
-        assert not torch.allclose(attend(paged, batch, changed)[0], before[0], atol=1e-6)
+        assert not torch.allclose(attend(batch, changed)[0], before[0], atol=1e-6)
 
 
-def test_a_wrong_block_is_noticed(paged, stored):
+def test_a_wrong_block_is_noticed(stored):
     batch, pool = stored
     batch.tables[0, 0] = batch.tables[1, 0]
-    assert not torch.allclose(attend(paged, batch, pool), paged.dense(batch), atol=1e-2)
+    assert not torch.allclose(attend(batch, pool), paged.dense(batch), atol=1e-2)
 
 
 @pytest.mark.parametrize("blocks_at_once", [1, 2])
-def test_gathered_bytes_by_hand(paged, stored, blocks_at_once):
+def test_gathered_bytes_by_hand(stored, blocks_at_once):
     batch, pool = stored
-    read = paged.gathered_bytes(lambda: attend(paged, batch, pool, blocks_at_once))
+    read = paged.gathered_bytes(lambda: attend(batch, pool, blocks_at_once))
     blocks = 3 + 2  # 10 tokens in blocks of 4, and 5
     assert read == blocks * 4 * 2 * 2 * 8 * 4  # tokens, keys and values, heads, dims, bytes
 
 
-def test_the_padded_step_is_dense_attention(paged, stored):
+def test_the_padded_step_is_dense_attention(stored):
     batch, _ = stored
     torch.testing.assert_close(batch.padded_step()(), paged.dense(batch), atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("flags", [[], ["--block-size", "5", "--dtype", "bfloat16"]])
-def test_a_smoke_run(paged, tmp_path, flags):
+def test_a_smoke_run(tmp_path, flags):
     path = tmp_path / "run.json"
     flags = ["--preset", "smoke", "--device", "cpu", "--json", str(path), *flags]
     assert paged.main(flags) == 0
@@ -120,7 +111,7 @@ def test_a_smoke_run(paged, tmp_path, flags):
         (["--block-size", "0"], "'0' is not a whole number of at least 1"),
     ],
 )
-def test_wrong_flags(paged, monkeypatch, capsys, flags, words):
+def test_wrong_flags(monkeypatch, capsys, flags, words):
     monkeypatch.setattr(paged.hardware, "has_cuda", lambda: False)
     try:
         status = script.status_of(lambda: paged.main(["--preset", "smoke", *flags]))

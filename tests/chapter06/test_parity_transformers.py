@@ -6,14 +6,14 @@ from typing import Any
 
 import pytest
 import torch
-from paged_engine import _runner_shard
-from paged_engine.runner import ModelRunner
+from paged_engine import shard
 from small_models import (
     Greedy,
     assert_same_greedy,
     greedy_reference,
     load_reference,
     random_prompts,
+    runner_of,
     save_random_model,
 )
 
@@ -33,15 +33,15 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any, list, li
 def kernel(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Attention by the compiled kernel, and by gathered blocks."""
     if request.param == "plain torch":
-        monkeypatch.setattr(_runner_shard.Shard, "_kernel", lambda self: ("gathered blocks", 0))
-    elif _runner_shard.native()[0] is None:
-        pytest.skip(f"no compiled kernels here: {_runner_shard.native()[1]}")
+        monkeypatch.setattr(shard.Shard, "_kernel", lambda self: ("gathered blocks", 0))
+    elif shard.native()[0] is None:
+        pytest.skip(f"no compiled kernels here: {shard.native()[1]}")
     return request.param
 
 
 def check(small: tuple, requests: int, num_blocks: int, caching: bool, budget: int) -> Greedy:
     directory, model, prompts, expected = small
-    runner = ModelRunner(directory, num_blocks=num_blocks, block_size=8)
+    runner = runner_of(directory, num_blocks=num_blocks, block_size=8)
     engine = Greedy(runner, num_blocks, caching, budget)
     answers = engine.generate(prompts[:requests], COUNT)
     for prompt, tokens, wanted in zip(prompts, answers, expected, strict=False):
@@ -72,7 +72,7 @@ def test_preemption_in_a_cache_far_too_small(
 
 def test_answers_to_a_second_round_come_from_the_cache(small: tuple, kernel: str) -> None:
     directory, model, prompts, expected = small
-    runner = ModelRunner(directory, num_blocks=400, block_size=8)
+    runner = runner_of(directory, num_blocks=400, block_size=8)
     engine = Greedy(runner, 400, True, 4096)
     engine.generate(prompts[:8], COUNT)
     again = engine.generate(prompts[:8], COUNT)
@@ -109,7 +109,7 @@ LLAMA3_ROPE = {
 def test_architectures(tmp_path: Path, architecture: str, changes: dict[str, Any]) -> None:
     directory = save_random_model(tmp_path / "model", architecture, **changes)
     model, prompts = load_reference(directory), random_prompts(5, shared=70, longest=30)
-    runner = ModelRunner(directory, num_blocks=200, block_size=8)
+    runner = runner_of(directory, num_blocks=200, block_size=8)
     for prompt, tokens in zip(
         prompts, Greedy(runner, 200, True, 50).generate(prompts, COUNT), strict=True
     ):
@@ -130,7 +130,7 @@ def test_smollm2() -> None:
     texts = ["The capital of France is", "def fibonacci(n):", "Water boils at"]
     prompts = [tokenizer(text).input_ids for text in texts]
     expected = [greedy_reference(model, prompt, 16) for prompt in prompts]
-    runner = ModelRunner(directory, num_blocks=40, max_model_len=256)
+    runner = runner_of(directory, num_blocks=40, max_model_len=256)
     for requests in (1, 3, 64):
         asked = [i % len(prompts) for i in range(requests)]
         engine = Greedy(runner, 40, requests == 3, 32)
@@ -144,9 +144,7 @@ def test_smollm2() -> None:
 def test_cuda(small: tuple, compile: bool) -> None:
     """Triton's attention, without and within CUDA graphs, at batch sizes that are padded too."""
     directory, model, prompts, expected = small
-    runner = ModelRunner(
-        directory, num_blocks=400, device="cuda", max_sequences=40, compile=compile
-    )
+    runner = runner_of(directory, num_blocks=400, device="cuda", max_sequences=40, compile=compile)
     assert ("CUDA graphs" in runner.description) == compile
     for requests in (1, 3, 33):
         answers = Greedy(runner, 400, True, 100).generate(prompts[:requests], COUNT)

@@ -1,52 +1,39 @@
 """The reader of /metrics against a server that counts right, wrong, or something else."""
 
-import importlib
-import sys
-
 import pytest
+import read_metrics
 from fake_openai import Fake, fake_openai
 
 from distlab.errors import RunError
-from distlab.files import repo_root
 
-CODE = repo_root() / "chapter06-vllm" / "code"
 SMOKE = ["--preset", "smoke", "--timeout", "20"]
 
 
 @pytest.fixture(autouse=True)
-def code(monkeypatch):
-    monkeypatch.syspath_prepend(CODE)
-    yield
-    sys.modules.pop("read_metrics", None)
-
-
-@pytest.fixture
-def reader(monkeypatch):
-    module = importlib.import_module("read_metrics")
-    monkeypatch.setattr(module, "SETTLE_S", 0.2)
-    return module
+def soon_settled(monkeypatch):
+    monkeypatch.setattr(read_metrics, "SETTLE_S", 0.2)
 
 
 @pytest.mark.parametrize("prefix", ["vllm:", "paged_engine:"])
-def test_what_was_counted_is_what_was_received(reader, prefix, capsys):
+def test_what_was_counted_is_what_was_received(prefix, capsys):
     with fake_openai(prefix=prefix, delay_s=0.2, tokens=1000, answers=7) as fake:
-        assert reader.main([*SMOKE, "--base-url", fake.url]) == 0
+        assert read_metrics.main([*SMOKE, "--base-url", fake.url]) == 0
     printed = capsys.readouterr().out
     assert f"{prefix} metrics" in printed
     assert "mean time to first token seconds: 500 ms" in printed
     assert "no request waited" in printed
 
 
-def test_a_queue_is_told(reader, capsys):
+def test_a_queue_is_told(capsys):
     with fake_openai(delay_s=0.5, waiting=5) as fake:
-        assert reader.main([*SMOKE, "--base-url", fake.url]) == 0
+        assert read_metrics.main([*SMOKE, "--base-url", fake.url]) == 0
     assert "verdict: up to 5 requests waited" in capsys.readouterr().out
 
 
-def test_a_server_that_loses_tokens_fails(reader, monkeypatch, capsys):
+def test_a_server_that_loses_tokens_fails(monkeypatch, capsys):
     with fake_openai() as fake:
         monkeypatch.setattr(Fake, "counted", _losing(Fake.counted))
-        assert reader.main([*SMOKE, "--base-url", fake.url]) == 1
+        assert read_metrics.main([*SMOKE, "--base-url", fake.url]) == 1
     assert "output tokens counted and received … FAIL" in capsys.readouterr().out
 
 
@@ -57,15 +44,13 @@ def test_a_server_that_loses_tokens_fails(reader, monkeypatch, capsys):
         ("vllm:num_requests_running {{{ nonsense\n", "is no Prometheus text"),
     ],
 )
-def test_another_servers_metrics_are_one_line(reader, text, message):
+def test_another_servers_metrics_are_one_line(text, message):
     with fake_openai(metrics=text) as fake, pytest.raises(RunError, match=message):
-        reader.main([*SMOKE, "--base-url", fake.url])
+        read_metrics.main([*SMOKE, "--base-url", fake.url])
 
 
 def test_a_counter_that_has_not_counted_is_zero_and_a_mean_of_nothing_unknown():
-    from _metrics_text import parse
-
-    now = parse('vllm:num_requests_running{engine="0"} 2\n', "here")
+    now = read_metrics.parse('vllm:num_requests_running{engine="0"} 2\n', "here")
     assert now["num_requests_running"] == 2
     assert now["num_preemptions_total"] == 0
     assert now.mean_since("time_to_first_token_seconds", now) is None

@@ -9,15 +9,13 @@ import pytest
 import torch
 from paged_engine._attention_plan import Planner
 from paged_engine._model_operators import operators
-from paged_engine._runner_graphs import DecodeGraphs
-from paged_engine._runner_inputs import Step
 from paged_engine.attention import CacheShape, PagedCache, Span
 from paged_engine.batch import Batch, Chunk
 from paged_engine.paged_model import StepInputs
 from paged_engine.request import Request, Sequence
-from paged_engine.runner import ModelRunner
 from paged_engine.sampling_params import SamplingParams
-from small_models import load_reference, random_prompts, save_random_model
+from paged_engine.shard import DecodeGraphs
+from small_models import load_reference, random_prompts, runner_of, save_random_model
 
 CPU = torch.device("cpu")
 
@@ -34,19 +32,19 @@ def sequence(tokens: list[int], blocks: list[int]) -> Sequence:
 
 
 def test_rows_are_those_of_the_chunks_that_sample(directory: Path) -> None:
-    runner = ModelRunner(directory, num_blocks=40, block_size=8)
+    runner = runner_of(directory, num_blocks=40, block_size=8)
     model = load_reference(directory)
     prompts = [prompt[:20] for prompt in random_prompts(3, shared=30)]
     longest = prompts[1] * 5
     first, second = sequence(prompts[0], [3, 9, 1]), sequence(longest, [*range(10, 40)])
     third = sequence(prompts[2], [5, 6, 7])
-    earlier = Batch([Chunk(first, 0, len(prompts[0]) - 1, False)])
+    earlier = Batch([Chunk.of(first, 0, len(prompts[0]) - 1)])
     assert runner.execute(earlier).shape == (0, 97)
     batch = Batch(
         [
-            Chunk(second, 0, len(longest), True),
-            Chunk(third, 0, 2, False),
-            Chunk(first, len(prompts[0]) - 1, 1, True),
+            Chunk.of(second, 0, len(longest)),
+            Chunk.of(third, 0, 2),
+            Chunk.of(first, len(prompts[0]) - 1, 1),
         ]
     )
     logits = runner.execute(batch)
@@ -59,10 +57,10 @@ def test_rows_are_those_of_the_chunks_that_sample(directory: Path) -> None:
 
 
 def test_copies_come_before_the_chunks(directory: Path) -> None:
-    runner = ModelRunner(directory, num_blocks=8, block_size=8)
+    runner = runner_of(directory, num_blocks=8, block_size=8)
     tokens = [5, 1, 4, 2, 3, 9, 7]
-    runner.execute(Batch([Chunk(sequence(tokens, [2]), 0, 6, False)]))
-    last = [Chunk(sequence(tokens, [block]), 6, 1, True) for block in (2, 5)]
+    runner.execute(Batch([Chunk.of(sequence(tokens, [2]), 0, 6)]))
+    last = [Chunk.of(sequence(tokens, [block]), 6, 1) for block in (2, 5)]
     wanted = runner.execute(Batch(last[:1]))
     copied = runner.execute(Batch(last[1:], copies=[(2, 5)]))
     torch.testing.assert_close(copied, wanted)
@@ -165,9 +163,9 @@ def test_graphs_of_decodes_on_a_stand_in(directory: Path, monkeypatch: pytest.Mo
 
     made = enumerate(random_prompts(6, longest=38))
     prompts = [(sequence(p, [*range(5 * i, 5 * i + 5)]), len(p) - 1) for i, p in made]
-    plain, graphed = (ModelRunner(directory, num_blocks=40, block_size=8) for _ in range(2))
+    plain, graphed = (runner_of(directory, num_blocks=40, block_size=8) for _ in range(2))
     for runner in (plain, graphed):
-        runner.execute(Batch([Chunk(s, 0, last, False) for s, last in prompts]))
+        runner.execute(Batch([Chunk.of(s, 0, last) for s, last in prompts]))
     shard = graphed.shard
     model, shard.model = shard.model, MagicMock()
 
@@ -179,7 +177,7 @@ def test_graphs_of_decodes_on_a_stand_in(directory: Path, monkeypatch: pytest.Mo
 
     shard.graphs = DecodeGraphs(recorded, shard.cache.shape, CPU, most=6, most_blocks=5)
     for count in (1, 3, 6, 5, 2):  # by the graphs of 1, 4, 6, 6 and 2
-        decodes = [Chunk(s, last, 1, True) for s, last in prompts[:count]]
+        decodes = [Chunk.of(s, last, 1) for s, last in prompts[:count]]
         wanted = plain.execute(Batch(decodes))
         torch.testing.assert_close(graphed.execute(Batch(decodes)), wanted)
     shard.model.assert_not_called()
@@ -192,31 +190,31 @@ def test_narrow_types_are_near_float32(directory: Path, dtype: str) -> None:
     tokens = random_prompts(2, shared=50)[1]
     rows = []
     for asked in ("float32", dtype):
-        runner = ModelRunner(directory, dtype=asked, num_blocks=30, block_size=8)
+        runner = runner_of(directory, dtype=asked, num_blocks=30, block_size=8)
         table = list(range(20))
-        runner.execute(Batch([Chunk(sequence(tokens, table), 0, len(tokens) - 1, False)]))
-        rows.append(
-            runner.execute(Batch([Chunk(sequence(tokens, table), len(tokens) - 1, 1, True)]))
-        )
+        last = len(tokens) - 1
+        runner.execute(Batch([Chunk.of(sequence(tokens, table), 0, last)]))
+        rows.append(runner.execute(Batch([Chunk.of(sequence(tokens, table), last, 1)])))
     wide, narrow = rows
     assert not torch.equal(wide, narrow)
     assert (wide - narrow).norm() < 0.05 * wide.norm()
 
 
 def test_sizes(directory: Path) -> None:
-    runner = ModelRunner(directory, kv_cache_bytes=100_000, block_size=8)
+    runner = runner_of(directory, kv_cache_bytes=100_000, block_size=8)
     # keys and values of 2 layers, 2 heads of 16 numbers, 8 tokens, 4 bytes
     assert runner.block_bytes == 2 * 2 * 2 * 16 * 8 * 4
     assert runner.num_blocks == 100_000 // runner.block_bytes
     allocated = runner.shard.cache.data.nbytes
     assert allocated == (runner.num_blocks + 1) * runner.block_bytes
     assert runner.max_model_len == 256
-    runner = ModelRunner(directory, max_model_len=100, max_sequences=3)
+    runner = runner_of(directory, max_model_len=100, max_sequences=3)
     assert runner.num_blocks == 3 * 7  # all that 3 sequences of 100 tokens need, and no more
     assert "float32" in runner.description
 
 
-def test_steps_survive_their_journey() -> None:
-    step = Step([Span(4, 2, [7, 1]), Span(0, 1, [3])], [[5, 6], [9]], [True, False], [(1, 2)])
-    assert Step.from_bytes(step.to_bytes()) == step
-    assert Step.from_bytes(Step([], [], [], []).to_bytes()) == Step([], [], [], [])
+def test_batches_survive_their_journey() -> None:
+    chunks = [Chunk(4, [5, 6], [7, 1], True), Chunk(0, [9], [3], False)]
+    batch = Batch(chunks, copies=[(1, 2)])
+    assert Batch.from_bytes(batch.to_bytes()) == batch
+    assert Batch.from_bytes(Batch().to_bytes()) == Batch()

@@ -8,10 +8,9 @@ import pytest
 import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from paged_engine import _sampler_draw
-from paged_engine._sampler_draw import Filters, draw, relative_weights, thresholds
+from paged_engine import sampler
 from paged_engine.request import Request
-from paged_engine.sampler import sample
+from paged_engine.sampler import Filters, draw, relative_weights, sample, thresholds
 from paged_engine.sampling_params import SamplingParams
 from scipy.stats import chisquare
 
@@ -95,13 +94,13 @@ def test_filters_keep_what_the_definitions_keep(cases, vocabulary, spread, ties,
 
 
 def test_top_p_looks_further_where_its_first_look_was_too_short(monkeypatch):
-    looks, largest = [], _sampler_draw._largest
+    looks, largest = [], sampler._largest
 
     def counted(weights, count):
         looks.append((len(weights), count))
         return largest(weights, count)
 
-    monkeypatch.setattr(_sampler_draw, "_largest", counted)
+    monkeypatch.setattr(sampler, "_largest", counted)
     logits = torch.stack([torch.zeros(30_000), torch.linspace(30_000, 0, 30_000)])
     filtered(logits, [{"temperature": 1.0, "top_k": 0, "top_p": 0.5, "min_p": 0.0}] * 2)
     assert looks == [(2, 512), (1, 8192), (1, 30_000)]

@@ -1,12 +1,12 @@
 """Steps of the scheduler: what they compute, who is preempted, who shares, who may leave."""
 
 import pytest
-from paged_engine.batch import SchedulerConfig
+from fake_runner import EOS, MOMENTS, engine_of, names, prompt_of, request_of, shape
 from paged_engine.block_manager import BlockManager
+from paged_engine.config import EngineConfig
 from paged_engine.request import Request, Status
 from paged_engine.sampling_params import SamplingParams
 from paged_engine.scheduler import Scheduler
-from token_cache import EOS, MOMENTS, engine_of, names, prompt_of, request_of, shape
 
 from distlab.errors import UsageError
 
@@ -103,7 +103,7 @@ def test_a_request_that_the_cache_can_never_hold_is_refused() -> None:
 
 def test_limits_below_one_are_refused() -> None:
     with pytest.raises(UsageError, match="max_batch_tokens 0"):
-        SchedulerConfig(max_batch_tokens=0)
+        EngineConfig("no model", max_batch_tokens=0)
 
 
 def test_the_latest_arrived_is_preempted_and_comes_back_before_who_waited() -> None:
@@ -292,7 +292,8 @@ class Unscanned(list):
 
 
 def test_a_step_does_not_walk_over_the_tokens_of_its_sequences() -> None:
-    scheduler = Scheduler(SchedulerConfig(64 * 500, 64, 10_000), BlockManager(4096))
+    config = EngineConfig("no model", max_batch_tokens=64 * 500, max_sequences=64)
+    scheduler = Scheduler(config, BlockManager(4096))
     for number in range(64):
         scheduler.add(request_of(str(number), [number] * 500, max_tokens=100))
     for step in range(40):

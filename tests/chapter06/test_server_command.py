@@ -10,7 +10,7 @@ from typing import Any
 
 import httpx
 import pytest
-from fake_runner import fake_engine
+from fake_engine import fake_engine
 from paged_engine.server import Server, listening_socket, main, serve_engine
 from server_helper import LIMIT_S, wait_until
 

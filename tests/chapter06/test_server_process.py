@@ -14,7 +14,7 @@ from typing import Any
 import httpx
 import pytest
 import torch
-from fake_runner import tiny_tokenizer
+from fake_engine import tiny_tokenizer
 
 from distlab.files import repo_root
 from distlab.model import SIZES, Llama, load, save

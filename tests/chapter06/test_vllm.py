@@ -5,6 +5,11 @@ import subprocess
 
 import pytest
 import torch
+from inference import vllm_settings
+from inference.engine_process import Load, Prompts, engine_process
+from inference.vllm_node import split_flags
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tune_vllm import Point, frontier
 
 from distlab.errors import RunError, UsageError
 from distlab.files import repo_root
@@ -18,15 +23,8 @@ STEP_TOKENS = 64
 NEW_TOKENS = 24
 
 
-@pytest.fixture(autouse=True)
-def code(monkeypatch):
-    monkeypatch.syspath_prepend(CODE)
-
-
 def test_three_engines_give_the_same_greedy_tokens(vllm_python, tmp_path):
     """Chunked prefill, prompts that begin alike, and more requests than a batch holds."""
-    from _engine_process import engine_process
-
     torch.manual_seed(3)
     shape = ModelConfig(VOCABULARY, 64, 96, 2, 4, 2, head_dim=32, max_position_embeddings=256)
     model = save(Llama(shape), tmp_path / "model")
@@ -61,8 +59,6 @@ def test_three_engines_give_the_same_greedy_tokens(vllm_python, tmp_path):
 
 
 def test_an_engine_that_does_not_start_is_one_line(tmp_path):
-    from _engine_process import engine_process
-
     with (
         pytest.raises(RunError, match=r"^paged_engine (did not start|ended): .*Error") as failure,
         engine_process("paged_engine", tmp_path / "nothing", "float32"),
@@ -72,35 +68,26 @@ def test_an_engine_that_does_not_start_is_one_line(tmp_path):
 
 
 def test_a_head_that_vllm_cannot_attend_with_is_named(tmp_path, monkeypatch):
-    import _vllm_settings
-
-    monkeypatch.setattr(_vllm_settings.importlib.util, "find_spec", lambda name: object())
-    monkeypatch.setattr(_vllm_settings, "has_cuda", lambda: False)
+    monkeypatch.setattr(vllm_settings.importlib.util, "find_spec", lambda name: object())
+    monkeypatch.setattr(vllm_settings, "has_cuda", lambda: False)
     model = save(Llama(SIZES["smoke"]), tmp_path / "model")
     with pytest.raises(UsageError, match="heads of 16 dimensions"):
-        _vllm_settings.refuse(model, 128)
-    monkeypatch.setattr(_vllm_settings, "has_cuda", lambda: True)
-    _vllm_settings.refuse(model, 128)
+        vllm_settings.refuse(model, 128)
+    monkeypatch.setattr(vllm_settings, "has_cuda", lambda: True)
+    vllm_settings.refuse(model, 128)
     with pytest.raises(UsageError, match="--max-model-len 4096 is more than the model's 2048"):
-        _vllm_settings.refuse(model, 4096)
+        vllm_settings.refuse(model, 4096)
 
 
 @pytest.mark.parametrize(("threads", "bound"), [("1", False), ("", True), ("64", True)])
 def test_threads_are_bound_to_cores_unless_fewer_are_wanted(monkeypatch, threads, bound):
-    import _vllm_settings
-
     monkeypatch.setenv("OMP_NUM_THREADS", threads)
-    monkeypatch.setattr(
-        _vllm_settings.os, "sched_getaffinity", lambda pid: {2, 5, 3}, raising=False
-    )
-    monkeypatch.setattr(_vllm_settings.host, "usable_cores", lambda: 3)
-    assert _vllm_settings.thread_binding() == ("2,3,5" if bound else "nobind")
+    monkeypatch.setattr(vllm_settings.os, "sched_getaffinity", lambda pid: {2, 5, 3}, raising=False)
+    monkeypatch.setattr(vllm_settings.host, "usable_cores", lambda: 3)
+    assert vllm_settings.thread_binding() == ("2,3,5" if bound else "nobind")
 
 
 def test_the_frontier_leaves_out_what_another_point_beats_in_both():
-    from _engine_process import Load
-    from tune_vllm import Point, frontier
-
     def point(latency: float, rate: float) -> Point:
         return Point(f"{latency}/{rate}", 1, Load([[1]], [latency], [0.0], 1 / rate, 0))
 
@@ -109,9 +96,6 @@ def test_the_frontier_leaves_out_what_another_point_beats_in_both():
 
 
 def test_prompts_differ_by_key_and_are_the_same_in_every_run(tmp_path):
-    from _benchmark_prompts import Prompts
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokenizer = Tokenizer(models.BPE({letter: i for i, letter in enumerate(alphabet)}, []))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -126,8 +110,6 @@ def test_prompts_differ_by_key_and_are_the_same_in_every_run(tmp_path):
 
 
 def test_a_node_keeps_its_flags_and_hands_the_others_on():
-    from _vllm_node import split_flags
-
     words = ["--model", "DIR", "--seed", "1", "--port=9", "--dtype=bfloat16"]
     ours, others = split_flags(words, {"--model", "--port"})
     assert ours == ["--model", "DIR", "--port=9"]

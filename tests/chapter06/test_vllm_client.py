@@ -1,37 +1,26 @@
 """The client against a server that does as it is told: the load, the check, and every refusal."""
 
-import importlib
-import sys
-
 import pytest
+import vllm_client
 from fake_openai import fake_openai
 
 from distlab import script
 from distlab.errors import RunError
-from distlab.files import repo_root
 
-CODE = repo_root() / "chapter06-vllm" / "code"
 SMOKE = ["--preset", "smoke", "--timeout", "20"]
 
 
-@pytest.fixture
-def client(monkeypatch):
-    monkeypatch.syspath_prepend(CODE)
-    yield importlib.import_module("vllm_client")
-    sys.modules.pop("vllm_client", None)
-
-
-def test_the_concurrency_is_what_was_asked_for(client):
+def test_the_concurrency_is_what_was_asked_for():
     with fake_openai(delay_s=0.05) as fake:
         flags = ["--base-url", fake.url, "--requests", "12", "--concurrency", "6"]
-        assert client.main([*SMOKE, *flags]) == 0
+        assert vllm_client.main([*SMOKE, *flags]) == 0
         assert fake.most_running == 6
         assert fake.answers == 4 + 12 + 2  # warm-up, load, and the two of the check
 
 
-def test_every_answer_is_in_the_table(client, tmp_path, capsys):
+def test_every_answer_is_in_the_table(tmp_path, capsys):
     with fake_openai() as fake:
-        assert client.main([*SMOKE, "--base-url", fake.url, "--concurrency", "1", "3"]) == 0
+        assert vllm_client.main([*SMOKE, "--base-url", fake.url, "--concurrency", "1", "3"]) == 0
     printed = capsys.readouterr().out
     assert "output tokens at 3: " in printed
     assert printed.count("… ok") == 3
@@ -40,15 +29,15 @@ def test_every_answer_is_in_the_table(client, tmp_path, capsys):
 @pytest.mark.parametrize(
     "stream", [["def ", "answer", "(): ", "return ", "43"], ["def answer(): return 42"]]
 )
-def test_a_stream_that_says_something_else_fails(client, stream):
+def test_a_stream_that_says_something_else_fails(stream):
     with fake_openai(streamed_text=stream) as fake:
-        assert client.main([*SMOKE, "--base-url", fake.url]) == 1
+        assert vllm_client.main([*SMOKE, "--base-url", fake.url]) == 1
 
 
-def test_no_server_is_one_line(client, capsys):
+def test_no_server_is_one_line(capsys):
     with fake_openai() as fake:
         url = fake.url
-    assert script.status_of(lambda: client.main([*SMOKE, "--base-url", url])) == 1
+    assert script.status_of(lambda: vllm_client.main([*SMOKE, "--base-url", url])) == 1
     error = capsys.readouterr().err
     assert error.startswith(f"error: no server answers at {url} (")
     assert error.count("\n") == 1 and "vllm_server.sh" in error
@@ -64,14 +53,14 @@ def test_no_server_is_one_line(client, capsys):
         ({"models": []}, [], r"has no model; it has \[\]"),
     ],
 )
-def test_a_refusal_is_one_line(client, settings, flags, message):
+def test_a_refusal_is_one_line(settings, flags, message):
     with fake_openai(**settings) as fake, pytest.raises(RunError, match=message):
-        client.main([*SMOKE, "--base-url", fake.url, *flags])
+        vllm_client.main([*SMOKE, "--base-url", fake.url, *flags])
 
 
 @pytest.mark.parametrize("flags", [["--requests", "0"], ["--concurrency", "x"], ["--timeout", "0"]])
-def test_bad_arguments_are_refused(client, flags, capsys):
+def test_bad_arguments_are_refused(flags, capsys):
     with pytest.raises(SystemExit) as ended:
-        client.main([*SMOKE, *flags])
+        vllm_client.main([*SMOKE, *flags])
     assert ended.value.code == 2
     assert capsys.readouterr().err.count("\n") == 1

@@ -4,7 +4,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from paged_engine.engine import Engine, EngineConfig, EngineStats, Output
+    from paged_engine.config import EngineConfig
+    from paged_engine.engine import Engine, EngineStats, Output
     from paged_engine.llm import LLM, CompletionOutput, RequestOutput
     from paged_engine.sampler import SampledToken
     from paged_engine.sampling_params import SamplingParams
@@ -23,7 +24,8 @@ __all__ = [
 _MODULES = {
     "sampling_params": ("SamplingParams",),
     "sampler": ("SampledToken",),
-    "engine": ("Engine", "EngineConfig", "EngineStats", "Output"),
+    "config": ("EngineConfig",),
+    "engine": ("Engine", "EngineStats", "Output"),
     "llm": ("LLM", "CompletionOutput", "RequestOutput"),
 }
 _MODULE_OF = {name: module for module, names in _MODULES.items() for name in names}

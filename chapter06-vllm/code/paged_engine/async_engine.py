@@ -21,33 +21,30 @@ import queue
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from distlab.errors import UsageError
 from paged_engine.engine import Engine, Output
-from paged_engine.generation import Add, Generation, Overloaded, Unavailable
 from paged_engine.metrics import Metrics
+from paged_engine.sampling_params import SamplingParams
 
 CLOSE_SECONDS = 10.0
 IDLE_SECONDS = 0.5  # how long an idle engine waits for a command before it looks again
 log = logging.getLogger("paged_engine.server")
 
 
-@dataclass(frozen=True)
-class Cancel:
-    request_id: str
+class Overloaded(Exception):
+    """The queue is full; `retry_after` seconds from now there is probably room."""
+
+    def __init__(self, retry_after: int) -> None:
+        super().__init__("The server has as many requests as it takes; try again later")
+        self.retry_after = retry_after
 
 
-@dataclass
-class Live:
-    """An engine request that has not finished: who waits for it, and when it brought something."""
-
-    generation: Generation
-    arrival: float
-    unfinished: int  # sequences
-    last: dict[int, float] = field(default_factory=dict)  # sequence -> time of its latest token
+class Unavailable(Exception):
+    """No answer: the engine failed, the server is shutting down, or it took too long."""
 
 
 class AsyncEngine:
@@ -78,7 +75,7 @@ class AsyncEngine:
         self._loop = asyncio.get_running_loop()
         self._thread.start()
 
-    def generation(self, sequences: int) -> Generation:
+    def generation(self, sequences: int) -> "Generation":
         """Room for so many sequences. Raises UsageError, Overloaded or Unavailable."""
         if self.failure:
             raise self.failure
@@ -126,7 +123,7 @@ class AsyncEngine:
             self._commands.put(None)
             self._thread.join(CLOSE_SECONDS)
 
-    def submit(self, command: Add) -> None:
+    def submit(self, command: "Add") -> None:
         if self.failure:
             raise self.failure
         live = Live(command.generation, time.monotonic(), command.params.n)
@@ -153,7 +150,7 @@ class AsyncEngine:
             live = self._live.get(output.request_id)
             if live is None:
                 continue  # its client left while the step was on its way
-            self.metrics.token(live, output)
+            self._time(live, output)
             if output.finish_reason:
                 self._ends.append(output.time)
                 live.unfinished -= 1
@@ -162,6 +159,15 @@ class AsyncEngine:
                 del self._live[output.request_id]
                 self.metrics.latency.observe(output.time - live.arrival)
             live.generation.items.put_nowait(output)
+
+    def _time(self, live: "Live", output: Output) -> None:
+        """Observe how long this token took since the arrival, or since its sequence's latest."""
+        before = live.last.get(output.index)
+        if not live.last:
+            self.metrics.first_token.observe(output.time - live.arrival)
+        elif before is not None:
+            self.metrics.between.observe(output.time - before)
+        live.last[output.index] = output.time
 
     def _run(self) -> None:
         """The engine's thread."""
@@ -196,7 +202,7 @@ class AsyncEngine:
             else:
                 self._add(command)
 
-    def _add(self, command: Add) -> None:
+    def _add(self, command: "Add") -> None:
         refusal: UsageError | None = None
         try:
             self.engine.add_request(command.prompt_ids, command.params, command.request_id)
@@ -206,3 +212,108 @@ class AsyncEngine:
 
     def _call(self, function: Callable[..., None], *args: Any) -> None:
         self._loop.call_soon_threadsafe(function, *args)
+
+
+class Generation:
+    """What one HTTP request wants: an engine request for each of its prompts.
+
+    Iterating gives the engine's outputs as they come, one item for each token at most, so that
+    what waits here for a slow client is bounded by max_tokens. Raises Unavailable, also when the
+    request has lasted longer than it may.
+    """
+
+    def __init__(self, engine: AsyncEngine, sequences: int) -> None:
+        self.engine = engine
+        self.sequences = sequences  # that this request has room for; 0 once it is closed
+        self.items: asyncio.Queue[Output | Unavailable] = asyncio.Queue()
+        self.prompt_of: dict[str, int] = {}  # engine request -> index of its prompt
+        loop = asyncio.get_running_loop()
+        self._deadline = loop.time() + engine.request_seconds
+        self._to_admit: set[str] = set()
+        self._admission: asyncio.Future[None] = loop.create_future()
+        self._unfinished = sequences
+        engine.reserved += sequences
+
+    def __enter__(self) -> "Generation":
+        return self
+
+    def __exit__(self, *unused: object) -> None:
+        self.close()
+
+    async def start(
+        self, prompts: Sequence[list[int]], params: SamplingParams, name: str = "request"
+    ) -> None:
+        """Hand the prompts to the engine; returns when it has taken all. Raises UsageError."""
+        ids = [f"{name}-{index}" for index in range(len(prompts))]
+        self.prompt_of = {request_id: index for index, request_id in enumerate(ids)}
+        self._to_admit = set(ids)
+        for request_id, prompt in zip(ids, prompts, strict=True):
+            self.engine.submit(Add(self, request_id, prompt, params))
+        await self._within_limit(self._admission)
+
+    def admitted(self, request_id: str, refusal: UsageError | None) -> None:
+        self._to_admit.discard(request_id)
+        if self._admission.done():
+            return
+        if refusal:
+            self._admission.set_exception(refusal)
+        elif not self._to_admit:
+            self._admission.set_result(None)
+
+    def fail(self, failure: Unavailable) -> None:
+        """Let whoever waits for the admission, or for the next output, get `failure`."""
+        if not self._admission.done():
+            self._admission.set_exception(failure)
+        self.items.put_nowait(failure)
+
+    def __aiter__(self) -> "Generation":
+        return self
+
+    async def __anext__(self) -> Output:
+        if not self._unfinished:
+            raise StopAsyncIteration
+        item = await self._within_limit(self.items.get())
+        if isinstance(item, Unavailable):
+            raise item
+        self._unfinished -= item.finish_reason is not None
+        return item
+
+    async def _within_limit(self, awaited: Awaitable[Any]) -> Any:
+        """Not by asyncio.wait_for: before Python 3.12 it may swallow a cancellation."""
+        try:
+            async with asyncio.timeout_at(self._deadline):
+                return await awaited
+        except TimeoutError:
+            limit = self.engine.request_seconds
+            raise Unavailable(f"The request has taken longer than {limit:g} s") from None
+
+    def close(self) -> None:
+        """Forget the request, finished or not; may be called twice."""
+        for request_id in self.prompt_of:
+            self.engine.forget(request_id)
+        self.engine.reserved -= self.sequences
+        self.sequences = 0
+        self._admission.cancel()
+
+
+@dataclass(frozen=True)
+class Add:
+    generation: Generation
+    request_id: str
+    prompt_ids: list[int]
+    params: SamplingParams
+
+
+@dataclass(frozen=True)
+class Cancel:
+    request_id: str
+
+
+@dataclass
+class Live:
+    """An engine request that has not finished: who waits for it, and when it brought something."""
+
+    generation: Generation
+    arrival: float
+    unfinished: int  # sequences
+    last: dict[int, float] = field(default_factory=dict)  # sequence -> time of its latest token

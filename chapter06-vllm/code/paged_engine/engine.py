@@ -11,20 +11,59 @@ One thread at a time may use it; `paged_engine.async_engine` lets many clients s
 
 import time
 from collections.abc import Sequence as List
+from dataclasses import dataclass, replace
 from typing import Any
 
 from distlab.errors import UsageError
-from paged_engine._engine_loading import chat_ids, load_runner, load_tokenizer
-from paged_engine._engine_types import EngineConfig, EngineStats, Output
-from paged_engine.batch import SchedulerConfig
 from paged_engine.block_manager import BlockManager
+from paged_engine.config import EngineConfig
 from paged_engine.detokenizer import IncrementalDetokenizer
-from paged_engine.request import Request, Sequence
+from paged_engine.loading import chat_ids, load_tokenizer
+from paged_engine.request import FinishReason, Request, Sequence
 from paged_engine.sampler import SampledToken, sample
 from paged_engine.sampling_params import SamplingParams
 from paged_engine.scheduler import Scheduler
 
-__all__ = ["Engine", "EngineConfig", "EngineStats", "Output"]
+
+@dataclass(slots=True)
+class Output:
+    """What a step brought one sequence: a token, and the text that is certain with it.
+
+    `text` may be empty while a character or a possible stop string is incomplete; the last token's
+    output has the rest and the `finish_reason`. `arrival` and `time` are `time.monotonic()` when
+    the request came and when the step ended. `cached_tokens`: of the prompt, by the prefix cache.
+    """
+
+    request_id: str
+    index: int
+    text: str
+    token_ids: list[int]
+    logprobs: list[SampledToken] | None
+    finish_reason: FinishReason | None
+    prompt_tokens: int
+    cached_tokens: int
+    arrival: float
+    time: float
+
+
+@dataclass(frozen=True)
+class EngineStats:
+    """The engine now (sequences, share of the cache in use), and its counters since the start.
+
+    Queries and hits of the prefix cache are in tokens. `prompt_tokens` counts prompts whose first
+    token is out.
+    """
+
+    num_running: int
+    num_waiting: int
+    num_blocks: int
+    kv_cache_usage: float
+    prefix_cache_queries: int
+    prefix_cache_hits: int
+    num_preemptions: int
+    prompt_tokens: int
+    generation_tokens: int
+    steps: int
 
 
 class Engine:
@@ -38,14 +77,11 @@ class Engine:
     """
 
     def __init__(self, config: EngineConfig, runner: Any = None, tokenizer: Any = None) -> None:
-        self.config = config
         self.tokenizer = load_tokenizer(config.model) if tokenizer is None else tokenizer
-        self.runner = load_runner(config) if runner is None else runner
+        self.runner = _load_runner(config) if runner is None else runner
+        self.config = replace(config, max_model_len=self.runner.max_model_len)
         self.blocks = BlockManager(self.runner.num_blocks, config.block_size, config.prefix_caching)
-        limits = SchedulerConfig(
-            config.max_batch_tokens, config.max_sequences, self.runner.max_model_len
-        )
-        self.scheduler = Scheduler(limits, self.blocks)
+        self.scheduler = Scheduler(self.config, self.blocks)
         self._requests: dict[str, Request] = {}
         self._texts: dict[Sequence, IncrementalDetokenizer] = {}
         self._added = self._steps = self._prompt_tokens = self._generation_tokens = 0
@@ -97,7 +133,11 @@ class Engine:
         Raises:
             UsageError: the model has no chat template, or it refuses the messages.
         """
-        return chat_ids(self.tokenizer, messages, self.config.model)
+        if getattr(self.tokenizer, "chat_template", None) is None:
+            raise UsageError(
+                f"{self.config.model} has no chat template; use generate with a prompt instead"
+            )
+        return chat_ids(self.tokenizer, messages)
 
     def cancel(self, request_id: str) -> bool:
         """Forget a request, of which no further output comes; False if it is not here."""
@@ -201,3 +241,9 @@ class Engine:
         params = sequence.params
         prompt_ids = sequence.request.prompt_ids
         return IncrementalDetokenizer(self.tokenizer, params.stop, prompt_ids, params.min_tokens)
+
+
+def _load_runner(config: EngineConfig) -> Any:
+    from paged_engine.runner import ModelRunner  # brings the model's code, which is slow to import
+
+    return ModelRunner(config)

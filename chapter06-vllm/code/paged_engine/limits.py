@@ -14,16 +14,13 @@ import time
 import uuid
 from collections.abc import MutableMapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from paged_engine.async_engine import AsyncEngine, Generation
 from paged_engine.responses import error_response
-
-if TYPE_CHECKING:
-    from starlette.types import ASGIApp, Message, Receive, Scope, Send
-
-    from paged_engine.async_engine import AsyncEngine
-    from paged_engine.generation import Generation
-    from paged_engine.streaming import Tally
+from paged_engine.streaming import Tally
 
 LINGER_SECONDS = 5.0  # how long a refused body is read and thrown away
 CLIENT_LEFT = 499  # nginx's status for the log; nobody receives it
@@ -58,7 +55,7 @@ class ClientLeft(Exception):
 class Call:
     """One HTTP request on its way: `request.state.call` in the routes."""
 
-    def __init__(self, scope: "Scope") -> None:
+    def __init__(self, scope: Scope) -> None:
         given = header(scope, b"x-request-id")
         self.id = given.decode() if REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
         self.method: str = scope["method"]
@@ -87,9 +84,9 @@ class Gate:
 
     def __init__(
         self,
-        app: "ASGIApp",
+        app: ASGIApp,
         limits: Limits,
-        engine: "AsyncEngine",
+        engine: AsyncEngine,
         api_key: str | None = None,
     ) -> None:
         self.app = app
@@ -97,7 +94,7 @@ class Gate:
         self.engine = engine
         self.api_key = api_key
 
-    async def __call__(self, scope: "Scope", receive: "Receive", send: "Send") -> None:
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":  # the application's start and end
             return await self.app(scope, receive, send)
         call = Call(scope)
@@ -114,7 +111,7 @@ class Gate:
         finally:
             call.close()
 
-    def _check_headers(self, scope: "Scope") -> None:
+    def _check_headers(self, scope: Scope) -> None:
         if self.api_key and scope["path"].startswith("/v1"):
             scheme, _, key = header(scope, b"authorization").partition(b" ")
             right = hmac.compare_digest(key.strip(), self.api_key.encode())
@@ -125,7 +122,7 @@ class Gate:
         if length.isdigit() and int(length[:20]) > self.limits.body_bytes:
             raise self._too_large()
 
-    async def _read(self, receive: "Receive") -> bytes:
+    async def _read(self, receive: Receive) -> bytes:
         body = bytearray()
         try:
             async with asyncio.timeout(self.limits.body_seconds):
@@ -151,12 +148,12 @@ class Gate:
 class _Sender:
     """Sends with a limit, adds the request's id, and notes what became of the answer."""
 
-    def __init__(self, send: "Send", call: Call, seconds: float) -> None:
+    def __init__(self, send: Send, call: Call, seconds: float) -> None:
         self.send = send
         self.call = call
         self.seconds = seconds
 
-    async def __call__(self, message: "MutableMapping[str, Any]") -> None:
+    async def __call__(self, message: MutableMapping[str, Any]) -> None:
         if message["type"] == "http.response.start":
             self.call.status = message["status"]
             named = [*message.get("headers", []), (b"x-request-id", self.call.id.encode())]
@@ -171,13 +168,13 @@ class _Sender:
 
 
 async def _while_connected(
-    app: "ASGIApp", scope: "Scope", body: bytes, receive: "Receive", send: _Sender
+    app: ASGIApp, scope: Scope, body: bytes, receive: Receive, send: _Sender
 ) -> None:
     """Run the application until it has answered, or its client has left."""
     left = asyncio.Event()
     to_read = [{"type": "http.request", "body": body, "more_body": False}]
 
-    async def replay() -> "Message":
+    async def replay() -> Message:
         if to_read:
             return to_read.pop()
         await left.wait()
@@ -201,7 +198,7 @@ async def _while_connected(
         await asyncio.gather(work, watcher, return_exceptions=True)
 
 
-async def _refuse(refusal: Refused, scope: "Scope", receive: "Receive", send: "Send") -> None:
+async def _refuse(refusal: Refused, scope: Scope, receive: Receive, send: Send) -> None:
     """Answer at once, then throw away what the client still sends, for a while.
 
     Closing a connection with unread data resets it, and the client may never see the answer.
@@ -220,6 +217,6 @@ async def _refuse(refusal: Refused, scope: "Scope", receive: "Receive", send: "S
     await send({"type": "http.response.body", "body": b"", "more_body": False})
 
 
-def header(scope: "Scope", name: bytes) -> bytes:
+def header(scope: Scope, name: bytes) -> bytes:
     """The first header of that name; empty if there is none."""
     return next((value for key, value in scope["headers"] if key == name), b"")

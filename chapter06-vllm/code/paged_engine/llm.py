@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any, cast
 
 from distlab.errors import UsageError
-from paged_engine.engine import Engine, EngineConfig, Output
+from paged_engine.config import EngineConfig
+from paged_engine.engine import Engine, Output
 from paged_engine.request import FinishReason
 from paged_engine.sampler import SampledToken
 from paged_engine.sampling_params import SamplingParams

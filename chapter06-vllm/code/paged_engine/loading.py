@@ -1,18 +1,25 @@
-"""What is in a model directory: its shape from config.json, and the tokens that end an answer.
+"""What is in a model directory: its shape, its end tokens, its tokenizer and its weights.
 
 Llama and its dense relatives: Mistral, Qwen2 (biases on queries, keys and values), Qwen3 (queries
-and keys normalised per head). The weights themselves are read by `_loading_weights`.
+and keys normalised per head).
+
+Matrices that read the same input are joined into one (queries, keys and values; gate and up), so
+that a layer makes four products instead of seven. With tensor parallelism each process holds its
+part alone: whole heads, a slice of the feed-forward columns, a slice of the vocabulary
+(Shoeybi et al. 2019, section 3).
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from distlab.errors import RunError, UsageError
+from distlab.hf_format import read_tensors
 from distlab.model_config import ModelConfig, config_from_json
 
 ARCHITECTURES = {
@@ -21,6 +28,8 @@ ARCHITECTURES = {
     "Qwen2ForCausalLM": "qwen2",
     "Qwen3ForCausalLM": "qwen3",
 }
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
+HARMLESS = ("rotary_emb.inv_freq", "attn.masked_bias", "attn.bias")  # old files repeat constants
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -114,3 +123,214 @@ def check_split(config: ModelConfig, size: int) -> None:
             f"--tensor-parallel {size} does not divide {counts[0]} heads, {counts[1]} key-value "
             f"heads and {counts[2]} feed-forward columns; use {' or '.join(map(str, possible))}"
         )
+
+
+def load_tokenizer(directory: str | Path) -> Any:
+    """Transformers' tokenizer of a model directory; None if it has no tokenizer.
+
+    Raises:
+        RunError: its files are damaged.
+    """
+    folder = Path(directory)
+    if not any((folder / name).is_file() for name in TOKENIZER_FILES):
+        return None
+    from transformers import AutoTokenizer  # a second or two, and not needed for token ids
+
+    try:
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except Exception as error:  # the tokenizers library raises Exception itself
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise RunError(f"the tokenizer in {folder} cannot be read: {reason}") from error
+
+
+def chat_ids(
+    tokenizer: Any, messages: Sequence[Mapping[str, Any]], template: str | None = None
+) -> list[int]:
+    """The token ids of a conversation, up to the answer's beginning.
+
+    The template is the model's own without a `template`.
+
+    Raises:
+        UsageError: the template refuses the messages, or is none; its cause is Jinja's error.
+    """
+    from jinja2 import TemplateError
+
+    try:
+        text = tokenizer.apply_chat_template(
+            messages, chat_template=template, tokenize=False, add_generation_prompt=True
+        )
+    except (TemplateError, TypeError, KeyError) as error:
+        raise UsageError(f"The chat template refuses these messages: {error}") from error
+    return tokenizer.encode(text, add_special_tokens=False)  # the template has written them
+
+
+@dataclass(frozen=True)
+class Part:
+    """Which part of each layer one process holds: `rank` of `size`, all of it by default."""
+
+    rank: int = 0
+    size: int = 1
+
+    def of(self, total: int) -> slice:
+        """This part of `total` rows or columns, which `size` must divide."""
+        each = total // self.size
+        return slice(self.rank * each, (self.rank + 1) * each)
+
+
+@dataclass
+class LayerWeights:
+    """One layer's weights, joined and cut to a process's part; [out, in] as in torch's Linear."""
+
+    input_norm: Tensor
+    qkv: Tensor  # [(heads + 2 kv_heads) * head_dim, hidden]
+    qkv_bias: Tensor | None
+    query_norm: Tensor | None  # [head_dim]
+    key_norm: Tensor | None
+    output: Tensor  # [hidden, heads * head_dim]
+    output_bias: Tensor | None
+    mlp_norm: Tensor
+    gate_up: Tensor  # [2 * intermediate, hidden], gate first
+    gate_up_bias: Tensor | None
+    down: Tensor  # [hidden, intermediate]
+    down_bias: Tensor | None
+
+
+@dataclass
+class Weights:
+    embedding: Tensor  # [vocab, hidden]
+    layers: list[LayerWeights]
+    norm: Tensor
+    head: Tensor  # [vocab or its part, hidden]; the embedding itself where the two are tied
+
+
+def load_weights(
+    directory: str | Path,
+    shape: Shape,
+    dtype: torch.dtype,
+    device: torch.device,
+    part: Part | None = None,
+) -> Weights:
+    """Read the weights of `directory`, in `dtype` on `device`; only `part` of each layer's.
+
+    Raises `RunError`, in one line, when a file is cut short, or a tensor is missing, has another
+    shape than config.json says, or is unknown to the architecture.
+    """
+    expected = _expected(shape)
+    tensors = {}
+    for name, tensor in read_tensors(directory):
+        if name.endswith(HARMLESS) or (name == "lm_head.weight" and name not in expected):
+            continue
+        if name not in expected:
+            raise RunError(f"{directory}: {name} has no place in a {shape.architecture}")
+        if tuple(tensor.shape) != expected[name]:
+            raise RunError(
+                f"{directory}: {name} is {tuple(tensor.shape)}, its config.json asks for "
+                f"{expected[name]}"
+            )
+        tensors[name] = tensor
+    missing = next((name for name in expected if name not in tensors), None)
+    if missing is not None:
+        raise RunError(f"{directory}: {missing} is missing from its safetensors files")
+    return _Joiner(tensors, shape, dtype, device, part or Part()).weights()
+
+
+def _expected(shape: Shape) -> dict[str, tuple[int, ...]]:
+    """The name and shape of every tensor that the architecture has."""
+    config, head = shape.config, shape.config.dim_per_head
+    hidden, inner = config.hidden_size, config.intermediate_size
+    queries, keys = config.num_attention_heads * head, config.num_key_value_heads * head
+    matrices = {
+        "self_attn.q_proj": (queries, hidden, shape.qkv_bias),
+        "self_attn.k_proj": (keys, hidden, shape.qkv_bias),
+        "self_attn.v_proj": (keys, hidden, shape.qkv_bias),
+        "self_attn.o_proj": (hidden, queries, shape.output_bias),
+        "mlp.gate_proj": (inner, hidden, shape.mlp_bias),
+        "mlp.up_proj": (inner, hidden, shape.mlp_bias),
+        "mlp.down_proj": (hidden, inner, shape.mlp_bias),
+    }
+    vectors = {"input_layernorm": hidden, "post_attention_layernorm": hidden}
+    if shape.head_norms:
+        vectors |= {"self_attn.q_norm": head, "self_attn.k_norm": head}
+    found: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (config.vocab_size, hidden)}
+    for layer in range(config.num_hidden_layers):
+        prefix = f"model.layers.{layer}."
+        for name, (rows, columns, bias) in matrices.items():
+            found[f"{prefix}{name}.weight"] = (rows, columns)
+            if bias:
+                found[f"{prefix}{name}.bias"] = (rows,)
+        found |= {f"{prefix}{name}.weight": (size,) for name, size in vectors.items()}
+    found["model.norm.weight"] = (hidden,)
+    if not config.tie_word_embeddings:
+        found["lm_head.weight"] = (config.vocab_size, hidden)
+    return found
+
+
+class _Joiner:
+    """Cuts the tensors of a checkpoint to one part, joins them, and lets go of what it used."""
+
+    def __init__(
+        self,
+        tensors: dict[str, Tensor],
+        shape: Shape,
+        dtype: torch.dtype,
+        device: torch.device,
+        part: Part,
+    ) -> None:
+        self.tensors, self.shape, self.part = tensors, shape, part
+        self.device, self.dtype = device, dtype
+
+    def weights(self) -> Weights:
+        config = self.shape.config
+        embedding = self.whole("model.embed_tokens.weight")
+        tied = config.tie_word_embeddings
+        head = embedding if tied else self.whole("lm_head.weight")
+        layers = [self.layer(index) for index in range(config.num_hidden_layers)]
+        return Weights(embedding, layers, self.whole("model.norm.weight"), self.vocabulary(head))
+
+    def layer(self, index: int) -> LayerWeights:
+        prefix, shape = f"model.layers.{index}.", self.shape
+        qkv = [f"{prefix}self_attn.{name}_proj" for name in "qkv"]
+        gate_up = [f"{prefix}mlp.{name}_proj" for name in ("gate", "up")]
+        output, down = f"{prefix}self_attn.o_proj", f"{prefix}mlp.down_proj"
+        adds = self.part.rank == 0  # the parts' outputs are summed, so one of them adds the bias
+        norms = [
+            self.whole(f"{prefix}self_attn.{name}_norm.weight") if shape.head_norms else None
+            for name in "qk"
+        ]
+        return LayerWeights(
+            input_norm=self.whole(f"{prefix}input_layernorm.weight"),
+            qkv=self.rows([f"{name}.weight" for name in qkv]),
+            qkv_bias=self.rows([f"{name}.bias" for name in qkv]) if shape.qkv_bias else None,
+            query_norm=norms[0],
+            key_norm=norms[1],
+            output=self.columns(f"{output}.weight"),
+            output_bias=self.whole(f"{output}.bias") if shape.output_bias and adds else None,
+            mlp_norm=self.whole(f"{prefix}post_attention_layernorm.weight"),
+            gate_up=self.rows([f"{name}.weight" for name in gate_up]),
+            gate_up_bias=self.rows([f"{name}.bias" for name in gate_up])
+            if shape.mlp_bias
+            else None,
+            down=self.columns(f"{down}.weight"),
+            down_bias=self.whole(f"{down}.bias") if shape.mlp_bias and adds else None,
+        )
+
+    def whole(self, name: str) -> Tensor:
+        return self.tensors.pop(name).to(self.device, self.dtype)
+
+    def rows(self, names: list[str]) -> Tensor:
+        """The part's outputs of several matrices (or biases), below each other."""
+        taken = [self.tensors.pop(name) for name in names]
+        return torch.cat([t[self.part.of(t.shape[0])] for t in taken]).to(self.device, self.dtype)
+
+    def columns(self, name: str) -> Tensor:
+        """The part's inputs of a matrix."""
+        taken = self.tensors.pop(name)
+        return taken[:, self.part.of(taken.shape[1])].to(self.device, self.dtype).contiguous()
+
+    def vocabulary(self, head: Tensor) -> Tensor:
+        """The part's rows of the output matrix, padded with zeros to the same count for all."""
+        if self.part.size == 1:
+            return head
+        each = -(-head.shape[0] // self.part.size)
+        mine = head[self.part.rank * each : (self.part.rank + 1) * each]
+        return torch.nn.functional.pad(mine, (0, 0, 0, each - mine.shape[0]))

@@ -6,16 +6,12 @@ does: a request with n = 4 is four.
 """
 
 from collections.abc import Iterable, Iterator
-from typing import TYPE_CHECKING
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from paged_engine.engine import EngineStats, Output
-
-if TYPE_CHECKING:
-    from paged_engine.async_engine import Live
+from paged_engine.engine import EngineStats
 
 PREFIX = "paged_engine:"
 LABELS = ["model_name"]
@@ -73,15 +69,6 @@ class Metrics(Collector):
         self.success = {
             reason: success.labels(model, theirs) for reason, theirs in FINISHED_REASONS.items()
         }
-
-    def token(self, live: "Live", output: Output) -> None:
-        """Time an output of the engine request `live`."""
-        before = live.last.get(output.index)
-        if not live.last:
-            self.first_token.observe(output.time - live.arrival)
-        elif before is not None:
-            self.between.observe(output.time - before)
-        live.last[output.index] = output.time
 
     def finished(self, reason: str, sequences: int = 1) -> None:
         self.success[reason].inc(sequences)

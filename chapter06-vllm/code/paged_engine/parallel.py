@@ -21,23 +21,24 @@ import torch.distributed as dist
 from torch import Tensor
 
 from distlab.errors import RunError, UsageError
-from paged_engine._dedicated import dedicate_process
-from paged_engine._loading_weights import Part
-from paged_engine._runner_inputs import Step
-from paged_engine._runner_shard import Settings, Shard
+from paged_engine.batch import Batch
+from paged_engine.config import EngineConfig, dedicate_process
+from paged_engine.loading import Part
 from paged_engine.paged_model import Sharing
+from paged_engine.shard import Shard
 
 START_S, STEP_S, END_S = 300.0, 60.0, 5.0  # limits: to load the model, of a collective, to leave
 
 
 class TensorParallel:
-    """The driver's side: starts the workers, sends them each step, and does its own part.
+    """The driver's side: starts the workers, sends them each batch, and does its own part.
 
-    `limit_s` bounds every wait for another process. Raises `RunError` when a worker is gone, or
-    does not answer within it.
+    In `config` all is decided, as `ModelRunner` does it; `limit_s` bounds every wait for another
+    process. Raises `RunError` when a worker is gone, or does not answer within it.
     """
 
-    def __init__(self, settings: Settings, size: int, limit_s: float = STEP_S) -> None:
+    def __init__(self, config: EngineConfig, limit_s: float = STEP_S) -> None:
+        size = config.tensor_parallel
         if dist.is_initialized():
             raise UsageError(
                 f"--tensor-parallel {size} makes a process group of its own, and this process is "
@@ -47,11 +48,11 @@ class TensorParallel:
         self.own_threads = torch.get_num_threads()
         threads = max(1, self.own_threads // size)
         self.store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-        place = [settings.to_json(), str(self.store.port), str(size), str(limit_s), str(threads)]
+        place = [config.to_json(), str(self.store.port), str(limit_s), str(threads)]
         self.workers = [_Worker(rank, place) for rank in range(1, size)]
         try:
             torch.set_num_threads(threads)
-            self.shard = Shard(settings, Part(0, size), Sharing(reduce, gather, is_shared=True))
+            self.shard = Shard(config, Part(0, size), Sharing(reduce, gather, is_shared=True))
             self._wait_for_workers(size)
             _join(self.store, self.shard.device, 0, size, limit_s)
         except BaseException:
@@ -63,13 +64,13 @@ class TensorParallel:
         self._send(struct.pack("q", num_blocks))
         self.shard.allocate(num_blocks)
 
-    def run(self, step: Step) -> Tensor:
+    def run(self, batch: Batch) -> Tensor:
         """As `Shard.run`, with all processes."""
         if self.closed:
             raise RunError("a process of this tensor-parallel model has failed; start it again")
         try:
-            self._send(step.to_bytes())
-            return self.shard.run(step)
+            self._send(batch.to_bytes())
+            return self.shard.run(batch)
         except (RuntimeError, OSError) as error:  # the back ends know no better type
             told = self._obituary() or str(error).splitlines()[0]
             self.close(failed=True)
@@ -160,20 +161,19 @@ def gather(part: Tensor) -> Tensor:
     return torch.cat(parts, dim=-1)
 
 
-def work(
-    descriptor: int, rank: int, settings: Settings, port: int, size: int, limit_s: float
-) -> None:
+def work(descriptor: int, rank: int, config: EngineConfig, port: int, limit_s: float) -> None:
     """A worker's life: load, join, and execute what comes until the driver closes the socket."""
+    size = config.tensor_parallel
     with socket.socket(fileno=descriptor) as driver:
         store = dist.TCPStore("127.0.0.1", port, timeout=timedelta(seconds=limit_s))
-        shard = Shard(settings, Part(rank, size), Sharing(reduce, gather, is_shared=True))
+        shard = Shard(config, Part(rank, size), Sharing(reduce, gather, is_shared=True))
         store.set(f"loaded/{rank}", "")
         _join(store, shard.device, rank, size, START_S)
         if message := _receive(driver):
             shard.allocate(*struct.unpack("q", message))
         dedicate_process()
         while message := _receive(driver):
-            shard.run(Step.from_bytes(message))
+            shard.run(Batch.from_bytes(message))
 
 
 def _join(store: dist.TCPStore, device: torch.device, rank: int, size: int, limit_s: float) -> None:
@@ -205,10 +205,10 @@ def _read(driver: socket.socket, size: int) -> bytes:
 
 
 def main() -> None:
-    descriptor, rank, settings, port, size, limit_s, threads = sys.argv[1:]
+    descriptor, rank, config, port, limit_s, threads = sys.argv[1:]
     torch.set_num_threads(int(threads))
     try:
-        place = Settings.from_json(settings), int(port), int(size), float(limit_s)
+        place = EngineConfig.from_json(config), int(port), float(limit_s)
         work(int(descriptor), int(rank), *place)
     except (RunError, UsageError, RuntimeError, OSError) as error:
         print(f"tensor-parallel process {rank}: {str(error).splitlines()[0]}", file=sys.stderr)

@@ -6,9 +6,10 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
-from jinja2 import TemplateError, TemplateSyntaxError
+from jinja2 import TemplateSyntaxError
 
 from distlab.errors import UsageError
+from paged_engine.loading import chat_ids
 from paged_engine.protocol import ChatRequest, CompletionRequest, RequestError
 
 Result = TypeVar("Result")
@@ -51,13 +52,13 @@ class Prompts:
 
     def _check_template(self) -> None:
         try:
-            self._chat_text([{"role": "user", "content": "hello"}])
-        except TemplateSyntaxError as mistake:
-            raise UsageError(
-                f"--chat-template is no Jinja template: line {mistake.lineno}: {mistake.message}"
-            ) from None
-        except TemplateError:  # it may refuse this one message
-            return
+            chat_ids(self.tokenizer, [{"role": "user", "content": "hello"}], self.chat_template)
+        except UsageError as refusal:  # it may refuse this one message
+            if isinstance(mistake := refusal.__cause__, TemplateSyntaxError):
+                raise UsageError(
+                    "--chat-template is no Jinja template: "
+                    f"line {mistake.lineno}: {mistake.message}"
+                ) from None
 
     def _ids(self, prompt: str | list[int]) -> list[int]:
         if isinstance(prompt, str) and self.tokenizer is None:
@@ -70,21 +71,12 @@ class Prompts:
     def _chat_ids(self, body: ChatRequest) -> list[int]:
         messages = [{"role": one.role, "content": one.text} for one in body.messages]
         try:
-            text = self._chat_text(messages)
-        except (TemplateError, TypeError, KeyError) as refusal:
-            raise RequestError(
-                f"The chat template refuses these messages: {refusal}", "messages"
-            ) from None
-        # The template has put the special tokens where they belong.
-        ids = self.tokenizer.encode(text, add_special_tokens=False)
+            ids = chat_ids(self.tokenizer, messages, self.chat_template)
+        except UsageError as refusal:
+            raise RequestError(str(refusal), "messages") from None
         if not ids:
             raise RequestError("The chat template makes no tokens of these messages", "messages")
         return ids
-
-    def _chat_text(self, messages: list[dict[str, str]]) -> str:
-        return self.tokenizer.apply_chat_template(
-            messages, chat_template=self.chat_template, tokenize=False, add_generation_prompt=True
-        )
 
     async def _in_thread(self, work: Callable[[], Result]) -> Result:
         return await asyncio.get_running_loop().run_in_executor(self._thread, work)

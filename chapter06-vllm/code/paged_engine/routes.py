@@ -13,8 +13,7 @@ from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.exceptions import HTTPException
 
 from distlab.errors import UsageError
-from paged_engine.async_engine import AsyncEngine
-from paged_engine.generation import Overloaded, Unavailable
+from paged_engine.async_engine import AsyncEngine, Overloaded, Unavailable
 from paged_engine.prompting import Prompts
 from paged_engine.protocol import (
     DEFAULT_MAX_TOKENS,

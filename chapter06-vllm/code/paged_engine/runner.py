@@ -1,72 +1,53 @@
 """The model behind the scheduler: weights, cache and the step from a batch to logits.
 
-    runner = ModelRunner("SmolLM2-135M-Instruct")
+    runner = ModelRunner(EngineConfig("SmolLM2-135M-Instruct"))
     logits = runner.execute(scheduler.schedule())
 
 Everything that depends on the machine is decided here: device, dtype, how many blocks its memory
 holds, one process or several.
 """
 
-from pathlib import Path
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from distlab.errors import UsageError
 from paged_engine import kernels
-from paged_engine._loading_weights import Part
-from paged_engine._runner_inputs import step_of
-from paged_engine._runner_shard import Settings, Shard
 from paged_engine.batch import Batch
-from paged_engine.loading import DTYPES, check_split, eos_token_ids, read_shape
+from paged_engine.config import EngineConfig
+from paged_engine.loading import DTYPES, Part, check_split, eos_token_ids, read_shape
 from paged_engine.parallel import TensorParallel
+from paged_engine.shard import Shard
 
 
 class ModelRunner:
     """Loads a model directory and executes the scheduler's batches.
 
-    `num_blocks`: of the cache; or `kv_cache_bytes`; without both what the memory allows, at most
-    what `max_sequences` of `max_model_len` tokens need. `tensor_parallel`: processes that share
-    every layer. `compile`: whether CUDA decodes are captured as graphs.
+    Its own `settings` are those of the configuration with dtype, device and length decided.
+    Without `num_blocks` or `kv_cache_bytes` the cache is what the memory allows, at most what
+    `max_sequences` of `max_model_len` tokens need. `compile`: whether CUDA decodes are captured as
+    graphs.
 
     Raises `UsageError` for what cannot be, in the words of the command line, and `RunError` for a
     damaged model; see `loading`.
     """
 
-    def __init__(
-        self,
-        directory: str | Path,
-        dtype: str = "auto",
-        device: str = "auto",
-        num_blocks: int | None = None,
-        kv_cache_bytes: int | None = None,
-        block_size: int = 16,
-        max_batch_tokens: int = 2048,
-        max_sequences: int = 64,
-        max_model_len: int | None = None,
-        tensor_parallel: int = 1,
-        compile: bool = True,
-    ) -> None:
-        self.shape = read_shape(directory)
+    def __init__(self, config: EngineConfig) -> None:
+        self.shape = read_shape(config.model)
         self.config = self.shape.config
-        self.eos_token_ids = eos_token_ids(directory)
-        self.max_model_len = _max_model_len(max_model_len, self.shape.max_length)
-        check_split(self.config, tensor_parallel)
-        self.settings = Settings(
-            directory=str(directory),
-            dtype=_dtype(dtype, self.shape.dtype),
-            device=_device(device, tensor_parallel),
-            block_size=block_size,
+        self.eos_token_ids = eos_token_ids(config.model)
+        self.max_model_len = _max_model_len(config.max_model_len, self.shape.max_length)
+        check_split(self.config, config.tensor_parallel)
+        self.settings = replace(
+            config,
+            dtype=_dtype(config.dtype, self.shape.dtype),
+            device=_device(config.device, config.tensor_parallel),
             max_model_len=self.max_model_len,
-            max_sequences=max_sequences,
-            compile=compile,
         )
-        self.max_batch_tokens, self.tensor_parallel = max_batch_tokens, tensor_parallel
-        self.group = None
-        if tensor_parallel > 1:
-            self.group = TensorParallel(self.settings, tensor_parallel)
+        self.group = TensorParallel(self.settings) if config.tensor_parallel > 1 else None
         try:
-            self._build(num_blocks, kv_cache_bytes)
+            self._build()
         except BaseException:
             self.close()
             raise
@@ -78,8 +59,7 @@ class ModelRunner:
         samples, in the order of the chunks. Raises `RunError` when a process of a tensor-parallel
         model is gone.
         """
-        step = step_of(batch)
-        return self.shard.run(step) if self.group is None else self.group.run(step)
+        return self.shard.run(batch) if self.group is None else self.group.run(batch)
 
     @property
     def description(self) -> str:
@@ -92,7 +72,7 @@ class ModelRunner:
                 f"attention by {self.shard.kernel}",
                 *(["decodes as CUDA graphs"] if self.shard.graphs else []),
                 kernels.describe(),
-                *([f"tensor parallel over {self.tensor_parallel}"] if self.group else []),
+                *([f"tensor parallel over {self.settings.tensor_parallel}"] if self.group else []),
             ]
         )
 
@@ -101,20 +81,19 @@ class ModelRunner:
         if self.group is not None:
             self.group.close()
 
-    def _build(self, num_blocks: int | None, kv_cache_bytes: int | None) -> None:
+    def _build(self) -> None:
         self.shard = self.group.shard if self.group else Shard(self.settings, Part())
         part_bytes = self.shard.cache_shape(1).block_bytes(self.shard.dtype)
-        self.block_bytes = part_bytes * self.tensor_parallel
-        self.num_blocks = self._num_blocks(num_blocks, kv_cache_bytes, part_bytes)
+        self.block_bytes = part_bytes * self.settings.tensor_parallel
+        self.num_blocks = self._num_blocks(part_bytes)
         if self.group is None:
             self.shard.allocate(self.num_blocks)
         else:
             self.group.allocate(self.num_blocks)
 
-    def _num_blocks(self, blocks: int | None, cache_bytes: int | None, part_bytes: int) -> int:
+    def _num_blocks(self, part_bytes: int) -> int:
+        blocks, cache_bytes = self.settings.num_blocks, self.settings.kv_cache_bytes
         if blocks is not None:
-            if blocks < 1:
-                raise UsageError(f"num_blocks {blocks} holds nothing; use 1 or more")
             return blocks
         if cache_bytes is not None:
             if cache_bytes < self.block_bytes:
@@ -125,7 +104,7 @@ class ModelRunner:
             return cache_bytes // self.block_bytes
         block_size, longest = self.settings.block_size, self.max_model_len
         enough = self.settings.max_sequences * -(-longest // block_size)
-        room = self.shard.free_bytes(self.max_batch_tokens) // part_bytes
+        room = self.shard.free_bytes() // part_bytes
         if room < 1:
             raise UsageError("the model leaves no memory for a cache; use a smaller model or dtype")
         return min(enough, room)

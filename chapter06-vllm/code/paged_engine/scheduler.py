@@ -15,18 +15,23 @@ from collections import deque
 from collections.abc import Sequence as Ordered
 
 from distlab.errors import UsageError
-from paged_engine.batch import Batch, Chunk, SchedulerConfig
+from paged_engine.batch import Batch, Chunk
 from paged_engine.block_manager import BlockManager
+from paged_engine.config import EngineConfig
 from paged_engine.request import FinishReason, Request, Sequence, Status
 
 
 class Scheduler:
-    """Admits requests, chooses each step's tokens, and gives up what has to wait for blocks."""
+    """Admits requests, chooses each step's tokens, and gives up what has to wait for blocks.
 
-    def __init__(self, config: SchedulerConfig, blocks: BlockManager) -> None:
+    Of `config` it obeys `max_batch_tokens`, `max_sequences` and `max_model_len`.
+    """
+
+    def __init__(self, config: EngineConfig, blocks: BlockManager) -> None:
         self.config = config
         self.blocks = blocks
-        self.max_length = min(config.max_model_len, blocks.num_blocks * blocks.block_size)
+        room = blocks.num_blocks * blocks.block_size
+        self.max_length = min(config.max_model_len or room, room)
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []
         self.requests: dict[str, Request] = {}
@@ -93,13 +98,14 @@ class Scheduler:
         When a prompt is done, the request's further samples are forked off, and share its row.
         """
         pairs = []
-        sampling = [chunk for chunk in batch.chunks if chunk.samples]
-        for row, chunk in enumerate(sampling):
-            if chunk.sequence.finished:  # cancelled since
+        chunks = zip(batch.chunks, batch.sequences, strict=True)
+        sampling = [(sequence, chunk.end) for chunk, sequence in chunks if chunk.samples]
+        for row, (sequence, end) in enumerate(sampling):
+            if sequence.finished:  # cancelled since
                 continue
-            pairs.append((row, chunk.sequence))
-            if _is_unforked(chunk.sequence):
-                pairs += [(row, child) for child in self._fork(chunk)]
+            pairs.append((row, sequence))
+            if _is_unforked(sequence):
+                pairs += [(row, child) for child in self._fork(sequence, end)]
         batch.sampled = [sequence for _, sequence in pairs]
         return pairs
 
@@ -108,9 +114,9 @@ class Scheduler:
 
         Returns the sequences that ended: by a stop token, or by one of the limits of length.
         """
-        for chunk in batch.chunks:
-            if not chunk.sequence.finished:
-                self.blocks.computed(chunk.sequence, chunk.end)
+        for chunk, sequence in zip(batch.chunks, batch.sequences, strict=True):
+            if not sequence.finished:
+                self.blocks.computed(sequence, chunk.end)
         finished = []
         for sequence, token in zip(batch.sampled, tokens, strict=True):
             if sequence.finished:
@@ -134,8 +140,8 @@ class Scheduler:
         copies = self._allocate(sequence, start + length)
         if copies is None:
             return 0
-        samples = start + length == len(sequence.token_ids)
-        batch.chunks.append(Chunk(sequence, start, length, samples))
+        batch.chunks.append(Chunk.of(sequence, start, length))
+        batch.sequences.append(sequence)
         batch.copies += copies
         batch.completes.update(self.blocks.completed(sequence, start + length))
         return length
@@ -184,12 +190,11 @@ class Scheduler:
                 sequence.cached_tokens = cached
             budget -= self._schedule_chunk(sequence, budget, batch)
 
-    def _fork(self, chunk: Chunk) -> list[Sequence]:
-        parent = chunk.sequence
+    def _fork(self, parent: Sequence, computed: int) -> list[Sequence]:
         children = parent.request.sequences[1:]
         for child in children:
             self.blocks.fork(parent, child)
-            child.computed = chunk.end
+            child.computed = computed
             child.status = Status.RUNNING
             child.cached_tokens = parent.cached_tokens
         position = self.running.index(parent) + 1

@@ -29,6 +29,7 @@ and /openapi.json describes every field. What to know before others may use it:
 import argparse
 import asyncio
 import contextlib
+import dataclasses
 import errno
 import logging
 import os
@@ -37,16 +38,15 @@ import socket
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import uvicorn
 
 from distlab import script
 from distlab.errors import RunError, UsageError
-from paged_engine._dedicated import dedicate_process
-from paged_engine._server_flags import add_engine_flags, add_limit_flags, engine_config
-from paged_engine.async_engine import AsyncEngine
+from paged_engine.async_engine import AsyncEngine, Unavailable
+from paged_engine.config import EngineConfig, dedicate_process
 from paged_engine.engine import Engine
-from paged_engine.generation import Unavailable
 from paged_engine.limits import Gate, Limits
 from paged_engine.metrics import Metrics
 from paged_engine.prompting import Prompts
@@ -54,6 +54,12 @@ from paged_engine.routes import Service, build_app
 
 API_KEY = "PAGED_ENGINE_API_KEY"
 FAREWELL_SECONDS = 5.0  # after the drain, for the last answers to be written
+LIMITS: list[tuple[str, Any, Any, str]] = [  # flag, type, default, help
+    ("max-queue", script.non_negative_int, 256, "sequences that may wait; more get status 429"),
+    ("max-body-bytes", script.positive_int, 2**20, "of a request's body"),
+    ("request-seconds", script.positive_float, 600.0, "after which a request is given up"),
+    ("drain-seconds", script.positive_float, 30.0, "for what runs when the server is to stop"),
+]
 LOCAL_HOSTS = ("127.0.0.1", "::1", "localhost")
 log = logging.getLogger("paged_engine.server")
 
@@ -99,12 +105,36 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--host", default="127.0.0.1", help="default: 127.0.0.1")
     parser.add_argument("--port", type=int, default=8000, help="default: 8000; 0: a free one")
     parser.add_argument("--log-level", choices=["debug", "info", "warning"], default="info")
-    add_engine_flags(parser)
-    add_limit_flags(parser)
+    _add_engine_flags(parser.add_argument_group("the engine"))
+    limits = parser.add_argument_group("limits")
+    for name, kind, default, meaning in LIMITS:
+        _add_flag(limits, name, kind, default, meaning)
     args = parser.parse_args(argv)
     if not 0 <= args.port <= 65535:
         parser.error(f"--port {args.port} is not a port; use 0 to 65535")
     return args
+
+
+def _add_engine_flags(group: Any) -> None:
+    """A flag for each field of EngineConfig but the model."""
+    for field in dataclasses.fields(EngineConfig)[1:]:
+        name, default, meaning = field.name.replace("_", "-"), field.default, field.metadata["help"]
+        if isinstance(default, bool):
+            action = argparse.BooleanOptionalAction
+            group.add_argument(f"--{name}", action=action, default=default, help=meaning)
+        else:
+            kind = str if isinstance(default, str) else script.positive_int
+            _add_flag(group, name, kind, default, meaning)
+
+
+def _add_flag(group: Any, name: str, kind: Any, default: Any, meaning: str) -> None:
+    shown = f"{meaning} (default: {default})" if default is not None else meaning
+    group.add_argument(f"--{name}", type=kind, default=default, help=shown)
+
+
+def engine_config(args: argparse.Namespace) -> EngineConfig:
+    names = [field.name for field in dataclasses.fields(EngineConfig)[1:]]
+    return EngineConfig(args.model, **{name: getattr(args, name) for name in names})
 
 
 def serve_engine(

@@ -8,8 +8,8 @@ was a part of a character): a client that measures the time between tokens sees 
 from collections.abc import AsyncIterator
 from typing import Any
 
+from paged_engine.async_engine import Generation, Unavailable
 from paged_engine.engine import Output
-from paged_engine.generation import Generation, Unavailable
 from paged_engine.prompting import Prompts
 from paged_engine.protocol import GenerationRequest
 from paged_engine.responses import (

@@ -1,6 +1,6 @@
 """The model that the vLLM scripts serve: the folder of --model, else a tiny one trained here.
 
-As a program it prints that folder, for the shell scripts: _vllm_model.py [--model DIR].
+As a program it prints that folder, for shells: python -m inference.tiny_model [--model DIR].
 """
 
 import argparse

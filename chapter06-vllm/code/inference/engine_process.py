@@ -1,7 +1,12 @@
-"""An engine in a process of its own: asked by a socket, stopped while it is another's turn."""
+"""An engine in a process of its own, and the prompts that it gets: the same ones for every engine.
+
+It is asked by a socket (`inference.engine_worker` is at the other end), and stopped while it is
+another's turn.
+"""
 
 import json
 import os
+import random
 import socket
 import sys
 import tempfile
@@ -14,12 +19,14 @@ from typing import Any
 import numpy as np
 import psutil
 
+from distlab.data.corpus import read_corpus
 from distlab.errors import RunError
 from distlab.process import Job, job, marked
 
-WORKER = Path(__file__).with_name("_engine_worker.py")
 START_S, ANSWER_S = 300.0, 300.0
 POLL_S = 0.5
+TEXT_BYTES = 400_000
+SPREAD = 0.6  # lengths go from 0.4 to 1.6 times the average
 
 
 @dataclass(frozen=True)
@@ -97,7 +104,7 @@ def engine_process(
     options: Mapping[str, Any] | None = None,
     python: str | Path = sys.executable,
 ) -> Iterator[EngineProcess]:
-    """Start `engine` (a name of _engine_worker.ENGINES) with `options`; ended with the block.
+    """Start `engine` (a name of engine_worker.ENGINES) with `options`; ended with the block.
 
     `python` is the environment's that has the engine.
 
@@ -110,7 +117,7 @@ def engine_process(
             listening.bind(path)
             listening.listen(1)
             listening.settimeout(POLL_S)
-            command = [str(python), str(WORKER), path, json.dumps(asked)]
+            command = [str(python), "-m", "inference.engine_worker", path, json.dumps(asked)]
             with job(command, os.environ, Path.cwd()) as running:
                 link = _accepted(listening, running, engine)
                 link.settimeout(ANSWER_S)
@@ -138,3 +145,36 @@ def last_words(running: Job) -> str:
     lines = [line.strip() for line in running.texts["stderr"] if line.strip()]
     wrong = [line for line in lines if "Error" in line]
     return (wrong or lines or ["it said nothing"])[-1]
+
+
+class Prompts:
+    """Windows of the standard library's sources, in the tokens of the model at `model`.
+
+    A `key` chooses the windows: another key, other prompts, the same ones in every run.
+    """
+
+    def __init__(self, model: Path, vocab_size: int, seed: int) -> None:
+        from transformers import AutoTokenizer
+        from transformers.utils.logging import set_verbosity_error
+
+        set_verbosity_error()  # it warns that the text is longer than the model's context
+        text = "\n".join(read_corpus("stdlib", TEXT_BYTES))
+        ids = AutoTokenizer.from_pretrained(model)(text)["input_ids"]
+        self._tokens = [token for token in ids if token < vocab_size]
+        self._seed = seed
+
+    def mixed(self, count: int, average: int, key: str) -> list[list[int]]:
+        """`count` prompts, their lengths uniform around `average`."""
+        chance = random.Random(f"{self._seed} {key}")
+        least, most = round(average * (1 - SPREAD)), round(average * (1 + SPREAD))
+        return [self._window(chance, chance.randint(max(1, least), most)) for _ in range(count)]
+
+    def shared(self, count: int, common: int, own: int, key: str) -> list[list[int]]:
+        """`count` prompts that begin with the same `common` tokens, then have `own` each."""
+        chance = random.Random(f"{self._seed} {key}")
+        beginning = self._window(chance, common)
+        return [beginning + self._window(chance, own) for _ in range(count)]
+
+    def _window(self, chance: random.Random, length: int) -> list[int]:
+        start = chance.randrange(len(self._tokens) - length)
+        return self._tokens[start : start + length]

@@ -12,15 +12,13 @@ from http.client import HTTPException
 from itertools import islice
 from pathlib import Path
 
-from _vllm_model import PRESETS, add_model_flags, model_directory
-from _vllm_settings import CPU_CACHE_BYTES, refuse, set_environment
-
 from distlab import script
 from distlab.errors import RunError, UsageError
 from distlab.hardware import has_cuda
 from distlab.process import Job, job
+from inference.tiny_model import PRESETS, add_model_flags, model_directory
+from inference.vllm_settings import CPU_CACHE_BYTES, refuse, set_environment
 
-COMMAND = Path(__file__).with_name("_vllm_command.py")
 POLL_S = 0.5
 HEAD_GONE_S = 3.0
 UDP_PORT = 9  # nothing is sent to it
@@ -33,7 +31,8 @@ def main() -> int:
     refuse(model, args.max_model_len)
     set_environment(multiprocessing=True)
     os.environ["VLLM_HOST_IP"] = own_address(head)
-    line = [sys.executable, str(COMMAND), *serve_line(args, model, rank, nodes, head), *flags]
+    line = [sys.executable, "-m", "inference.vllm_command"]
+    line += [*serve_line(args, model, rank, nodes, head), *flags]
     with job(line, os.environ, Path.cwd(), echo=True) as server:
         if rank > 0:
             return follow(server, head, args)

@@ -1,7 +1,7 @@
 """The logits processor of extend_vllm.py: forbids tokens, and forces an answer's beginning.
 
-A server has it too: `vllm serve DIR --logits-processors _vllm_processor:ForbidAndForce`, with this
-folder in PYTHONPATH. A request's JSON then says `"vllm_xargs": {"forbid": [5, 7]}`.
+A server has it too: `vllm serve DIR --logits-processors inference.logits_processor:ForbidAndForce`.
+A request's JSON then says `"vllm_xargs": {"forbid": [5, 7]}`.
 """
 
 from dataclasses import dataclass

@@ -1,6 +1,7 @@
-"""One engine in a process of its own, at the other end of a socket: the child of _engine_process.
+r"""One engine in a process of its own, at the other end of a socket: the child of engine_process.
 
-    _engine_worker.py SOCKET '{"engine": "vllm", "model": DIR, "dtype": "float32", "options": {}}'
+    python -m inference.engine_worker SOCKET \
+        '{"engine": "vllm", "model": DIR, "dtype": "float32", "options": {}}'
 
 It says a line of JSON when the engine is ready, then answers each line with one: prompts as token
 ids go in; the greedy tokens, their times and the seconds in all come out. It ends with the socket.
@@ -16,6 +17,7 @@ from typing import Any
 import torch
 
 from distlab.hardware import default_device
+from inference.vllm_settings import set_environment
 
 Event = tuple[int, list[int], float, bool]  # request, its new tokens, when, and whether it ended
 
@@ -95,8 +97,6 @@ class Vllm:
     def __init__(
         self, model: str, dtype: str, multiprocessing: bool = False, **options: Any
     ) -> None:
-        from _vllm_settings import set_environment
-
         set_environment(multiprocessing)
         import vllm
 
@@ -134,8 +134,8 @@ class Paged:
     """This chapter's engine; `options` are those of `paged_engine.EngineConfig`."""
 
     def __init__(self, model: str, dtype: str, **options: Any) -> None:
-        from paged_engine._dedicated import dedicate_process
-        from paged_engine.engine import Engine, EngineConfig
+        from paged_engine.config import EngineConfig, dedicate_process
+        from paged_engine.engine import Engine
 
         self._engine = Engine(EngineConfig(model, dtype=dtype, **options))
         dedicate_process()  # as its server does

@@ -1,13 +1,18 @@
-"""paged_attention.py's sequences and the block tables that they lie in, and dense attention."""
+"""Sequences in scattered blocks, dense attention on them, and what paged attention read."""
 
 from argparse import Namespace
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from distlab.measure import Timing
+from distlab.script import Run
 
 
 @dataclass(frozen=True)
@@ -129,3 +134,44 @@ def draw_lengths(args: Namespace) -> list[int]:
     drawn = np.random.default_rng(args.seed).lognormal(np.log(args.longest / 6), 0.9, args.batch)
     lengths = np.clip(drawn, 1, args.longest).astype(int).tolist()
     return sorted([args.longest, *lengths[1:]], reverse=True)
+
+
+class _Gathered(TorchDispatchMode):
+    """Sums the bytes of what index_select takes out, as torch dispatches it."""
+
+    bytes = 0
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        output = func(*args, **(kwargs or {}))
+        if func is torch.ops.aten.index_select.default:
+            self.bytes += output.nbytes
+        return output
+
+
+def gathered_bytes(function: Callable[[], Tensor]) -> int:
+    with _Gathered() as seen:
+        function()
+    return seen.bytes
+
+
+def show_times(
+    run: Run, timings: Mapping[str, Timing], tokens: Mapping[str, tuple[int, int]]
+) -> None:
+    """`timings` of "mix, way", and for each mix the tokens that a padded batch and a paged read."""
+    rows, ratios, padding = [], {}, {}
+    for mix, (padded, real) in tokens.items():
+        dense, paged = timings[f"{mix}, dense"].median, timings[f"{mix}, paged"].median
+        ratios[mix], padding[mix] = dense / paged, padded / real
+        rows.append([mix, padded, real, padding[mix], 1e3 * dense, 1e3 * paged, ratios[mix]])
+    run.table(
+        "times",
+        ["lengths", "padded tokens", "tokens", "padding", "dense ms", "paged ms", "dense / paged"],
+        rows,
+        caption="One decode step of one layer",
+    )
+    run.compare(
+        "dense over paged at mixed lengths, from the padding and the price at equal lengths",
+        ratios["equal"] * padding["mixed"], ratios["mixed"],
+    )  # fmt: skip
