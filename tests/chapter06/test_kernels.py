@@ -1,7 +1,7 @@
 """The CPU operators: exact at every shape, the same in every batch, with whatever instructions.
 
 Every test runs once with each choice of PAGED_ENGINE_KERNELS that this machine has (what it lacks
-is told by test_kernels_build.py).
+is told by testnative.py).
 """
 
 from collections.abc import Iterator
@@ -10,8 +10,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from paged_engine import _kernels_build, kernels
-from paged_engine._kernels_product import Linear, holds_bfloat16
+from paged_engine import kernels, native
+from paged_engine.packing import Linear, holds_bfloat16
 
 FLOAT, BFLOAT = torch.float32, torch.bfloat16
 ODD_SHAPES = [(1, 1), (7, 5), (16, 64), (37, 300), (100, 513), (576, 1536)]
@@ -20,16 +20,16 @@ HEADS = [  # heads, kv_heads, head_dim, block_size: one not of whole vectors amo
 ]  # fmt: skip
 
 
-@pytest.fixture(scope="module", autouse=True, params=_kernels_build.available())
+@pytest.fixture(scope="module", autouse=True, params=native.available())
 def way(request) -> Iterator[str]:
     """Every way of computing."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv(_kernels_build.VARIABLE, request.param)
-        _kernels_build.native.cache_clear()
+        patch.setenv(native.VARIABLE, request.param)
+        native.native.cache_clear()
         built, words = kernels.native()
         assert (built is None) == (request.param == "torch"), words
         yield request.param
-    _kernels_build.native.cache_clear()
+    native.native.cache_clear()
 
 
 def rounding(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:

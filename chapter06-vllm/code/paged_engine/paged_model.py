@@ -14,9 +14,9 @@ from torch import Tensor
 
 from distlab.layers import rope_tables
 from paged_engine import kernels
-from paged_engine._kernels_layers import LayerStack
-from paged_engine._model_operators import operators
 from paged_engine.attention import PagedCache, Plan
+from paged_engine.kernels import operators
+from paged_engine.layer_stack import LayerStack
 from paged_engine.loading import LayerWeights, Shape, Weights
 
 

@@ -12,12 +12,20 @@ import psutil
 import torch
 from torch import Tensor
 
-from paged_engine._attention_plan import COMPILED_CHUNK, Planner, moved
-from paged_engine._kernels_build import native
-from paged_engine.attention import CacheShape, PagedCache, Plan, Span, has_gpu_kernel
+from paged_engine.attention import (
+    COMPILED_CHUNK,
+    CacheShape,
+    PagedCache,
+    Plan,
+    Planner,
+    Span,
+    has_gpu_kernel,
+    moved,
+)
 from paged_engine.batch import Batch
 from paged_engine.config import EngineConfig
 from paged_engine.loading import DTYPES, Part, Shape, load_weights, read_shape
+from paged_engine.native import native
 from paged_engine.paged_model import PagedModel, Sharing, StepInputs
 
 CPU_SHARE = 0.25  # of the available memory: the cache of a machine that does other things too

@@ -124,7 +124,7 @@ def _load() -> Native:
             )
         flags = (*WIDTHS[choice()][1], *(flag for flag in flags if flag == "-fopenmp"))
         instructions = _run([compiler, *flags, *MACROS])
-    sources = sorted(Path(__file__).parent.glob("_kernels_*.[ch]*"))
+    sources = sorted(Path(__file__).parent.joinpath("cpp").glob("*.[ch]*"))
     if not sources:
         raise BuildError("the package came without its C++ sources")
     digest = hashlib.sha256(" ".join([*COMMON_FLAGS, *flags, instructions]).encode())

@@ -1,4 +1,4 @@
-"""The layers of a short step as one call of the compiled operators (`_kernels_layers.cpp`)."""
+"""The layers of a short step as one call of the compiled operators (`cpp/layers.cpp`)."""
 
 import ctypes
 from collections.abc import Sequence
@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from paged_engine._kernels_build import native
-from paged_engine._kernels_product import Linear, Product
 from paged_engine.attention import PagedCache, Plan
+from paged_engine.native import native
+from paged_engine.packing import Linear, Product
 
 if TYPE_CHECKING:
     from paged_engine.paged_model import Layer
