@@ -7,6 +7,7 @@ needs one row of the vocabulary's product, not 1,000.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -15,8 +16,6 @@ from torch import Tensor
 from distlab.layers import rope_tables
 from paged_engine import kernels
 from paged_engine.attention import PagedCache, Plan
-from paged_engine.kernels import operators
-from paged_engine.layer_stack import LayerStack
 from paged_engine.loading import LayerWeights, Shape, Weights
 
 
@@ -37,6 +36,14 @@ class Sharing:
     reduce: Callable[[Tensor], Tensor] = lambda partial: partial  # sums outputs, in place
     gather: Callable[[Tensor], Tensor] = lambda part: part  # joins parts of the vocabulary
     is_shared: bool = False  # with other processes
+
+
+class Stack(Protocol):
+    """All layers of a step as one call, where `takes` says so."""
+
+    def takes(self, plan: Plan) -> bool: ...
+
+    def __call__(self, x: Tensor, rope: tuple[Tensor, Tensor], plan: Plan) -> Tensor: ...
 
 
 class PagedModel:
@@ -60,7 +67,7 @@ class PagedModel:
         self.cache, self.dtype, self.sharing = cache, dtype, sharing
         self.vocab_size, self.head_dim = config.vocab_size, config.dim_per_head
         self.eps = config.rms_norm_eps
-        self.operators = operators(device, compile)
+        self.operators = kernels.operators(device, compile)
         self.embedding, self.norm = weights.embedding, weights.norm.to(dtype)
         tables = rope_tables(config, 0, max_length, device, dtype)
         # Both halves of a head turn by the same angles.
@@ -69,7 +76,7 @@ class PagedModel:
         # Packing copies: letting go of each layer's own weights keeps the peak at one copy.
         taken = (weights.layers.pop(0) for _ in range(config.num_hidden_layers))
         self.layers = [Layer(self, index, layer) for index, layer in enumerate(taken)]
-        self.stack = None if sharing.is_shared else LayerStack.of(self.layers, cache)
+        self.stack: Stack | None = None  # made of the layers, by whoever knows how
 
     @torch.inference_mode()
     def __call__(self, inputs: StepInputs) -> Tensor:

@@ -24,6 +24,7 @@ from paged_engine.attention import (
 )
 from paged_engine.batch import Batch
 from paged_engine.config import EngineConfig
+from paged_engine.layer_stack import LayerStack
 from paged_engine.loading import DTYPES, Part, Shape, load_weights, read_shape
 from paged_engine.native import native
 from paged_engine.paged_model import PagedModel, Sharing, StepInputs
@@ -93,6 +94,8 @@ class Shard:
             self.config.compile,
         )
         del self.weights  # packed by now
+        if not self.sharing.is_shared:
+            self.model.stack = LayerStack.of(self.model.layers, self.cache)
         self.graphs: DecodeGraphs | None = None
         if self.kernel == "Triton" and self.config.compile and self.part.size == 1:
             most_blocks = -(-self.max_model_len // self.config.block_size)
