@@ -22,8 +22,8 @@ from contextlib import ExitStack
 from pathlib import Path
 from statistics import median
 
-from _engine_roofline import Roofline, measured_roofline
 from inference.engine_process import EngineProcess, Load, Prompts, engine_process
+from inference.roofline import Roofline, measured_roofline
 from inference.tiny_model import add_model_flags, model_directory
 from inference.vllm_settings import CPU_CACHE_BYTES, refuse
 

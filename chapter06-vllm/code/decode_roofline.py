@@ -26,9 +26,10 @@ from argparse import Namespace
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
-from _engine_roofline import Roofline, decode_bytes, measured_roofline
+from inference.roofline import Roofline, decode_bytes, measured_roofline
 from paged_engine import SamplingParams
 from paged_engine.engine import Engine, EngineConfig
 
@@ -71,7 +72,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def parse_args(argv: list[str] | None) -> Namespace:
     parser = script.Parser(__doc__, PRESETS)
-    positive = {"type": script.positive_int}
+    positive: dict[str, Any] = {"type": script.positive_int}
     parser.add_argument("--hidden", **positive, help="hidden size, a multiple of 64")
     parser.add_argument("--inner", **positive, help="width of the MLP")
     parser.add_argument("--layers", **positive)

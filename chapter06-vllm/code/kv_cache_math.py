@@ -23,8 +23,9 @@ Sources: GQA: Ainslie et al. (arXiv 2305.13245); MLA: DeepSeek-V2 (arXiv 2405.04
 import math
 from argparse import Namespace
 from dataclasses import dataclass
+from typing import Any
 
-from _kv_cache_real import verify
+from inference.engine_parts import check_cache
 
 from distlab import predict, script
 from distlab.catalog import GPUS, MODELS
@@ -51,14 +52,14 @@ def main(argv: list[str] | None = None) -> int:
     with script.run(args) as run:
         show(run, args, rows)
         check_formula(run, args, rows)
-        verify(run, args.real_size, args.block_size)
+        check_cache(run, args.real_size, args.block_size)
         draw(run, args, rows)
     return run.status
 
 
 def parse_args(argv: list[str] | None) -> Namespace:
     parser = script.Parser(__doc__, PRESETS)
-    positive = {"type": script.positive_int}
+    positive: dict[str, Any] = {"type": script.positive_int}
     parser.add_argument("--model", choices=tuple(MODELS), nargs="+")
     parser.add_argument("--gpu", choices=tuple(GPUS), default="h100")
     parser.add_argument("--gpus", **positive, help="tensor parallel over so many (default: the "

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from _engine_roofline import measured_roofline
+from inference.roofline import measured_roofline
 from inference.tiny_model import add_model_flags, model_directory, transformers_greedy
 from inference.vllm_settings import add_engine_flags, running
 

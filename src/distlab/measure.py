@@ -100,13 +100,26 @@ def _cuda_timer(function: Callable[[], object]) -> float:
 
 
 def tensor_bytes(tensors: Iterable[torch.Tensor]) -> int:
-    """Bytes of the storages behind `tensors`, each counted once, however many views it has."""
+    """Bytes of the storages behind `tensors`, each counted once, however many views it has.
+
+    A tensor in oneDNN's own layout is opaque: it has no storage that could be asked. Each such
+    tensor is counted by its numbers, as if nothing were padded or shared.
+    """
     storages: dict[int, int] = {}
-    for storage in (tensor.untyped_storage() for tensor in tensors):
+    for tensor in tensors:
+        if is_opaque(tensor):
+            storages[tensor._cdata] = tensor.nbytes
+            continue
+        storage = tensor.untyped_storage()
         begin = storage.data_ptr()
         storages[begin] = max(storage.nbytes(), storages.get(begin, 0))
     storages.pop(0, None)  # empty, or on the meta device
     return sum(storages.values())
+
+
+def is_opaque(tensor: torch.Tensor) -> bool:
+    """Whether oneDNN has packed `tensor` in a layout that only it knows (as `.to_mkldnn()`)."""
+    return tensor.is_mkldnn
 
 
 class PeakMemory:
@@ -161,7 +174,8 @@ class LiveBytes(TorchDispatchMode):
 
     Every operator's outputs pass through here, those of the backward pass too, and a finalizer
     tells when a storage is freed. What a kernel allocates for itself is not seen, nor what compiled
-    code allocates. `device` leaves out other devices' tensors.
+    code allocates. `device` leaves out other devices' tensors. Opaque ones count as in
+    `tensor_bytes`.
     """
 
     def __init__(self, device: torch.device | str | None = None) -> None:
@@ -175,24 +189,30 @@ class LiveBytes(TorchDispatchMode):
         self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         outputs = func(*args, **(kwargs or {}))
-        read = {tensor.untyped_storage()._cdata for tensor in tensors_in((args, kwargs))}
-        self.made = [t for t in tensors_in(outputs) if t.untyped_storage()._cdata not in read]
+        read = {_holder(tensor)._cdata for tensor in tensors_in((args, kwargs))}
+        self.made = [t for t in tensors_in(outputs) if _holder(t)._cdata not in read]
         for tensor in self.made:
             self._watch(tensor)
         self.peak = max(self.peak, self.bytes)
         return outputs
 
     def _watch(self, tensor: torch.Tensor) -> None:
-        storage = tensor.untyped_storage()
-        if storage._cdata in self._alive or self._kind not in (None, tensor.device.type):
+        holder = _holder(tensor)
+        if holder._cdata in self._alive or self._kind not in (None, tensor.device.type):
             return
-        self._alive.add(storage._cdata)
-        self.bytes += storage.nbytes()
-        weakref.finalize(storage, self._forget, storage._cdata, storage.nbytes())
+        size = holder.nbytes if isinstance(holder, torch.Tensor) else holder.nbytes()
+        self._alive.add(holder._cdata)
+        self.bytes += size
+        weakref.finalize(holder, self._forget, holder._cdata, size)
 
     def _forget(self, key: int, size: int) -> None:
         self._alive.discard(key)
         self.bytes -= size
+
+
+def _holder(tensor: torch.Tensor) -> torch.Tensor | torch.UntypedStorage:
+    """What holds the numbers of `tensor`: its storage, or itself where there is none to be seen."""
+    return tensor if is_opaque(tensor) else tensor.untyped_storage()
 
 
 def tensors_in(values: Any) -> list[torch.Tensor]:

@@ -72,6 +72,19 @@ def test_tensor_bytes_counts_each_storage_once():
     assert measure.tensor_bytes([torch.zeros(10**9, device="meta")]) == 0
 
 
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this torch has no oneDNN")
+def test_opaque_tensors_count_by_their_numbers():
+    packed, plain = torch.zeros(10, 20).to_mkldnn(), torch.zeros(7)
+    assert measure.tensor_bytes([packed, plain, packed]) == 800 + 28
+    with measure.LiveBytes() as live:
+        weight = torch.zeros(10, 20)
+        packed = torch.ops.mkldnn._reorder_linear_weight(weight, None)
+        assert live.bytes == 1600
+        del packed
+        torch.zeros(0)  # what the last operator has made is held until the next
+        assert live.bytes == 800
+
+
 def test_tensor_bytes_takes_the_longest_of_storages_that_begin_at_the_same_place():
     array = np.zeros(1000, dtype=np.uint8)
     whole, start = torch.from_numpy(array), torch.from_numpy(array[:10])

@@ -24,7 +24,7 @@ LIMIT_S = 200
 def compare(
     device: str, dtype: torch.dtype, heads: int, dim: int, size: int, programs: int
 ) -> None:
-    from paged_engine import _attention_triton, _kernels_torch
+    from paged_engine import attention_triton, torch_operators
 
     kv_heads = 1 if heads == 5 else heads // 3
     q = torch.randn(len(LENGTHS), heads, dim).to(device, dtype)
@@ -32,10 +32,10 @@ def compare(
     own = [torch.randperm(BLOCKS)[: -(-max(LENGTHS) // size)] for _ in LENGTHS]
     tables = torch.stack(own).int().to(device)
     seen = torch.tensor(LENGTHS, dtype=torch.int32, device=device)
-    with patch.object(_attention_triton, "PROGRAMS", programs):
-        mine = _attention_triton.paged_decode_attention(q, *caches, tables, seen, dim**-0.5)
+    with patch.object(attention_triton, "PROGRAMS", programs):
+        mine = attention_triton.paged_decode_attention(q, *caches, tables, seen, dim**-0.5)
     wide = (part.float() for part in (q, *caches))
-    plain = _kernels_torch.paged_decode_attention(*wide, tables, seen, dim**-0.5)
+    plain = torch_operators.paged_decode_attention(*wide, tables, seen, dim**-0.5)
     error = 1e-4 if dtype == torch.float32 else 0.02
     torch.testing.assert_close(mine.float(), plain, rtol=error, atol=error)
 
@@ -67,7 +67,7 @@ def interpret() -> None:
 
 def compile_for_gpus() -> None:
     """Down to the machine code of an A100 and an H100, which need not be there."""
-    from paged_engine._attention_triton import _attend, _join
+    from paged_engine.attention_triton import _attend, _join
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource, compile
 

@@ -1,19 +1,15 @@
 """A decode step against its bound: the bytes that the bound counts, and what the script leaves."""
 
 import json
-import sys
 
+import decode_roofline
 import pytest
 import torch
+from inference.roofline import decode_bytes
+from paged_engine.engine import Engine
 
 from distlab.errors import UsageError
-from distlab.files import repo_root
 from distlab.model import Llama
-
-sys.path.insert(0, str(repo_root() / "chapter06-vllm" / "code"))
-import decode_roofline
-from _engine_roofline import decode_bytes
-from paged_engine.engine import Engine
 
 SMALL = ["--preset", "smoke", "--batches", "1", "3", "--steps", "4"]
 

@@ -1,22 +1,13 @@
 """The arithmetic of the KV cache by hand, what does not fit, and wrong flags."""
 
-import importlib
 import json
-from types import ModuleType
 
+import kv_cache_math as kv
 import pytest
 
 from distlab import script
 from distlab.catalog import MODELS
-from distlab.files import repo_root
 from distlab.predict import total_parameters
-
-
-@pytest.fixture(scope="module")
-def kv() -> ModuleType:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(repo_root() / "chapter06-vllm" / "code"))
-        yield importlib.import_module("kv_cache_math")
 
 
 @pytest.mark.parametrize(
@@ -31,11 +22,11 @@ def kv() -> ModuleType:
         ("deepseek-v3", "bf16", 8, 61 * (512 + 64) * 2),  # nor is the latent vector
     ],
 )
-def test_bytes_per_token_by_hand(kv, model, dtype, gpus, expected):
+def test_bytes_per_token_by_hand(model, dtype, gpus, expected):
     assert kv.bytes_per_token(MODELS[model].architecture, dtype, gpus) == expected
 
 
-def test_what_can_be_divided(kv):
+def test_what_can_be_divided():
     def usable(name):
         a = MODELS[name].architecture
         return [gpus for gpus in range(1, 33) if kv.is_divisible(a, gpus)]
@@ -45,7 +36,7 @@ def test_what_can_be_divided(kv):
     assert usable("smollm2-135m") == [1, 3]  # 9 heads on 3: 9 GPUs would not divide 1,536 columns
 
 
-def test_a_row_by_hand(kv):
+def test_a_row_by_hand():
     flags = ["--preset", "smoke", "--gpu", "a100-80gb", "--gpus", "2", "--utilization", "0.5",
              "--context", "1000", "--block-size", "32", "--kv-dtype", "fp8"]  # fmt: skip
     row = kv.count(kv.parse_args([*flags, "--model", "llama-3-8b"]), "llama-3-8b")
@@ -56,7 +47,7 @@ def test_a_row_by_hand(kv):
     assert row.sequences == row.blocks // 32  # 1,000 tokens need 32 blocks of 32
 
 
-def test_the_fewest_gpus_are_found(kv):
+def test_the_fewest_gpus_are_found():
     args = kv.parse_args(["--preset", "smoke", "--gpu", "h100"])
     assert {name: kv.count(args, name).gpus for name in ("llama-3-8b", "llama-3-70b")} == {
         "llama-3-8b": 1,
@@ -66,7 +57,7 @@ def test_the_fewest_gpus_are_found(kv):
     assert kv.count(longer, "llama-3-70b").gpus == 4
 
 
-def test_what_does_not_fit_is_said(kv):
+def test_what_does_not_fit_is_said():
     args = kv.parse_args(["--preset", "smoke", "--gpu", "l4", "--gpus", "1"])
     assert "GB too large for each GPU" in kv.verdict(args, kv.count(args, "llama-3-70b"))
     flags = ["--gpu", "l4", "--gpus", "1", "--context", "1000000"]
@@ -74,12 +65,12 @@ def test_what_does_not_fit_is_said(kv):
     assert "not one sequence of 1,000,000" in kv.verdict(long, kv.count(long, "llama-3-8b"))
 
 
-def test_the_block_manager_admits_as_many_as_have_blocks(kv):
+def test_the_block_manager_admits_as_many_as_have_blocks():
     assert kv.admitted(10, 16, 33) == 3
     assert kv.admitted(10, 16, 161) == 0
 
 
-def test_a_smoke_run(kv, tmp_path):
+def test_a_smoke_run(tmp_path):
     path = tmp_path / "run.json"
     flags = ["--preset", "smoke", "--gpu", "l4", "--gpus", "1", "--json", str(path)]
     assert kv.main([*flags, "--model", "llama-3-70b", "qwen3-0.6b"]) == 0
@@ -100,7 +91,7 @@ def test_a_smoke_run(kv, tmp_path):
         (["--context", "0"], "'0' is not a whole number"),
     ],
 )
-def test_wrong_flags(kv, capsys, flags, words):
+def test_wrong_flags(capsys, flags, words):
     try:
         status = script.status_of(lambda: kv.main(["--preset", "smoke", *flags]))
     except SystemExit as stop:

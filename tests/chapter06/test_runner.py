@@ -7,10 +7,9 @@ from unittest.mock import MagicMock
 
 import pytest
 import torch
-from paged_engine._attention_plan import Planner
-from paged_engine._model_operators import operators
-from paged_engine.attention import CacheShape, PagedCache, Span
+from paged_engine.attention import CacheShape, PagedCache, Planner, Span
 from paged_engine.batch import Batch, Chunk
+from paged_engine.kernels import operators
 from paged_engine.paged_model import StepInputs
 from paged_engine.request import Request, Sequence
 from paged_engine.sampling_params import SamplingParams

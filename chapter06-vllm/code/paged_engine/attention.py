@@ -3,7 +3,7 @@
 The cache of a layer is [2, blocks, kv_heads, block_size, head_dim], keys first. Who computes:
 
 - Decodes and short chunks, token by token, reading the block tables: the compiled kernel on a CPU
-  (`kernels.paged_decode_attention`), Triton's on CUDA (`_attention_triton`).
+  (`kernels.paged_decode_attention`), Triton's on CUDA (`attention_triton`).
 - Decodes in plain torch, where neither is there: sequences of similar length are gathered together,
   a few at a time, so that what is gathered is still in the processor's cache when the two products
   read it. A block of one head is contiguous, so that the gathered blocks of a table are a matrix
@@ -11,20 +11,28 @@ The cache of a layer is [2, blocks, kv_heads, block_size, head_dim], keys first.
 - Long chunks: torch's fused attention. From a prompt's start the keys and values are there
   already; a chunk with a context (of a long prompt, after a cached prefix) gathers it first.
 
+A step's spans become, once for all layers, the tensors that attention needs (`Planner`).
+
 Source of paging: Kwon et al., "Efficient Memory Management for Large Language Model Serving with
 PagedAttention", SOSP 2023.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from itertools import groupby
 from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._triton import has_triton
 
 from paged_engine import kernels
+from paged_engine.native import choice
+
+GATHERED_BYTES = 1 << 20  # of one group of decodes: about what a core's second-level cache holds
+COMPILED_CHUNK = 64  # the compiled kernel's longest chunk: beyond it torch's fused one is faster
 
 
 class Span(NamedTuple):
@@ -88,6 +96,11 @@ class Plan:
     prefills: list[Prefills] = field(default_factory=list)
 
 
+def has_gpu_kernel(device: torch.device) -> bool:
+    """Whether decodes on `device` are Triton's: a GPU that it knows, and nothing forbids it."""
+    return device.type == "cuda" and has_triton() and choice() != "torch"
+
+
 class PagedCache:
     """Keys and values of all layers, and attention over them.
 
@@ -105,10 +118,10 @@ class PagedCache:
         self.gathered = self.data.new_empty(0)
         self.scale = shape.head_dim**-0.5
         self.kernel = kernels.paged_decode_attention
-        if device.type == "cuda" and has_triton():
-            from paged_engine import _attention_triton
+        if has_gpu_kernel(device):
+            from paged_engine import attention_triton
 
-            self.kernel = _attention_triton.paged_decode_attention
+            self.kernel = attention_triton.paged_decode_attention
 
     def copy(self, pairs: Sequence[tuple[int, int]]) -> None:
         """Copy whole blocks, (from, to), as if one after the other."""
@@ -193,3 +206,124 @@ class PagedCache:
             self.gathered = self.data.new_empty(size)
         buffer = self.gathered[:size].view(-1, source.shape[1])
         return torch.index_select(source, 0, rows, out=buffer).to(dtype)
+
+
+@dataclass(frozen=True)
+class Planner:
+    """Plans the steps of one process.
+
+    `dtype` is that of the queries. `kernel_chunk`: chunks of at most so many tokens are left to a
+    kernel that reads the block tables (`COMPILED_CHUNK` on a CPU, 1 for Triton's; 0: there is no
+    kernel).
+    """
+
+    shape: CacheShape
+    dtype: torch.dtype
+    device: torch.device
+    kernel_chunk: int
+
+    def order(self, spans: Sequence[Span]) -> list[int]:
+        """The order in which a step's spans are computed.
+
+        Decodes and chunks for the kernel first, the longest contexts first, so that neighbours are
+        of similar length; then the chunks from a prompt's start, equal lengths together; then
+        those with a context.
+        """
+
+        short = max(1, self.kernel_chunk)
+        ranks = [
+            (0, -span.end) if span.length <= short else (1 if span.start == 0 else 2, span.length)
+            for span in spans
+        ]
+        return sorted(range(len(spans)), key=ranks.__getitem__)
+
+    def slots(self, spans: Sequence[Span]) -> list[int]:
+        """Where each token's key and value go: block * block_size + place."""
+        size = self.shape.block_size
+        return [
+            blocks[position // size] * size + position % size
+            for start, length, blocks in spans
+            for position in range(start, start + length)
+        ]
+
+    def plan(self, spans: Sequence[Span], slots: Tensor) -> Plan:
+        """The plan of `spans`, which are in the order of `order`; `slots`, on the device."""
+        plan = Plan(slots)
+        short = [span for span in spans if span.length <= max(1, self.kernel_chunk)]
+        if short and self.kernel_chunk:
+            plan.tables, plan.lengths = self._tables(short)
+        elif short:
+            plan.decodes = list(self._decode_groups(short))
+        first = sum(span.length for span in short)
+        plan.prefills = list(self._prefills(spans[len(short) :], first))
+        return plan
+
+    def _tables(self, spans: Sequence[Span]) -> tuple[Tensor, Tensor]:
+        """Of each token, int32 on the device: its block table, how many positions it sees."""
+        filled = padded([span.blocks for span in spans], self.shape.blocks)
+        ends = [end for span in spans for end in range(span.start + 1, span.end + 1)]
+        flat, lengths = moved([filled, ends], np.int32, self.device)
+        tables = flat.view(len(spans), -1)
+        if len(ends) > len(spans):
+            counts = torch.tensor([span.length for span in spans], device=self.device)
+            tables = tables.repeat_interleave(counts, 0)
+        return tables, lengths
+
+    def _decode_groups(self, spans: Sequence[Span]) -> Iterable[Decodes]:
+        shape = self.shape
+        numbers = 2 * shape.kv_heads * shape.block_size * shape.head_dim  # of a block
+        first = 0
+        while first < len(spans):
+            blocks = -(-spans[first].end // shape.block_size)  # of the longest in the group
+            count = max(1, GATHERED_BYTES // (blocks * numbers * self.dtype.itemsize))
+            group = spans[first : first + count]
+            filled = padded([span.blocks[:blocks] for span in group], shape.blocks)
+            tables = torch.tensor(filled).view(len(group), -1)
+            ends = torch.tensor([span.end for span in group])
+            hidden = torch.arange(blocks * shape.block_size) >= ends[:, None]
+            hidden = hidden.repeat_interleave(shape.kv_heads, 0)[:, None]
+            mask = torch.zeros(hidden.shape, dtype=self.dtype).masked_fill_(hidden, -torch.inf)
+            rows = self._rows(tables)
+            yield Decodes(first, len(group), rows.to(self.device), mask.to(self.device))
+            first += len(group)
+
+    def _rows(self, tables: Tensor) -> Tensor:
+        """Rows [2 * sequences * kv_heads * blocks] of `tables` in [2 * blocks * kv_heads]."""
+        heads = torch.arange(self.shape.kv_heads)
+        both = torch.stack([heads, heads + (self.shape.blocks + 1) * self.shape.kv_heads])
+        of_heads = tables.long()[None, :, None] * self.shape.kv_heads + both[:, None, :, None]
+        return of_heads.flatten()
+
+    def _prefills(self, spans: Sequence[Span], first: int) -> Iterable[Prefills]:
+        for (fresh, length), group in groupby(spans, key=lambda s: (s.start == 0, s.length)):
+            members = list(group)
+            if fresh:
+                yield Prefills(first, len(members), length)
+                first += len(members) * length
+                continue
+            for span in members:
+                blocks = span.blocks[: -(-span.end // self.shape.block_size)]
+                rows = self._rows(torch.tensor([list(blocks)]))
+                mask = torch.full((length, span.end), -torch.inf, dtype=self.dtype)
+                mask = mask.triu_(span.start + 1)
+                yield Prefills(
+                    first, 1, length, rows.to(self.device), mask.to(self.device), span.end
+                )
+                first += length
+
+
+def padded(tables: Sequence[Sequence[int]], filler: int) -> list[int]:
+    """Block tables of several sequences, one after the other, all as long as the longest."""
+    filling = [filler] * max(map(len, tables))
+    return [block for table in tables for block in (*table, *filling[len(table) :])]
+
+
+def moved(
+    lists: Sequence[Sequence[int]], dtype: type[np.integer], device: torch.device
+) -> tuple[Tensor, ...]:
+    """A tensor on the device for each list; to a GPU they go together, in one copy."""
+    arrays = [np.array(one, dtype) for one in lists]
+    if device.type == "cpu":
+        return tuple(torch.from_numpy(array) for array in arrays)
+    joined = torch.from_numpy(np.concatenate(arrays)).to(device)
+    return joined.split([len(array) for array in arrays])

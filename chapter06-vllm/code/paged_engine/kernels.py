@@ -7,7 +7,7 @@ bfloat16 at a fraction of the speed of float32, which is where vLLM loses most o
 Three things help:
 
 - A weight is packed once, in the order in which the product reads it and in large pages (`pack`),
-  and the product is compiled for this machine's instructions (`_kernels_linear.cpp`).
+  and the product is compiled for this machine's instructions (`cpp/linear.cpp`).
 - Weights of bfloat16 stay so in memory, half the bytes, and become float32 on their way to the
   registers: every product is as fast as in float32, or faster, and its sums are exact to float32.
 - A float32 weight whose lower halves are all zero was bfloat16 once. It is kept as such, which
@@ -17,23 +17,22 @@ A token's result is bit for bit the same whatever else is in the batch, so that 
 change a greedy output; only prompts of more than 64 new tokens go through torch's attention, whose
 sums are in another order.
 
-Where the processor has instructions for bfloat16 (AVX-512 BF16, AMX), products of many rows with a
-bfloat16 weight go to torch's oneDNN, which uses them. Without a C++ compiler everything goes to
-plain torch, as does what lies on another device. `describe` says what is used.
+Both promises hold on every processor, so AVX-512's instructions for bfloat16 stay unused: they
+would round what is multiplied, and to keep float32 exact in three parts would take three of them,
+each of which does the work of two. Without a C++ compiler everything goes to plain torch, exact to
+float32 too, but with sums that may differ from batch to batch; so does what lies on another device.
+`describe` says what is used, and the variable PAGED_ENGINE_KERNELS chooses (`native`).
 """
+
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from paged_engine import _kernels_torch
-from paged_engine._kernels_build import Native, native
-from paged_engine._kernels_product import (
-    MATRIX_UNIT_TOKENS,
-    Linear,
-    Product,
-    by_onednn,
-    by_torch,
-)
+from paged_engine import torch_operators
+from paged_engine.native import Native, native
+from paged_engine.packing import Linear, Product, by_torch
 
 NATIVE_TYPES = (torch.float32, torch.bfloat16)
 
@@ -41,36 +40,22 @@ NATIVE_TYPES = (torch.float32, torch.bfloat16)
 def describe() -> str:
     """What computes the operators here, and why, in a few words."""
     built, words = native()
-    if built is None:
-        return f"plain torch kernels ({words})"
-    units = f", oneDNN bfloat16 from {MATRIX_UNIT_TOKENS} tokens" if has_bfloat16_units() else ""
-    return f"{words} kernels{units}"
+    return f"plain torch kernels ({words})" if built is None else f"{words} kernels"
 
 
-def has_bfloat16_units() -> bool:
-    """Whether this processor multiplies bfloat16 faster than float32."""
-    amx = getattr(torch.cpu, "_is_amx_tile_supported", None)
-    avx = getattr(torch.cpu, "_is_avx512_bf16_supported", None)
-    return any(ask is not None and ask() for ask in (amx, avx))
-
-
-def pack(weight: Tensor, bias: Tensor | None = None, expected_tokens: int = 64) -> Product:
+def pack(weight: Tensor, bias: Tensor | None = None) -> Product:
     """The product x Wᵀ + b with `weight` [out, in] and `bias` [out], packed for this machine.
 
     The product takes x [..., in] of any floating type and gives [..., out] of the same type; sums
     are float32. Keep activations in float32 even beside bfloat16 weights: it is more exact and
-    saves conversions. The weight is copied, so drop the original. `expected_tokens` is how many a
-    step has at most, usually: with less than a few no second copy is made for the matrix units.
+    saves conversions. The weight is copied, so drop the original.
     """
     if weight.dim() != 2:
         raise ValueError(f"a weight of {weight.dim()} dimensions cannot be packed; it needs 2")
     built, _ = native()
     if built is None or weight.device.type != "cpu" or weight.dtype not in NATIVE_TYPES:
         return by_torch(weight, bias)
-    many = None
-    if weight.dtype == torch.bfloat16 and expected_tokens >= MATRIX_UNIT_TOKENS:
-        many = by_onednn(weight, bias) if has_bfloat16_units() else None
-    return Linear(weight, bias, built, many)
+    return Linear(weight, bias, built)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, added: Tensor | None = None) -> Tensor:
@@ -82,7 +67,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, added: Tensor | None = None)
     """
     built = _native_for(x, weight) if added is None else _native_for(x, weight, added)
     if built is None:
-        return _kernels_torch.rms_norm(x, weight, eps, added)
+        return torch_operators.rms_norm(x, weight, eps, added)
     out = torch.empty_like(x)
     built.library.rms_norm(
         x.data_ptr(),
@@ -101,7 +86,7 @@ def silu_mul(gate_up: Tensor) -> Tensor:
     """silu(gate) · up [tokens, width] of `gate_up` [tokens, 2 · width], the gates first."""
     built = _native_for(gate_up)
     if built is None:
-        return _kernels_torch.silu_mul(gate_up)
+        return torch_operators.silu_mul(gate_up)
     tokens, width = gate_up.shape[0], gate_up.shape[1] // 2
     out = gate_up.new_empty(tokens, width)
     built.library.silu_mul(
@@ -123,7 +108,7 @@ def rotate_and_store(
     built = _native_for(qkv, cos, sin)
     name = _for_cache("rotate_and_store", k_cache, v_cache)
     if built is None or name is None or not slots.is_contiguous():
-        return _kernels_torch.rotate_and_store(qkv, cos, sin, slots, k_cache, v_cache)
+        return torch_operators.rotate_and_store(qkv, cos, sin, slots, k_cache, v_cache)
     tokens, all_heads, head_dim = qkv.shape
     _, kv_heads, block_size, _ = k_cache.shape
     getattr(built.library, name)(
@@ -164,7 +149,7 @@ def paged_decode_attention(
         or not (whole and rows_whole)
         or not built.library.attention_takes(head_dim)
     ):
-        return _kernels_torch.paged_decode_attention(
+        return torch_operators.paged_decode_attention(
             query, k_cache, v_cache, block_tables, lengths, scale
         )
     out = torch.empty(tokens, heads, head_dim)
@@ -181,6 +166,32 @@ def paged_decode_attention(
         torch.get_num_threads(),
     )
     return out
+
+
+@dataclass(frozen=True)
+class Operators:
+    """A layer's small operators on one device; see the functions of the same names."""
+
+    rms_norm: Callable[..., Tensor]  # (x, weight, eps, added)
+    silu_mul: Callable[[Tensor], Tensor]
+    rotate_and_store: Callable[..., None]  # (qkv, cos, sin, slots, k_cache, v_cache)
+
+
+def operators(device: torch.device, compile: bool) -> Operators:
+    """The operators for `device`; `compile`: whether torch.compile may make CUDA's.
+
+    On CUDA each is one kernel then, so that what a layer does between its matrix products is read
+    and written once. None of them waits for the device, so that a CUDA graph can hold them: tokens
+    that are not kept go to the scratch block, so every slot is 0 or more.
+    """
+    if device.type == "cpu":
+        return Operators(rms_norm, silu_mul, rotate_and_store)
+    made = Operators(
+        torch_operators.rms_norm, torch_operators.silu_mul, torch_operators.rotate_and_store_all
+    )
+    if not compile:
+        return made
+    return Operators(**{name: torch.compile(f, dynamic=True) for name, f in vars(made).items()})
 
 
 def _native_for(*tensors: Tensor) -> Native | None:

@@ -15,7 +15,6 @@ from torch import Tensor
 
 from distlab.layers import rope_tables
 from paged_engine import kernels
-from paged_engine._model_operators import operators
 from paged_engine.attention import PagedCache, Plan
 from paged_engine.loading import LayerWeights, Shape, Weights
 
@@ -68,7 +67,7 @@ class PagedModel:
         self.cache, self.dtype, self.sharing = cache, dtype, sharing
         self.vocab_size, self.head_dim = config.vocab_size, config.dim_per_head
         self.eps = config.rms_norm_eps
-        self.operators = operators(device, compile)
+        self.operators = kernels.operators(device, compile)
         self.embedding, self.norm = weights.embedding, weights.norm.to(dtype)
         tables = rope_tables(config, 0, max_length, device, dtype)
         # Both halves of a head turn by the same angles.

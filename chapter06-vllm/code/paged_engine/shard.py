@@ -11,15 +11,22 @@ import numpy as np
 import psutil
 import torch
 from torch import Tensor
-from torch.utils._triton import has_triton
 
-from paged_engine._attention_plan import COMPILED_CHUNK, Planner, moved
-from paged_engine._kernels_build import native
-from paged_engine._kernels_layers import LayerStack
-from paged_engine.attention import CacheShape, PagedCache, Plan, Span
+from paged_engine.attention import (
+    COMPILED_CHUNK,
+    CacheShape,
+    PagedCache,
+    Plan,
+    Planner,
+    Span,
+    has_gpu_kernel,
+    moved,
+)
 from paged_engine.batch import Batch
 from paged_engine.config import EngineConfig
+from paged_engine.layer_stack import LayerStack
 from paged_engine.loading import DTYPES, Part, Shape, load_weights, read_shape
+from paged_engine.native import native
 from paged_engine.paged_model import PagedModel, Sharing, StepInputs
 
 CPU_SHARE = 0.25  # of the available memory: the cache of a machine that does other things too
@@ -108,7 +115,7 @@ class Shard:
     def _kernel(self) -> tuple[str, int]:
         """Who computes short chunks and decodes, and of how many tokens at most."""
         if self.device.type == "cuda":
-            return ("Triton", 1) if has_triton() else ("gathered blocks", 0)
+            return ("Triton", 1) if has_gpu_kernel(self.device) else ("gathered blocks", 0)
         built, _ = native()
         if built is None or not built.library.attention_takes(self.shape.config.dim_per_head):
             return "gathered blocks", 0

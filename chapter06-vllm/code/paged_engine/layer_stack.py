@@ -1,18 +1,15 @@
-"""The layers of a short step as one call of the compiled operators (`_kernels_layers.cpp`)."""
+"""The layers of a short step as one call of the compiled operators (`cpp/layers.cpp`)."""
 
 import ctypes
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from paged_engine._kernels_build import native
-from paged_engine._kernels_product import Linear, Product
 from paged_engine.attention import PagedCache, Plan
-
-if TYPE_CHECKING:
-    from paged_engine.paged_model import Layer
+from paged_engine.native import native
+from paged_engine.packing import Linear, Product
+from paged_engine.paged_model import Layer
 
 _POINTER, _COUNT = ctypes.c_void_p, ctypes.c_int64
 _SCRATCH = ("added", "normed", "qkv", "attended", "gate_up", "active")
@@ -48,7 +45,7 @@ class _Step(ctypes.Structure):
 class LayerStack:
     """Layers whose every operator is compiled; `of` says whether a model's are."""
 
-    def __init__(self, layers: Sequence["Layer"], cache: PagedCache) -> None:
+    def __init__(self, layers: Sequence[Layer], cache: PagedCache) -> None:
         built, _ = native()
         assert built is not None
         self.layers = list(layers)  # the tensors behind the pointers live as long
@@ -62,7 +59,7 @@ class LayerStack:
         }  # fmt: skip
 
     @classmethod
-    def of(cls, layers: Sequence["Layer"], cache: PagedCache) -> "LayerStack | None":
+    def of(cls, layers: Sequence[Layer], cache: PagedCache) -> "LayerStack | None":
         """The stack of `layers`; None where one of them has an operator that is not compiled."""
         built, _ = native()
         dim = cache.shape.head_dim
@@ -94,16 +91,16 @@ class LayerStack:
         return parts[0].view(tokens, -1)
 
 
-def _is_compiled(layer: "Layer") -> bool:
+def _is_compiled(layer: Layer) -> bool:
     products = (layer.qkv, layer.output, layer.gate_up, layer.down)
-    plain = all(isinstance(one, Linear) and one.is_alone for one in products)
+    plain = all(isinstance(one, Linear) for one in products)
     norms = (layer.input_norm, layer.mlp_norm)
     return (
         plain and layer.head_norms == (None, None) and all(n.dtype == torch.float32 for n in norms)
     )
 
 
-def _pointers(layer: "Layer", cache: PagedCache) -> _Layer:
+def _pointers(layer: Layer, cache: PagedCache) -> _Layer:
     return _Layer(
         layer.input_norm.data_ptr(), layer.mlp_norm.data_ptr(),
         *(_product(one) for one in (layer.qkv, layer.output, layer.gate_up, layer.down)),

@@ -4,20 +4,22 @@ import subprocess
 
 import pytest
 import torch
-from paged_engine import _kernels_build, kernels
-from paged_engine._kernels_memory import ALIGNMENT, CHUNK, Room
+from paged_engine import kernels, native
+from paged_engine.packing import ALIGNMENT, CHUNK, Room
+
+from distlab.errors import UsageError
 
 
 def test_without_a_compiler_the_reason_is_told(monkeypatch):
     monkeypatch.setenv("CXX", "no-such-compiler")
-    _kernels_build.native.cache_clear()
+    native.native.cache_clear()
     try:
         assert kernels.describe() == (
             "plain torch kernels (no C++ compiler (no-such-compiler) is there)"
         )
         assert kernels.pack(torch.eye(3))(torch.ones(2, 3)).tolist() == [[1.0] * 3] * 2
     finally:
-        _kernels_build.native.cache_clear()
+        native.native.cache_clear()
 
 
 def test_a_compiler_that_fails_is_told(monkeypatch, tmp_path):
@@ -25,12 +27,31 @@ def test_a_compiler_that_fails_is_told(monkeypatch, tmp_path):
     broken.write_text("#!/bin/sh\necho 'fatal error: no cstring' >&2\nexit 1\n")
     broken.chmod(0o755)
     monkeypatch.setenv("CXX", str(broken))
-    with pytest.raises(_kernels_build.BuildError, match="fatal error: no cstring"):
-        _kernels_build._load()
+    with pytest.raises(native.BuildError, match="fatal error: no cstring"):
+        native.load()
+
+
+def test_what_is_not_there_is_refused_and_not_replaced(monkeypatch):
+    for name in set(native.WIDTHS) - set(native.available()):
+        monkeypatch.setenv(native.VARIABLE, name)
+        with pytest.raises(UsageError, match=f"={name}: this processor has no .*; use one of nat"):
+            native.load()
+    monkeypatch.setenv(native.VARIABLE, "mmx")
+    with pytest.raises(UsageError, match="=mmx is unknown; use one of native, sse2, avx2, avx512"):
+        native.choice()
+
+
+@pytest.mark.parametrize(("name", "lanes"), [("sse2", 4), ("avx2", 8), ("avx512", 16), ("neon", 4)])
+def test_a_width_that_is_asked_for_is_used(monkeypatch, name, lanes):
+    monkeypatch.setenv(native.VARIABLE, name)
+    try:
+        assert native.load().columns == 2 * lanes
+    except UsageError as lacking:
+        pytest.skip(str(lacking))
 
 
 def test_a_second_process_compiles_nothing(monkeypatch):
-    if _kernels_build.native()[0] is None:
+    if native.native()[0] is None:
         pytest.skip("no compiler is there")
     commands = []
     really = subprocess.run
@@ -40,7 +61,7 @@ def test_a_second_process_compiles_nothing(monkeypatch):
         return really(command, **options)
 
     monkeypatch.setattr(subprocess, "run", watched)
-    _kernels_build._load()
+    native.load()
     assert len(commands) == 1 and "-E" in commands[0]  # asks for the instructions, no more
 
 

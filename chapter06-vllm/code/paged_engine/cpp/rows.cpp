@@ -1,7 +1,7 @@
 // What a layer does to each token's row between its matrix products, each in one pass.
 #include <cmath>
 
-#include "_kernels_simd.h"
+#include "simd.h"
 
 namespace {
 

@@ -22,15 +22,31 @@ def rotate_and_store(
     qkv: Tensor, cos: Tensor, sin: Tensor, slots: Tensor, k_cache: Tensor, v_cache: Tensor
 ) -> None:
     """See `kernels.rotate_and_store`."""
-    kv_heads, block_size = k_cache.shape[1], k_cache.shape[2]
-    turned = qkv[:, :-kv_heads]
-    a, b = turned.chunk(2, dim=-1)
-    cos, sin = cos[:, None], sin[:, None]
-    turned.copy_(torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1))
     kept = slots >= 0
-    block, place = slots[kept] // block_size, slots[kept] % block_size
-    k_cache[block, :, place] = qkv[kept, -2 * kv_heads : -kv_heads].to(k_cache.dtype)
-    v_cache[block, :, place] = qkv[kept, -kv_heads:].to(v_cache.dtype)
+    _rotate(qkv[:, : -k_cache.shape[1]], cos, sin)
+    _store(qkv[kept], slots[kept], k_cache, v_cache)
+
+
+def rotate_and_store_all(
+    qkv: Tensor, cos: Tensor, sin: Tensor, slots: Tensor, k_cache: Tensor, v_cache: Tensor
+) -> None:
+    """`rotate_and_store` of tokens that are all kept: nothing here waits for the device."""
+    _rotate(qkv[:, : -k_cache.shape[1]], cos, sin)
+    _store(qkv, slots, k_cache, v_cache)
+
+
+def _rotate(heads: Tensor, cos: Tensor, sin: Tensor) -> None:
+    """Queries and keys, in place."""
+    a, b = heads.chunk(2, dim=-1)
+    cos, sin = cos[:, None], sin[:, None]
+    heads.copy_(torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1))
+
+
+def _store(qkv: Tensor, slots: Tensor, k_cache: Tensor, v_cache: Tensor) -> None:
+    kv_heads, block_size = k_cache.shape[1], k_cache.shape[2]
+    block, place = slots // block_size, slots % block_size
+    k_cache[block, :, place] = qkv[:, -2 * kv_heads : -kv_heads].to(k_cache.dtype)
+    v_cache[block, :, place] = qkv[:, -kv_heads:].to(v_cache.dtype)
 
 
 def paged_decode_attention(

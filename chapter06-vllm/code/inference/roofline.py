@@ -1,6 +1,7 @@
 """The most output tokens/s that this machine can give: bytes over bandwidth, FLOPs over peak."""
 
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -75,6 +76,9 @@ def read_bandwidth(device: torch.device) -> float:
     rows = hardware.beyond_cache_bytes(device) // (4 * columns)
     matrix = torch.ones(rows, columns, device=device)
     vector, product = torch.ones(columns, device=device), torch.empty(rows, device=device)
-    readers = {"product": lambda: torch.mv(matrix, vector, out=product), "sum": matrix.sum}
+    readers: dict[str, Callable[[], object]] = {
+        "product": lambda: torch.mv(matrix, vector, out=product),
+        "sum": matrix.sum,
+    }
     timings = compare(readers, 2, 9, device).values()
     return 4 * rows * columns / min(timing.median for timing in timings)

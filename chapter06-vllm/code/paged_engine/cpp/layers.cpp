@@ -1,6 +1,6 @@
 // All layers of a step in one call: from Python each would be nine, of some microseconds, and a
 // decode of one token has time for few of them.
-#include "_kernels_simd.h"
+#include "simd.h"
 
 struct Product {
   const void* panels;

@@ -7,7 +7,7 @@
 // depend on the rows beside it.
 #include <cstring>
 
-#include "_kernels_simd.h"
+#include "simd.h"
 
 constexpr long kColumns = 2 * kLanes;
 constexpr long kDepth = 9216 / kColumns;      // at most, of a panel's slice: 36 KiB of float32

@@ -1,13 +1,25 @@
-"""A decode step of a whole model with random weights, by the engine's CPU operators alone."""
+"""Parts of the engine by themselves: a decode step by its CPU operators, and its cache's bytes."""
+
+import tempfile
+from dataclasses import replace
+from pathlib import Path
 
 import torch
 from paged_engine import kernels
+from paged_engine.config import EngineConfig
+from paged_engine.runner import ModelRunner
 from torch import Tensor
 
+from distlab import predict
+from distlab.measure import LiveBytes
+from distlab.model import SIZES, Llama, ModelConfig, save
 from distlab.predict import Architecture
+from distlab.script import Run
 
 BLOCK_SIZE = 16
 EPS = 1e-5
+FEW, MANY = 64, 320  # blocks of a cache that is counted
+DTYPES = {"float32": "fp32", "bfloat16": "bf16"}
 
 
 def weight_shapes(shape: Architecture) -> list[tuple[int, int]]:
@@ -41,7 +53,7 @@ class Step:
         shape, width = self.shape, -(-context // BLOCK_SIZE)
         blocks = (rows * width, shape.num_key_value_heads, BLOCK_SIZE, shape.head_dim)
         self.caches = [
-            [torch.randn(blocks).to(self.dtype) for _ in "kv"]
+            (torch.randn(blocks).to(self.dtype), torch.randn(blocks).to(self.dtype))
             for _ in range(shape.num_hidden_layers)
         ]
         self.tables = torch.arange(rows * width, dtype=torch.int32).view(rows, width)
@@ -60,7 +72,13 @@ class Step:
             added = self._layer(layer, caches, x, added)
         return self.head(kernels.rms_norm(x, self.norm, EPS, added))
 
-    def _layer(self, layer: list, caches: list, x: Tensor, added: Tensor | None) -> Tensor:
+    def _layer(
+        self,
+        layer: list[kernels.Product],
+        caches: tuple[Tensor, Tensor],
+        x: Tensor,
+        added: Tensor | None,
+    ) -> Tensor:
         """What joins `x` [rows, hidden] after the layer; `added` joins it before, in place."""
         qkv_product, output, gate_up, down = layer
         heads, head_dim = self.shape.num_attention_heads, self.shape.head_dim
@@ -73,3 +91,44 @@ class Step:
         joined = output(attended.flatten(1))
         normed = kernels.rms_norm(x, self.norm, EPS, joined)
         return down(kernels.silu_mul(gate_up(normed)))
+
+
+def check_cache(run: Run, size: str, block_size: int) -> None:
+    """Every shape and type of cache: the bytes of 256 blocks more, against the formula."""
+    base = SIZES[size]
+    shapes = {
+        "grouped heads": base,
+        "one key-value head": replace(base, num_key_value_heads=1),
+        "all heads": replace(base, num_key_value_heads=base.num_attention_heads),
+    }
+    predicted, measured, told = {}, {}, {}
+    for shape, config in shapes.items():
+        with tempfile.TemporaryDirectory() as folder:
+            model = str(save(Llama(config), Path(folder) / "model"))
+            for dtype, name in DTYPES.items():
+                key = f"{shape}, {dtype}"
+                few, many = (allocated(model, dtype, n, block_size) for n in (FEW, MANY))
+                measured[key] = (many[0] - few[0]) / (MANY - FEW)
+                told[key] = many[1]
+                predicted[key] = block_bytes(config, name, block_size)
+    run.check_equal("a block of paged_engine's cache has the formula's bytes", measured, predicted)
+    run.check_equal("and the engine says so itself", told, predicted)
+    key = f"grouped heads, {next(iter(DTYPES))}"
+    run.compare(f"one block, {key}", predicted[key], measured[key], "B")
+
+
+def block_bytes(config: ModelConfig, dtype: str, block_size: int) -> float:
+    return block_size * predict.kv_bytes_per_token(config.architecture, dtype)
+
+
+def allocated(model: str, dtype: str, blocks: int, block_size: int) -> tuple[int, int]:
+    """Bytes of all tensors that live once a runner with `blocks` blocks is built, and the bytes
+    that it tells for a block. Two such counts differ by the cache alone: the weights are the same.
+    """
+    config = EngineConfig(model, dtype=dtype, num_blocks=blocks, block_size=block_size)
+    with LiveBytes() as live:
+        runner = ModelRunner(config)
+    try:
+        return live.bytes, runner.block_bytes
+    finally:
+        runner.close()

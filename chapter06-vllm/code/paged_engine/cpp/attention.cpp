@@ -10,7 +10,7 @@
 #include <cstring>
 #include <vector>
 
-#include "_kernels_simd.h"
+#include "simd.h"
 
 namespace {
 

@@ -4,6 +4,10 @@ The source is plain C++ with no header of torch's, so that a compiler is done in
 function has C linkage and takes pointers and sizes: `ctypes` calls it in about a microsecond, and
 lets other Python threads run meanwhile. What is compiled is kept in the user's cache, under a name
 that tells sources, compiler and instruction set apart.
+
+PAGED_ENGINE_KERNELS chooses, before the first use: `native`, all that this processor has (the
+default); `sse2`, `avx2`, `avx512` or `neon`, those instructions and no wider ones; `torch`, no
+compiled operators, and on a GPU no kernel of Triton's. CXX names the compiler.
 """
 
 import ctypes
@@ -15,9 +19,11 @@ import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 
+from distlab.errors import UsageError
 from distlab.files import atomic_write, cache_dir
 
 COMPILE_LIMIT_S = 120
+MACROS = ("-dM", "-E", "-x", "c++", os.devnull)  # prints them, with the instructions among them
 COMMON_FLAGS = (
     *("-std=c++17", "-O3", "-fPIC", "-shared", "-fno-math-errno", "-fno-trapping-math"),
     "-falign-loops=64",  # a tile's short loop that begins within a line of code is 3 to 25 % slower
@@ -28,6 +34,17 @@ MACHINE_FLAGS = (  # the first that the compiler takes; Apple's has no OpenMP: o
     ("-march=native",),
     (),
 )
+VARIABLE = "PAGED_ENGINE_KERNELS"
+WIDTHS = {  # what the compiler says of a processor that has it, and the flags for no more than that
+    "sse2": ("__SSE2__", ("-march=x86-64",)),
+    "avx2": ("__AVX2__", ("-march=x86-64", "-mavx2", "-mfma")),
+    "avx512": (
+        "__AVX512F__",
+        ("-march=x86-64", "-mfma", *(f"-mavx512{part}" for part in ("f", "bw", "dq", "vl"))),
+    ),
+    "neon": ("__ARM_NEON", ("-march=armv8-a",)),
+}
+CHOICES = ("native", *WIDTHS, "torch")
 
 POINTER, LONG, INT, FLOAT = ctypes.c_void_p, ctypes.c_long, ctypes.c_int, ctypes.c_float
 LINEAR = [POINTER] * 4 + [LONG] * 3 + [INT]
@@ -65,18 +82,49 @@ class Native:
 
 @functools.cache
 def native() -> tuple[Native | None, str]:
-    """The operators and their description, or None and why there are none."""
+    """The operators and their description, or None and why there are none.
+
+    Raises `UsageError` if PAGED_ENGINE_KERNELS asks for what is not there.
+    """
+    if choice() == "torch":
+        return None, f"{VARIABLE}=torch"
     try:
-        built = _load()
+        built = load()
     except (BuildError, OSError) as error:
         return None, str(error).splitlines()[0]
     return built, str(built)
 
 
-def _load() -> Native:
+def choice() -> str:
+    """What PAGED_ENGINE_KERNELS asks for."""
+    chosen = os.environ.get(VARIABLE) or "native"
+    if chosen not in CHOICES:
+        raise UsageError(f"{VARIABLE}={chosen} is unknown; use one of {', '.join(CHOICES)}")
+    return chosen
+
+
+def available() -> list[str]:
+    """The choices that there are for this processor and its compiler."""
+    try:
+        _, instructions = _machine_flags(_compiler())
+    except BuildError:
+        return ["torch"]
+    widths = [name for name, (macro, _) in WIDTHS.items() if f"#define {macro} " in instructions]
+    return ["native", *widths, "torch"]
+
+
+def load() -> Native:
     compiler = _compiler()
     flags, instructions = _machine_flags(compiler)
-    sources = sorted(Path(__file__).parent.glob("_kernels_*.[ch]*"))
+    if choice() in WIDTHS:
+        if choice() not in available():
+            raise UsageError(
+                f"{VARIABLE}={choice()}: this processor has no such instructions; "
+                f"use one of {', '.join(available())}"
+            )
+        flags = (*WIDTHS[choice()][1], *(flag for flag in flags if flag == "-fopenmp"))
+        instructions = _run([compiler, *flags, *MACROS])
+    sources = sorted(Path(__file__).parent.joinpath("cpp").glob("*.[ch]*"))
     if not sources:
         raise BuildError("the package came without its C++ sources")
     digest = hashlib.sha256(" ".join([*COMMON_FLAGS, *flags, instructions]).encode())
@@ -102,7 +150,7 @@ def _machine_flags(compiler: str) -> tuple[tuple[str, ...], str]:
     """The best flags that `compiler` takes, and the macros by which it tells its instructions."""
     for flags in MACHINE_FLAGS:
         try:
-            return flags, _run([compiler, *flags, "-dM", "-E", "-x", "c++", os.devnull])
+            return flags, _run([compiler, *flags, *MACROS])
         except BuildError as error:
             refused = error
     raise refused
