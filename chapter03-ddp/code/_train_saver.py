@@ -4,8 +4,8 @@ from argparse import Namespace
 from pathlib import Path
 from typing import Any, Self
 
-from _checkpoint import Checkpoints, Loaded
-from _training_state import collect, load_agreed, restore
+from ddp.checkpoints import Checkpoints, Loaded
+from ddp.training_state import collect, load_agreed, restore
 
 from distlab.errors import RunError, UsageError
 from distlab.run import Run

@@ -27,14 +27,20 @@ from argparse import Namespace
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
-from _checkpoint import Checkpoints
-from _checkpoint_damage import damage_one_after_another, full_disk
-from _checkpoint_report import report_bytes, report_left_out, report_stall
-from _checkpoint_trainee import Trainee, differing
-from _training_state import load_agreed
+from ddp.checkpoints import Checkpoints
+from ddp.resuming import (
+    Trainee,
+    damage_one_after_another,
+    differing,
+    full_disk,
+    report_bytes,
+    report_stall,
+)  # fmt: skip
+from ddp.training_state import load_agreed
 
 from distlab import data, runtime, script
 from distlab.errors import RunError, UsageError
@@ -171,6 +177,30 @@ def check_same_run(run: Run, undisturbed: Trainee, resumed: Trainee, off: list[f
     wrong, compared = differing(undisturbed.state(), resumed.state())
     run.metric("tensors and numbers of the final state", compared)
     run.check_equal(f"those that differ by a bit{', '.join(['', *wrong[:3]])}", len(wrong), 0)
+
+
+def report_left_out(
+    run: Run, differences: dict[str, list[float]], must_show: list[str], stopped: int
+) -> None:
+    """How far the losses after resuming are off, for each thing that was left out of the state."""
+    rows = [[name, off[0], off[1], max(off), off[-1]] for name, off in differences.items()]
+    columns = ["left out of the state", "1st step", "2nd step", "largest", "last step"]
+    run.table(
+        "left_out", columns, rows, caption="|loss − the undisturbed run's| after resuming, nats"
+    )
+    unnoticed = [name for name in must_show if max(differences[name]) == 0]
+    run.check_equal("parts that can be left out with the same losses", len(unnoticed), 0)
+    run.figure(
+        "left_out", kind="line", title="A part of the state is left out",
+        x_label="step", y_label="|loss − undisturbed run's| (nats)", log_y=True,
+        series=[_above_zero(name, differences[name], stopped) for name in must_show],
+    )  # fmt: skip
+
+
+def _above_zero(name: str, off: list[float], stopped: int) -> dict[str, Any]:
+    """A line of the figure, whose axis is logarithmic, from the step where losses first differ."""
+    shown = [(step, value) for step, value in enumerate(off, stopped + 1) if value > 0]
+    return {"label": name, "x": [step for step, _ in shown], "y": [value for _, value in shown]}
 
 
 @contextmanager

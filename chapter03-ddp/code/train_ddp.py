@@ -33,7 +33,7 @@ from _train_proof import prove
 from _train_report import report_training, report_verdict, say_what_runs
 from _train_saver import Saver
 from _train_stop import StopRequest
-from _training_state import settle_buckets
+from ddp.training_state import settle_buckets
 from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.nn.parallel import DistributedDataParallel as DDP

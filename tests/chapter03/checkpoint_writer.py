@@ -6,21 +6,12 @@ It imports little: a process that is started for it is soon at work.
 import os
 import random
 import signal
-import sys
 import time
-from importlib import import_module
-from pathlib import Path
 
 import torch
+from ddp.checkpoints import Checkpoints
 
-CODE = str(Path(__file__).parents[2] / "chapter03-ddp" / "code")
 SYSTEM_CALLS = ("mkdir", "fsync", "rename", "rmdir", "unlink")
-
-
-def checkpoints(folder, **settings):
-    if CODE not in sys.path:
-        sys.path.insert(0, CODE)
-    return import_module("_checkpoint").Checkpoints(folder, **settings)
 
 
 def state_of(step, size=1000):
@@ -72,7 +63,7 @@ def started(function, *args):
 
 
 def write_for_ever(folder, begin):
-    store = checkpoints(folder, keep=1, asynchronous=False)
+    store = Checkpoints(folder, keep=1, asynchronous=False)
     for step in range(begin, begin + 1000):
         for _ in range(2):  # the second takes the place of the first
             store.save(step, state_of(step, 50_000))
@@ -95,7 +86,7 @@ def write_until(folder, begin, last_call):
 
 def whole_after_a_kill(folder, at_least):
     said = []
-    store = checkpoints(folder, keep=1, report=said.append)
+    store = Checkpoints(folder, keep=1, report=said.append)
     loaded = store.load_newest()
     assert said == [] and left_over(store) == []
     assert (loaded.step >= at_least and is_state_of(loaded)) if loaded else not at_least

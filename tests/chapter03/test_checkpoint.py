@@ -7,19 +7,19 @@ import shutil
 import subprocess
 import sys
 import threading
-from importlib import import_module
 
 import pytest
 import torch
 from checkpoint_writer import (
-    CODE,
-    checkpoints,
     is_state_of,
     killed_at_random_moments,
     killed_before_each_system_call,
     left_over,
     state_of,
-)  # fmt: skip
+)
+from ddp import checkpoint_files, checkpoints
+from ddp.checkpoints import Checkpoints
+from ddp.resuming import full_disk
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
@@ -27,11 +27,7 @@ from safetensors.torch import load_file
 from distlab.errors import RunError, UsageError
 from distlab.spawning import fork_context
 
-sys.path.insert(0, CODE)
-_checkpoint = import_module("_checkpoint")
-encoding = import_module("_checkpoint_encoding")
-full_disk = import_module("_checkpoint_damage").full_disk
-write_files = _checkpoint.write_files
+write_files = checkpoints.write_files
 
 VALUES = st.recursive(
     st.none() | st.booleans() | st.text() | st.floats() | st.integers(-(2**200), 2**200),
@@ -49,22 +45,22 @@ def said():
 @pytest.fixture
 def store(tmp_path, said):
     """Synchronous: what a save has done is there when it returns."""
-    with checkpoints(tmp_path / "kept", keep=3, asynchronous=False, report=said.append) as made:
+    with Checkpoints(tmp_path / "kept", keep=3, asynchronous=False, report=said.append) as made:
         yield made
 
 
 @given(VALUES)
 @settings(max_examples=60, deadline=None)
 def test_numbers_strings_and_what_holds_them_come_back_exactly(state):
-    tree, tensors = encoding.encode(state)
-    back = encoding.decode(json.loads(json.dumps(tree, allow_nan=False)), tensors)
+    tree, tensors = checkpoint_files.encode(state)
+    back = checkpoint_files.decode(json.loads(json.dumps(tree, allow_nan=False)), tensors)
     assert repr(back) == repr(state)  # tells -0.0 from 0.0, True from 1, a tuple from a list
 
 
 def test_tensors_of_every_dtype_and_shape_come_back_exactly(store):
     bits = torch.randint(0, 256, (48,), dtype=torch.uint8)
     state = {str(dtype): bits.bool() if dtype == torch.bool else bits.view(dtype)
-             for dtype in encoding.DTYPES}  # fmt: skip
+             for dtype in checkpoint_files.DTYPES}  # fmt: skip
     state |= {"scalar": torch.tensor(2.5), "empty": torch.empty(0, 3), "t": torch.rand(3, 4).T}
     store.save(7, state)
     back = store.load_newest().state
@@ -93,7 +89,7 @@ def test_what_has_no_place_in_a_checkpoint_is_named(store):
 
 def test_an_asynchronous_save_is_of_the_state_as_it_was(tmp_path):
     state = state_of(1, 1_000_000)
-    with checkpoints(tmp_path, keep=9) as store:
+    with Checkpoints(tmp_path, keep=9) as store:
         for step in range(1, 5):  # the same buffers are used again
             state |= {"step": step}
             state["weights"].fill_(step)
@@ -106,7 +102,7 @@ def test_the_newest_are_kept_and_the_others_go_last(store, monkeypatch):
     for step in (1, 2, 3, 10):
         store.save(step, state_of(step))
     assert store.steps() == [2, 3, 10]
-    monkeypatch.setattr(_checkpoint, "write_files", lambda *_: 1 / 0)
+    monkeypatch.setattr(checkpoints, "write_files", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         store.save(11, state_of(11))
     assert store.steps() == [2, 3, 10] and not left_over(store)
@@ -186,14 +182,14 @@ def test_what_is_no_checkpoint_is_a_mistake(store, tmp_path):
             store.load(path)
     (tmp_path / "file").touch()
     with pytest.raises(UsageError, match="the folder of checkpoints .*file: "):
-        checkpoints(tmp_path / "file")
+        Checkpoints(tmp_path / "file")
     with pytest.raises(UsageError, match="--keep 0 would keep no checkpoint; use 1 or more"):
-        checkpoints(tmp_path, keep=0)
+        Checkpoints(tmp_path, keep=0)
 
 
 @pytest.mark.parametrize("asynchronous", [True, False])
 def test_a_full_disk_costs_the_checkpoint_not_the_run(tmp_path, said, asynchronous):
-    store = checkpoints(tmp_path, asynchronous=asynchronous, report=said.append)
+    store = Checkpoints(tmp_path, asynchronous=asynchronous, report=said.append)
     store.save(1, state_of(1, 100_000))
     store.wait()
     with full_disk():
@@ -229,7 +225,7 @@ def test_no_room_at_any_moment(store, said, monkeypatch, call):
 TRY_A_SMALL_DISK = """
 import sys
 import torch
-from _checkpoint import Checkpoints
+from ddp.checkpoints import Checkpoints
 disk = sys.argv[1]
 store = Checkpoints(disk, keep=2, report=lambda line: print(line, flush=True))
 for step in range(1, 4):
@@ -255,10 +251,7 @@ def test_a_disk_that_is_really_full(tmp_path):
     if allowed.returncode:
         pytest.skip("this kernel lets nobody mount: a file's size limit stands for it above")
     script = f"{mount} && exec \"{sys.executable}\" -c '{TRY_A_SMALL_DISK}' {tmp_path}"
-    done = subprocess.run(
-        [*own_mounts, script], capture_output=True, text=True, timeout=100,
-        env={**os.environ, "PYTHONPATH": CODE},
-    )  # fmt: skip
+    done = subprocess.run([*own_mounts, script], capture_output=True, text=True, timeout=100)
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines() == [
         "checkpoint of step 3 not saved: No space left on device; the run goes on",
@@ -268,26 +261,26 @@ def test_a_disk_that_is_really_full(tmp_path):
 
 
 def test_a_save_waits_for_the_one_before_or_says_that_it_is_late(tmp_path, said, monkeypatch):
-    monkeypatch.setattr(_checkpoint, "SAVE_WAITS_S", 0.1)
+    monkeypatch.setattr(checkpoints, "SAVE_WAITS_S", 0.1)
     go_on = threading.Event()
     monkeypatch.setattr(
-        _checkpoint, "write_files", lambda *all: (go_on.wait(60), write_files(*all))
+        checkpoints, "write_files", lambda *all: (go_on.wait(60), write_files(*all))
     )  # fmt: skip
-    store = checkpoints(tmp_path, report=said.append)
+    store = Checkpoints(tmp_path, report=said.append)
     assert store.save(1, state_of(1))
     assert not store.save(2, state_of(2)) and not store.wait(0.01)
     assert said == [
         "checkpoint of step 2 not saved: the one before is still being written; is the disk slow?"
     ]
     threading.Timer(0.2, go_on.set).start()
-    monkeypatch.setattr(_checkpoint, "SAVE_WAITS_S", 60.0)
+    monkeypatch.setattr(checkpoints, "SAVE_WAITS_S", 60.0)
     assert store.save(3, state_of(3)) and store.wait()
     assert store.steps() == [1, 3]
 
 
 def test_an_error_that_is_no_disk_s_is_raised_by_the_next_call(tmp_path, monkeypatch):
-    store = checkpoints(tmp_path)
-    monkeypatch.setattr(_checkpoint, "write_files", lambda *_: 1 / 0)
+    store = Checkpoints(tmp_path)
+    monkeypatch.setattr(checkpoints, "write_files", lambda *_: 1 / 0)
     store.save(1, state_of(1))
     with pytest.raises(ZeroDivisionError):
         store.wait()
@@ -298,14 +291,14 @@ def test_reading_while_another_writes_and_deletes(tmp_path, said):
     done = threading.Event()
 
     def write():
-        with checkpoints(tmp_path, keep=1, asynchronous=False) as writer:
+        with Checkpoints(tmp_path, keep=1, asynchronous=False) as writer:
             for step in range(1, 60):
                 writer.save(step, state_of(step))
         done.set()
 
     thread = threading.Thread(target=write)
     thread.start()
-    reader, last = checkpoints(tmp_path, report=said.append), 0
+    reader, last = Checkpoints(tmp_path, report=said.append), 0
     while not done.is_set():
         loaded = reader.load_newest()
         assert loaded is None or (is_state_of(loaded) and loaded.step >= last)
@@ -330,10 +323,10 @@ def test_a_living_writer_s_files_are_not_swept(tmp_path, monkeypatch):
     seen = []
 
     def interrupted(folder, *rest):
-        checkpoints(tmp_path)
+        Checkpoints(tmp_path)
         seen.append(folder.exists())
         write_files(folder, *rest)
 
-    monkeypatch.setattr(_checkpoint, "write_files", interrupted)
-    checkpoints(tmp_path, asynchronous=False).save(1, state_of(1))
-    assert seen == [True] and checkpoints(tmp_path).load_newest().step == 1
+    monkeypatch.setattr(checkpoints, "write_files", interrupted)
+    Checkpoints(tmp_path, asynchronous=False).save(1, state_of(1))
+    assert seen == [True] and Checkpoints(tmp_path).load_newest().step == 1

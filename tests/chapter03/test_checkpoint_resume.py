@@ -1,25 +1,20 @@
 """Resuming: the same bits at any step, on any ranks; all ranks from one checkpoint; or one line."""
 
-import sys
 from argparse import Namespace
 from contextlib import contextmanager
 from dataclasses import replace
-from importlib import import_module
 
+import checkpoint_resume
 import pytest
 import torch
+from ddp import training_state
+from ddp.checkpoints import Checkpoints
+from ddp.resuming import Trainee, differing
 
 from distlab import data, runtime, script
 from distlab.errors import RunError, UsageError
-from distlab.files import repo_root
 from distlab.spawning import spawn
 
-CODE = str(repo_root() / "chapter03-ddp" / "code")
-sys.path.insert(0, CODE)
-checkpoint_resume = import_module("checkpoint_resume")
-training_state = import_module("_training_state")
-Checkpoints = import_module("_checkpoint").Checkpoints
-trainees = import_module("_checkpoint_trainee")
 SMOKE = ["--preset", "smoke", "--device", "cpu"]
 
 
@@ -34,17 +29,17 @@ def alone():
 def test_the_same_bits_from_every_step(tmp_path):
     with alone() as setting, Checkpoints(tmp_path, keep=9) as store:
         steps = setting[0].steps
-        undisturbed = trainees.Trainee(*setting, seed=0)
+        undisturbed = Trainee(*setting, seed=0)
         losses = []
         for step in range(steps):
             store.save(step, undisturbed.state())
             losses += undisturbed.train(1).tolist()
         store.wait()
         for step in range(steps):
-            resumed = trainees.Trainee(*setting, seed=5)
+            resumed = Trainee(*setting, seed=5)
             resumed.restore(store.load(store.path(step)).state)
             assert resumed.train(steps - step).tolist() == losses[step:]
-            assert trainees.differing(undisturbed.state(), resumed.state())[0] == []
+            assert differing(undisturbed.state(), resumed.state())[0] == []
 
 
 @pytest.mark.slow
@@ -55,27 +50,23 @@ def test_the_script_holds_on_four_ranks():
 
 
 def run_the_script(job):
-    sys.path.insert(0, CODE)
-    module = import_module("checkpoint_resume")
-    args = module.parse_args([*SMOKE, "--steps", "5", "--stop-after", "2"])
-    with script.run(args) as run, module.shared_folder(args, job) as folder:
-        module.demonstrate(run, args, job, data.prepare_from_args(args, 512), folder)
+    args = checkpoint_resume.parse_args([*SMOKE, "--steps", "5", "--stop-after", "2"])
+    with script.run(args) as run, checkpoint_resume.shared_folder(args, job) as folder:
+        checkpoint_resume.demonstrate(run, args, job, data.prepare_from_args(args, 512), folder)
     return run.checks
 
 
 def train_one_more(job, folder, resume):
     """Train from the newest checkpoint, or from the beginning, and save; what the rank then has."""
-    sys.path.insert(0, CODE)
-    args = import_module("checkpoint_resume").parse_args(SMOKE)
-    Trainee = import_module("_checkpoint_trainee").Trainee
+    args = checkpoint_resume.parse_args(SMOKE)
     trainee = Trainee(args, job, data.prepare_from_args(args, 512), seed=3 + resume)
-    store = import_module("_checkpoint").Checkpoints(folder)
+    store = Checkpoints(folder)
     if resume:
-        loaded = import_module("_training_state").load_agreed(store, job)
+        loaded = training_state.load_agreed(store, job)
         trainee.restore(loaded.state)
         before, now = ({k: v for k, v in state.items() if k not in ("random", "world_size")}
                        for state in (loaded.state, trainee.state()))  # fmt: skip
-        wrong, _ = import_module("_checkpoint_trainee").differing(before, now)
+        wrong, _ = differing(before, now)
         random = [state["torch"] for state in loaded.state["random"]]
         return loaded.step, loaded.state["world_size"], wrong, random
     trainee.train(2)
@@ -96,13 +87,12 @@ def test_another_world_size_has_all_but_the_random_states(tmp_path):
 
 def agree(job, cases):
     """What this rank loads from its own folder of each pair, or the line that it fails with."""
-    sys.path.insert(0, CODE)
     found = []
     for folders in cases:
         said = []
-        store = import_module("_checkpoint").Checkpoints(folders[job.rank], report=said.append)
+        store = Checkpoints(folders[job.rank], report=said.append)
         try:
-            loaded = import_module("_training_state").load_agreed(store, job)
+            loaded = training_state.load_agreed(store, job)
             found.append((loaded and loaded.step, *said))
         except (RunError, UsageError) as error:
             found.append((f"{type(error).__name__}: {error}", *said))
@@ -136,14 +126,14 @@ def changed(args, **changes):
 
 def test_resuming_with_another_run_s_state_is_refused_and_changes_nothing():
     with alone() as (args, job, tokens):
-        saved = trainees.Trainee(args, job, tokens, 0)
+        saved = Trainee(args, job, tokens, 0)
         saved.train(2)
         state = saved.state()
-        wider = trainees.Trainee(changed(args, hidden_size=32), job, tokens, 0)
-        other = trainees.Trainee(args, job, replace(tokens, fingerprint="another"), 0)
-        sgd = trainees.Trainee(args, job, tokens, 0)
+        wider = Trainee(changed(args, hidden_size=32), job, tokens, 0)
+        other = Trainee(args, job, replace(tokens, fingerprint="another"), 0)
+        sgd = Trainee(args, job, tokens, 0)
         sgd._parts = (sgd.ddp, torch.optim.SGD(sgd.model.parameters(), 0.1), *sgd._parts[2:])
-        unscheduled = trainees.Trainee(args, job, tokens, 0)
+        unscheduled = Trainee(args, job, tokens, 0)
         unscheduled._parts = (*unscheduled._parts[:3], None, unscheduled.scaler)
         for trainee, said in [
             (wider, r"another model: model.embed_tokens.weight is float32 \[512, 64\] in it and "

@@ -11,11 +11,12 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
-from _checkpoint import Checkpoints, Loaded
 from torch import Tensor, nn
 
+from ddp.checkpoints import Checkpoints, Loaded
 from distlab.data import Loader
 from distlab.errors import RunError, UsageError
+from distlab.ranks import gathered
 from distlab.runtime import Runtime
 
 NONE, FAILED = -1, -2  # what rank 0 broadcasts when there is no step to resume from
@@ -126,9 +127,7 @@ def random_states(job: Runtime) -> list[dict[str, Any]]:
         "torch": torch.get_rng_state(),
         "cuda": torch.cuda.get_rng_state(job.device) if job.device.type == "cuda" else None,
     }
-    states: list[dict[str, Any]] = [{} for _ in range(job.world_size)]
-    dist.all_gather_object(states, own)
-    return states
+    return gathered(own)
 
 
 def set_random_states(state: dict[str, Any], job: Runtime) -> None:

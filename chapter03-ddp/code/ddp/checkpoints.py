@@ -16,12 +16,10 @@ from types import TracebackType
 from typing import Any, Self
 
 import torch
-from _checkpoint_copies import HostCopies
-from _checkpoint_encoding import encode
-from _checkpoint_files import Damaged, read_files, sync_folder, write_files
 from filelock import FileLock
 from torch import Tensor
 
+from ddp.checkpoint_files import Damaged, encode, read_files, sync_folder, write_files
 from distlab.errors import RunError, UsageError
 
 NAME = re.compile(r"step_(\d{8,})")
@@ -233,3 +231,28 @@ class Checkpoints:
 
     def _lock(self, timeout_s: float) -> Any:
         return FileLock(self.folder / ".lock").acquire(timeout=timeout_s)
+
+
+class HostCopies:
+    """Copies of tensors in host memory: what a step waits for, while the rest goes on behind it.
+
+    The memory is kept for the next time: fresh pages cost more than the copy, and page-locked ones,
+    to which a GPU copies at the full speed of its link, far more.
+    """
+
+    def __init__(self) -> None:
+        self._buffers: dict[str, Tensor] = {}
+
+    def take(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        self._buffers = {name: self._copy(name, tensor) for name, tensor in tensors.items()}
+        for device in {t.device for t in tensors.values() if t.device.type == "cuda"}:
+            torch.cuda.synchronize(device)
+        return self._buffers
+
+    def _copy(self, name: str, tensor: Tensor) -> Tensor:
+        on_gpu = tensor.device.type == "cuda"
+        buffer = self._buffers.get(name)
+        wanted = (tensor.shape, tensor.dtype, on_gpu)
+        if buffer is None or (buffer.shape, buffer.dtype, buffer.is_pinned()) != wanted:
+            buffer = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=on_gpu)
+        return buffer.copy_(tensor, non_blocking=on_gpu)
