@@ -20,33 +20,40 @@ gradient's). A CPU without 16-bit matrix units is slower with 16 bits than with 
 Sources: Micikevicius et al., "Mixed Precision Training" (arXiv 1710.03740), section 3.
 """
 
-import copy
-import hashlib
-import time
 from argparse import Namespace
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
 
+import numpy as np
 import torch
-import torch.distributed as dist
-from _amp_memory import report_memory
-from _amp_mistakes import report_clipping, report_underflow
-from _amp_overflow import report_overflow
-from _amp_report import report_losses, report_speed
+from ddp.amp import (
+    Lab,
+    report_clipping,
+    report_memory,
+    report_overflow,
+    report_underflow,
+)  # fmt: skip
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel as DDP
 
-from distlab import data, runtime, script
+from distlab import data, measure, runtime, script
 from distlab.errors import Skipped, UsageError
-from distlab.model import Llama, add_model_flags, config_from_args, model_from_args
+from distlab.model import add_model_flags, config_from_args, model_from_args
+from distlab.ranks import distinct
 from distlab.run import Run
 from distlab.runtime import Runtime
 
-PRESETS = {
+PRESETS: dict[str, dict[str, object]] = {
     "smoke": {"model": "smoke", "corpus_mb": 0.2, "seq_len": 16, "batch_size": 4, "steps": 6},
     "laptop": {"model": "smoke", "corpus_mb": 2.0, "seq_len": 64, "batch_size": 8, "steps": 40},
     "gpu": {"model": "gpu", "corpus_mb": 12.0, "seq_len": 1024, "batch_size": 16, "steps": 40},
 }
+
+
+LAST = 5  # steps, over which a loss is averaged
+WARMUP = 2
+LOSS_TOLERANCE = 0.02  # relative: 16 bits round otherwise, and training amplifies it
 
 
 @dataclass(frozen=True)
@@ -123,7 +130,7 @@ class Trainee:
         self.precision, self.clip, self.device = precision, args.clip, device
         self.replica = DDP(model, gradient_as_bucket_view=True)
         self.parameters = list(model.parameters())
-        self.optimizer = (
+        self.optimizer: torch.optim.Optimizer = (
             torch.optim.AdamW(self.parameters, lr=args.learning_rate)
             if optimizer == "adamw"
             else torch.optim.SGD(self.parameters, lr=0.3, momentum=0.9)
@@ -155,74 +162,80 @@ class Trainee:
         self.optimizer.zero_grad()
         return loss.detach()
 
-    def digest(self) -> str:
-        """Of all weights, bit for bit."""
-        weights = torch.cat([p.detach().flatten() for p in self.parameters])
-        return hashlib.sha256(weights.cpu().numpy().tobytes()).hexdigest()
-
-
-@dataclass(frozen=True)
-class Lab:
-    """What every experiment begins with: the same weights, and batches in the same order."""
-
-    args: Namespace
-    job: Runtime
-    model: Llama
-    batches: data.Loader
-
-    def trainee(self, precision: str, **options: Any) -> Trainee:
-        """A new replica with the first weights."""
-        model = copy.deepcopy(self.model)
-        return Trainee(model, PRECISIONS[precision], self.args, self.job.device, **options)
-
-    def first_batches(self, count: int) -> list[tuple[Tensor, Tensor]]:
-        """This rank's, always the same."""
-        self.batches.load_state_dict({**self.batches.state_dict(), "samples_consumed": 0})
-        return [next(self.batches) for _ in range(count)]
-
-    def of_all_ranks(self, value: Any) -> list[Any]:
-        """`value` of each rank, on every rank."""
-        gathered = [None] * self.job.world_size
-        dist.all_gather_object(gathered, value)
-        return gathered
-
-    def mean(self, losses: list[Tensor]) -> list[float]:
-        """The means over the ranks, which have equal shares of the batch."""
-        total = torch.stack(losses)
-        dist.all_reduce(total)
-        return (total / self.job.world_size).tolist()
-
 
 def new_lab(args: Namespace, job: Runtime) -> Lab:
     tokens = data.prepare_from_args(args, config_from_args(args).vocab_size)
     batches = data.Loader(
         tokens, args.seq_len, args.batch_size, job.rank, job.world_size, args.seed, job.device
     )
-    return Lab(args, job, model_from_args(args, job.device), batches)
+
+    def new_trainee(
+        model: nn.Module, precision: str, optimizer: str = "adamw", **scaler: float
+    ) -> Trainee:
+        return Trainee(model, PRECISIONS[precision], args, job.device, optimizer, **scaler)
+
+    return Lab(args, job, model_from_args(args, job.device), batches, new_trainee)
 
 
 def compare_precisions(run: Run, lab: Lab) -> None:
     """Train in every precision, in turns, so that a change of the machine's speed meets all."""
     trainees = {name: lab.trainee(name) for name in PRECISIONS}
     losses: dict[str, list[Tensor]] = {name: [] for name in PRECISIONS}
-    seconds: dict[str, list[float]] = {name: [] for name in PRECISIONS}
-    for batch in run.progress(lab.first_batches(lab.args.steps), "training"):
-        for name, trainee in trainees.items():
-            lab.job.barrier()
-            started = time.perf_counter()
-            losses[name].append(trainee.step(*batch))
-            lab.job.synchronize()
-            seconds[name].append(time.perf_counter() - started)
-    digests = lab.of_all_ranks([trainee.digest() for trainee in trainees.values()])
-    run.check_equal("all ranks end with the same weights", digests, [digests[0]] * len(digests))
+    batches = lab.first_batches(lab.args.steps)
+    fed = {name: iter(batches) for name in PRECISIONS}
+    fed["float32"] = run.progress(batches, "training")
+
+    def step(name: str) -> None:
+        losses[name].append(trainees[name].step(*next(fed[name])))
+
+    timings = measure.compare(
+        {name: partial(step, name) for name in PRECISIONS},
+        warmup=0, repeats=lab.args.steps, device=lab.job.device, before=lab.job.barrier,
+    )  # fmt: skip
+    models = [distinct(trainee.parameters) for trainee in trainees.values()]
+    run.check_equal("all ranks end with the same weights", models, [1] * len(models))
     report_losses(run, {name: lab.mean(own) for name, own in losses.items()})
-    report_speed(run, lab.job, seconds)
+    report_speed(run, lab.job, {name: timing.samples for name, timing in timings.items()})
     report_memory(run, lab, trainees)
 
 
 def gradient_norm(parameters: list[nn.Parameter]) -> float:
     norms = [p.grad.norm() for p in parameters if p.grad is not None]
     return float(torch.linalg.vector_norm(torch.stack(norms)))
+
+
+def report_losses(run: Run, losses: Mapping[str, Sequence[float]]) -> None:
+    run.figure(
+        "losses", kind="line", title="The same training in each precision", x_label="step",
+        y_label="loss (nats)",
+        series=[
+            {"label": name, "x": list(range(len(own))), "y": list(own)}
+            for name, own in losses.items()
+        ],
+    )  # fmt: skip
+    final = {name: float(np.mean(own[-LAST:])) for name, own in losses.items()}
+    run.extra(losses=losses)
+    for name in ("bfloat16", "float16"):
+        run.check_close(
+            f"{name} ends with float32's loss", final[name], final["float32"], LOSS_TOLERANCE, True
+        )
+
+
+def report_speed(run: Run, job: Runtime, seconds: Mapping[str, Sequence[float]]) -> None:
+    medians = {name: float(np.median(own[WARMUP:])) for name, own in seconds.items()}
+    plain = medians["float32"]
+    run.table(
+        "speed",
+        ["precision", "step ms", "times as fast as float32"],
+        [[name, 1e3 * median, plain / median] for name, median in medians.items()],
+        caption=f"A step of one rank of {job.world_size}, medians, timed in turns",
+    )
+    best = min(("bfloat16", "float16"), key=medians.__getitem__)
+    faster = plain / medians[best]
+    run.print(
+        f"verdict: on this {job.device.type} 16 bits are "
+        + (f"{faster:.2f} times as fast" if faster > 1 else f"{1 / faster:.2f} times as slow")
+    )
 
 
 if __name__ == "__main__":

@@ -27,36 +27,43 @@ bucket for all is the slowest, and DDP's default, made for larger models, little
 smallest buckets cost only where no bytes hide their latency: on the faster links.
 """
 
-import os
 from argparse import Namespace
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from _bucket_report import report_link, report_tuning
-from _bucket_training import (
+from ddp.step_times import (
+    MIB,
+    Alone,
     LocalStep,
     Trainee,
+    Wire,
+    bucket_limits,
     check_gradients,
-    measure_in_turns,
+    ddp_buckets,
+    in_turns,
     measure_wire,
     own_batch,
+    predict_step,
     refuse_one_rank,
 )
+from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel as DDP
 
 from distlab import host, runtime, script
-from distlab.cluster import VirtualCluster, flags_for_nodes, record_of, unavailable
 from distlab.cluster.links import parse_rate
-from distlab.errors import Skipped, UsageError
+from distlab.cluster.sweep import Sweep, here_or_on_nodes
+from distlab.errors import UsageError
+from distlab.measure import Timing
 from distlab.model import add_model_flags, config_from_args, model_from_args
 from distlab.run import Run
 from distlab.runtime import Runtime
 
 NODES = 2
 UNSHAPED = "unshaped"
-PRESETS = {
-    "smoke": {"model": "smoke", "batch_size": 2, "seq_len": 32, "steps": 3, "tolerance": 20.0,
+PRESETS: dict[str, dict[str, object]] = {
+    "smoke": {"model": "smoke", "batch_size": 2, "seq_len": 32, "steps": 3,
               "buckets": [0.0625, 0.25, 64.0], "rates": ["300mbit"]},
     "laptop": {"model": "laptop", "hidden_size": 128, "layers": 8, "vocab_size": 1024,
                "batch_size": 4, "seq_len": 64, "steps": 4, "tolerance": 0.25,
@@ -71,22 +78,18 @@ FOR_THE_NODES = (
     "preset", "model", "hidden_size", "layers", "heads", "kv_heads", "vocab_size", "batch_size",
     "seq_len", "steps", "seed", "timeout", "buckets",
 )  # fmt: skip
+COLUMNS = [
+    "bucket (MiB)", "buckets", "latency*", "sent*", "sticks out*", "step*", "step", "error %",
+]  # fmt: skip
+CAPTION = (
+    "ms, medians; * predicted; latency: of all buckets, a part of sent; sent: one after another; "
+    "bucket —: DDP's default, 1 MiB for the first and 25 for the others"
+)
+BUCKET, STICKS_OUT, PREDICTED, MEASURED = 0, 4, 5, 6
 
 
 def main(argv: list[str] | None = None) -> int:
-    args = parse_args(argv)
-    if "RANK" not in os.environ:
-        if why := unavailable():
-            raise Skipped(why)
-        with script.run(args) as run:
-            compare_links(run, args)
-        return run.status
-    with (
-        script.run(args) as run,
-        runtime.distributed(args.backend, args.timeout, args.seed, args.device) as job,
-    ):
-        measure_link(run, args, job)
-    return run.status
+    return here_or_on_nodes(parse_args(argv), measure_link, compare_links)
 
 
 def parse_args(argv: list[str] | None) -> Namespace:
@@ -125,22 +128,26 @@ def measure_link(run: Run, args: Namespace, job: Runtime) -> None:
     run.print(f"job: {job.world_size} rank(s), {job.backend} on {job.device.type}")
     caps = [*sorted(set(args.buckets)), None]  # None: DDP's default
     model = model_from_args(args, job.device)
-    batch = own_batch(args, job, model.config.vocab_size)
+    batch = own_batch(args, job, model.config.vocab_size, args.batch_size)
     alone = LocalStep(Trainee(model, model, batch), job)
-    trainees = [with_ddp(args, job, batch, cap) for cap in caps]
-    steps = [alone.run, alone.run_beside_messages, *(trainee.step for trainee in trainees)]
-    for step in steps:  # DDP makes its buckets after the first, when it knows the order of arrival
+    trainees = {str(cap): with_ddp(args, job, batch, cap) for cap in caps}
+    steps: dict[str, Callable[[], object]]
+    steps = {"alone": alone.run, "beside": alone.run_beside_messages}
+    steps |= {name: trainee.step for name, trainee in trainees.items()}
+    for step in steps.values():  # DDP makes its buckets after it, in the order of arrival
         step()
     wire = measure_wire(args, job)
-    nothing_sent, beside, *timings = measure_in_turns(steps, args.steps, job)
-    work = alone.message_work(nothing_sent.median, beside.median, wire.latency)
-    wire = replace(wire, work=work)
-    check_gradients(run, job, alone.trainee, trainees)
-    made = [buckets_made(trainee.wrapped) for trainee in trainees]
-    report_link(run, job, caps, timings, alone.medians(), wire, made)
+    timings = in_turns(steps, 0, args.steps, job)
+    unsent, beside = timings.pop("alone"), timings.pop("beside")
+    wire = replace(wire, work=alone.message_work(unsent.median, beside.median, wire.latency))
+    check_gradients(run, job, alone.trainee, list(trainees.values()))
+    made = [buckets_made(trainee.wrapped) for trainee in trainees.values()]
+    report_link(run, caps, list(timings.values()), alone.medians(), wire, made)
 
 
-def with_ddp(args: Namespace, job: Runtime, batch: Any, cap_mib: float | None) -> Trainee:
+def with_ddp(
+    args: Namespace, job: Runtime, batch: tuple[Tensor, Tensor], cap_mib: float | None
+) -> Trainee:
     """The same weights on every rank, by the seed: DDP has nothing to broadcast."""
     runtime.seed_everything(args.seed)
     model = model_from_args(args, job.device)
@@ -153,26 +160,119 @@ def buckets_made(ddp: Any) -> list[int]:
     return [int(size) for size in ddp._get_ddp_logging_data()["rebuilt_bucket_sizes"].split(",")]
 
 
+def report_link(
+    run: Run,
+    caps: Sequence[float | None],
+    timings: Sequence[Timing],
+    alone: Alone,
+    wire: Wire,
+    made: Sequence[Sequence[int]],
+) -> None:
+    """Every bucket size on one link; `made` are the buckets that DDP has made of each."""
+    run.metric("gradient", alone.gradient_bytes, "B", f"{len(alone.sizes)} tensors")
+    run.metric("forward", alone.forward, "s", "nothing sent, all ranks at once")
+    run.metric("backward", alone.backward, "s")
+    run.metric("latency", wire.latency, "s", "of an all-reduce, besides its bytes")
+    all_bytes = alone.gradient_bytes * wire.per_byte
+    run.metric("all_reduce", all_bytes, "s", "of all gradients' bytes")
+    rows, expected = [], []
+    for cap, timing in zip(caps, timings, strict=True):
+        buckets = ddp_buckets(alone, bucket_limits(cap))
+        expected.append([bucket.size for bucket in buckets])
+        guess = predict_step(alone, wire, buckets)
+        seconds = [guess.latency, guess.sent, guess.sticks_out, guess.step, timing.median]
+        error = 100 * (guess.step - timing.median) / timing.median
+        rows.append([cap, len(buckets), *(1e3 * s for s in seconds), error])
+    run.table("buckets", COLUMNS, rows, caption=CAPTION)
+    run.check_equal("DDP's buckets are those predicted", [list(m) for m in made], expected)
+    run.extra(link={"rows": rows, "alone": vars(alone), "wire": vars(wire)})
+
+
 def compare_links(run: Run, args: Namespace) -> None:
     """A virtual cluster for each link."""
+    sweep = Sweep(Path(__file__), args, FOR_THE_NODES)
+    cores = ["--cores-per-rank", str(host.usable_cores() / NODES)]
     links: dict[str, dict[str, Any]] = {}
-    sound: list[bool] = []
-    for rate in run.progress(args.rates, "clusters"):
-        with VirtualCluster(NODES, None if rate == UNSHAPED else rate) as cluster:
-            record = record_of(cluster, Path(__file__), node_flags(args, rate), 3 * args.timeout)
-        mbit = None if rate == UNSHAPED else parse_rate(rate) / 1e6
-        links[rate] = {**record["link"], "mbit": mbit}
-        sound.append(all(check["ok"] for check in record["checks"]))
-    run.check_equal("on every link gradients and buckets are as expected", sound,
-                    [True] * len(sound))  # fmt: skip
+    for name in run.progress(args.rates, "clusters"):
+        rate = None if name == UNSHAPED else name
+        record = sweep.on_nodes(NODES, rate, *cores)
+        links[name] = {**record["link"], "mbit": parse_rate(rate) / 1e6 if rate else None}
+    run.check_equal("on every link gradients and buckets are as expected", sweep.sound,
+                    [True] * len(links))  # fmt: skip
     report_tuning(run, args, links)
 
 
-def node_flags(args: Namespace, rate: str) -> list[str]:
-    """This script's flags on a node: those given here, its link, its share of the cores."""
-    flags = flags_for_nodes(args, FOR_THE_NODES)
-    flags += ["--cores-per-rank", str(host.usable_cores() / NODES)]
-    return flags + (["--link-rate", rate] if rate != UNSHAPED else [])
+def report_tuning(run: Run, args: Namespace, links: Mapping[str, Mapping[str, Any]]) -> None:
+    """The tables and the curves of all links, the best bucket of each, and the checks."""
+    run.table(
+        "links",
+        ["link (Mbit/s)", "forward", "backward", "optimizer", "latency", "all-reduce", "work"],
+        [[link["mbit"], *known(link)] for link in links.values()],
+        caption="what the predictions know, ms: a step with nothing sent; of an all-reduce its "
+        "latency; of all gradients the time on the link, and how long backward stands still for it",
+    )
+    rows: list[list[Any]] = [
+        [link["mbit"], *row] for link in links.values() for row in link["rows"]
+    ]
+    run.table("tuning", ["link (Mbit/s)", *COLUMNS], rows, caption=f"{CAPTION}; link —: unshaped")
+    draw(run, links)
+    chosen, slowdowns = [], []
+    for rate, link in links.items():
+        sizes = [row for row in link["rows"] if row[BUCKET] is not None]
+        best = min(sizes, key=lambda row: row[MEASURED])
+        guess = min(sizes, key=lambda row: row[PREDICTED])
+        largest = sizes[-1]
+        chosen.append(guess[MEASURED] / best[MEASURED])
+        slowdowns.append(
+            (largest[PREDICTED] / guess[PREDICTED], largest[MEASURED] / guess[MEASURED])
+        )
+        run.print(f"verdict: {rate}: {in_words(best, guess, largest)}")
+    worst = max(abs(row[-1]) for row in rows)
+    predicted, measured = max(slowdowns)
+    run.compare("slowdown by the largest bucket, where it is largest", predicted, measured)
+    if args.tolerance is None:  # steps so small are noise: nothing to judge
+        return
+    most = 1 + args.tolerance
+    run.check_below("the worst error of a predicted step", worst, 100 * args.tolerance, "%")
+    run.check_below(
+        "a step with the predicted best bucket, over the best measured", max(chosen), most
+    )
+    run.check_above("that slowdown", measured, predicted / most)
+
+
+def known(link: Mapping[str, Any]) -> list[float]:
+    """Milliseconds."""
+    alone, wire = Alone(**link["alone"]), Wire(**link["wire"])
+    n = alone.gradient_bytes
+    parts = [alone.forward, alone.backward, alone.optimizer, wire.latency, wire.seconds(n)]
+    return [1e3 * seconds for seconds in [*parts, wire.working(n)]]
+
+
+def in_words(best: Sequence[Any], guess: Sequence[Any], largest: Sequence[Any]) -> str:
+    """The best bucket, and why the smallest and the largest are not."""
+    return (
+        f"{best[BUCKET]:g} MiB is the fastest with {best[MEASURED]:.1f} ms (predicted: "
+        f"{guess[BUCKET]:g} MiB); of {largest[BUCKET]:g} MiB {largest[STICKS_OUT]:.1f} ms stick "
+        f"out of backward, of {guess[BUCKET]:g} MiB {guess[STICKS_OUT]:.1f}"
+    )
+
+
+def draw(run: Run, links: Mapping[str, Mapping[str, Any]]) -> None:
+    """Step time over bucket size; a limit above the whole gradient stands at the gradient's."""
+    series = []
+    for rate, link in links.items():
+        most = sum(link["alone"]["sizes"]) / MIB
+        sizes = [row for row in link["rows"] if row[BUCKET] is not None]
+        x = [min(row[BUCKET], most) for row in sizes]
+        for label, column in (("measured", MEASURED), ("predicted", PREDICTED)):
+            y = [row[column] for row in sizes]
+            dashed = column == PREDICTED
+            series.append({"label": f"{rate}, {label}", "x": x, "y": y, "dashed": dashed})
+    run.figure(
+        "buckets", kind="line", title="A step of DDP, by the size of its buckets",
+        x_label="bucket (MiB); the last: one bucket for all", y_label="step (ms)",
+        log_x=True, series=series,
+    )  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -24,36 +24,31 @@ Sources: Vogels et al., "PowerSGD" (arXiv 1905.13727); error feedback: Karimired
 1901.09847); feedback of both roundings: Tang et al., "DoubleSqueeze" (arXiv 1905.05957).
 """
 
-import os
 from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from _hooks_feedback import measure_feedback
-from _hooks_links import measure_on_links
-from _hooks_payload import exchanged_in_int8
-from _hooks_report import report, report_nodes
-from _hooks_torch import TORCH_HOOKS
-from _hooks_training import Hook, measure_hooks
+from ddp.compression import TORCH_HOOKS, Hook, exchanged_in_int8, measure_feedback
+from ddp.compression_costs import measure_hooks, measure_on_links, report, report_nodes
 from torch import Tensor
 from torch.futures import Future
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel as DDP
 
 from distlab import data, runtime, script
-from distlab.cluster import unavailable
 from distlab.cluster.links import parse_rate
-from distlab.errors import Skipped, UsageError
+from distlab.cluster.sweep import here_or_on_nodes
+from distlab.errors import UsageError
 from distlab.model import add_model_flags, config_from_args
 from distlab.run import Run
 from distlab.runtime import Runtime
 
 CHUNK = 1024  # elements that share a scale
-PRESETS = {
+PRESETS: dict[str, dict[str, object]] = {
     "smoke": {"model": "smoke", "corpus_mb": 0.2, "seq_len": 32, "batch_size": 4, "steps": 6,
-              "timed_steps": 3, "rates": ["1gbit", "100mbit"], "tolerance": 1000.0},
+              "timed_steps": 3, "rates": ["1gbit", "100mbit"]},
     "laptop": {"model": "laptop", "hidden_size": 128, "corpus_mb": 2.0, "seq_len": 32,
                "batch_size": 4, "steps": 40, "timed_steps": 5, "rates": ["1gbit", "100mbit"],
                "tolerance": 0.2},
@@ -64,19 +59,7 @@ PRESETS = {
 
 
 def main(argv: list[str] | None = None) -> int:
-    args = parse_args(argv)
-    if "RANK" not in os.environ:
-        if why := unavailable():
-            raise Skipped(why)
-        with script.run(args) as run:
-            report_nodes(run, args, measure_on_links(args, Path(__file__)))
-        return run.status
-    with (
-        script.run(args) as run,
-        runtime.distributed(args.backend, args.timeout, args.seed, args.device) as job,
-    ):
-        measure_ranks(run, args, job)
-    return run.status
+    return here_or_on_nodes(parse_args(argv), measure_ranks, compare_links)
 
 
 def parse_args(argv: list[str] | None) -> Namespace:
@@ -98,7 +81,6 @@ def parse_args(argv: list[str] | None) -> Namespace:
     add("--rates", nargs="+", metavar="RATE")
     add("--timed-steps", type=script.positive_int, help="on each rate")
     add("--tolerance", type=script.positive_float, help="of a step's predicted time, relative")
-    add("--ask", metavar="DIR", help="where a job on the nodes asks for a rate; set by the script")
     args = parser.parse_args(argv)
     args.hooks = list(dict.fromkeys(["none", *args.hooks]))  # what the others are compared with
     for name, least, why in (
@@ -116,10 +98,15 @@ def parse_args(argv: list[str] | None) -> Namespace:
     return args
 
 
+def compare_links(run: Run, args: Namespace) -> None:
+    """Two nodes or more, whose links change while one job runs on them."""
+    report_nodes(run, args, measure_on_links(args, Path(__file__)))
+
+
 def measure_ranks(run: Run, args: Namespace, job: Runtime) -> None:
     """The ranks of this job, whatever link they have."""
     measured = measure_hooks(run, args, job, HOOKS)
-    feedback = measure_feedback(job, Int8State, int8_hook)
+    feedback = measure_feedback(job, lambda kept: Int8State(feedback=kept), int8_hook)
     report(run, args, measured, feedback)
     run.extra(measured=[vars(one) for one in measured], feedback=vars(feedback))
 

@@ -1,13 +1,9 @@
-"""DistributedDataParallel from scratch: hooks fill buckets, buckets travel while backward goes on.
+"""DistributedDataParallel from scratch: it trains as torch's does, and a step takes as long.
 
-A hook on each parameter runs as soon as its gradient is complete, which happens from the last layer
-to the first. It puts the gradient into a bucket: one flat buffer for several parameters. A full
-bucket is all-reduced in the background while backward computes the next gradients, so that network
-and processor work at the same time. When `backward` returns, gradients are the ranks' mean.
-
-    model = DataParallel(model)  # rank 0's weights on every rank
-    model(inputs, targets=targets).backward()
-    optimizer.step()  # from the same gradients, so the weights stay the same
+The mechanism, whole, is `DataParallel` in ddp/data_parallel.py: hooks fill buckets with gradients,
+and full buckets are all-reduced while backward goes on. This script proves and measures it: three
+models are trained beside torch's DDP and beside one process; each bucket is watched; and a step is
+timed with overlap, without, and by torch's DDP.
 
 Run:
     torchrun --nproc_per_node=2 chapter03-ddp/code/ddp_from_scratch.py
@@ -21,33 +17,38 @@ model with tied weights, for one without, and for one that is odd in every way; 
 when in backward each of them left; the time of a step, and of torch's.
 """
 
-import math
+import time
 from argparse import Namespace
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
-import torch
+import numpy as np
 import torch.distributed as dist
-from _ddp_buckets import Bucket, broadcast_from_rank_0, packed, verify_same_layout
-from _ddp_parity import check_shares, prove_equal
-from _ddp_steps import compare_step_times, report_buckets
-from torch import Tensor, nn
-from torch.autograd import Variable
+from ddp.data_parallel import MIB, Bucket, DataParallel
+from ddp.parity import check_shares, prove_equal
+from ddp.step_times import Trainee, in_turns, own_batch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel as DDP
 
-from distlab import runtime, script
-from distlab.errors import RunError, UsageError
-from distlab.model import add_model_flags
+from distlab import predict, runtime, script
+from distlab.errors import UsageError
+from distlab.model import add_model_flags, config_from_args, model_from_args, num_parameters
+from distlab.run import Run
+from distlab.runtime import Runtime
 
-MIB = 2**20
-PRESETS = {
+PRESETS: dict[str, dict[str, object]] = {
     "smoke": {"model": "smoke", "batch_size": 8, "seq_len": 32, "steps": 20, "repeats": 5,
-              "bucket_mb": 0.1, "max_ratio": 25.0},
+              "bucket_mb": 0.1},
     "laptop": {"model": "laptop", "batch_size": 8, "seq_len": 128, "steps": 20, "repeats": 15,
                "bucket_mb": 2.0, "max_ratio": 1.05},
     "gpu": {"model": "gpu", "batch_size": 8, "seq_len": 512, "steps": 20, "repeats": 20,
             "bucket_mb": 25.0, "max_ratio": 1.05},
 }  # fmt: skip
+FLOAT = 4  # bytes
+TENSORS_OF_A_LAYER = 9  # q, k, v and o, gate, up and down, two norms
+WATCHED_STEPS = 5
+WARMUP_STEPS = 3  # DDP arranges its buckets in the second step
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -57,8 +58,8 @@ def main(argv: list[str] | None = None) -> int:
         runtime.distributed(args.backend, args.timeout, args.seed, args.device) as job,
     ):
         prove_equal(run, args, job, DataParallel)
-        report_buckets(run, args, job, DataParallel)
-        compare_step_times(run, args, job, DataParallel)
+        report_buckets(run, args, job)
+        compare_step_times(run, args, job)
     return run.status
 
 
@@ -72,7 +73,7 @@ def parse_args(argv: list[str] | None) -> Namespace:
     add("--steps", type=script.positive_int, help="of each proof")
     add("--bucket-mb", type=script.positive_float, metavar="MB", help="cap of a bucket, in 2^20 B")
     add("--repeats", type=script.positive_int, help="timed steps of each kind")
-    add("--max-ratio", type=script.positive_float, help="to DDP's step time, allowed at 2 ranks")
+    add("--max-ratio", type=script.positive_float, help="to DDP's step time, judged at 2 ranks")
     args = parser.parse_args(argv)
     check_shares(args)
     if args.repeats < 3:
@@ -82,141 +83,104 @@ def parse_args(argv: list[str] | None) -> Namespace:
     return args
 
 
-class DataParallel(nn.Module):
-    """`module` on every rank of `group`, its dense gradients averaged during `backward`.
+def report_buckets(run: Run, args: Namespace, job: Runtime) -> None:
+    """A few steps, watched: which bucket left when, and how many bytes that were."""
+    model, cap = model_from_args(args, job.device), cap_of(args)
+    replica = Watched(model, cap, first_bucket_bytes=cap)
+    trainee = trainee_of(args, job, model, replica)
+    for _ in range(WARMUP_STEPS):
+        trainee.step()
+    left = np.median([launches_of_a_step(trainee, replica) for _ in range(WATCHED_STEPS)], axis=0)
 
-    The ranks begin with rank 0's parameters and buffers, and take its buffers again before the
-    first forward after a synchronised one, as torch's DDP does. `p.grad` becomes a view of a
-    bucket, so the next step overwrites it. A parameter that no rank has used keeps its gradient
-    None; for one that some have used, the others count as zeros. What is frozen later counts as
-    unused; what is trained from some step on, on all ranks, is put into new buckets.
+    rows: list[list[Any]] = []
+    first = 1
+    for index, bucket in enumerate(replica.buckets):
+        last = first + len(bucket.parameters) - 1
+        rows.append([index, first, last, bucket.flat.nbytes / 1e6, 100 * left[index]])
+        run.print(f"sample: bucket {index} has {bucket.names[0]} to {bucket.names[-1]}")
+        first = last + 1
+    run.table(
+        "buckets", ["bucket", "from tensor", "to tensor", "MB", "launched at % of backward"], rows,
+        caption="tensors from the model's end on; the last bucket waits for the end of backward",
+    )  # fmt: skip
+    run.check_equal(
+        "the buckets that leave while backward still computes",
+        sum(early for _, early in replica.launches),
+        len(rows) - 1,
+    )
+    report_bytes(run, args, job, sum(bucket.flat.nbytes for bucket in replica.buckets))
 
-    After a `backward` that raised, the next forward (or `finish_gradient_sync`) drops its gradients
-    and makes the other ranks' backward raise too: no replica makes a step that another one does
-    not. Raises `RunError` there, and where the ranks' modules are not of one form.
 
-    Source: Li et al. 2020, "PyTorch Distributed", section 3.2.
-    """
+class Watched(DataParallel):
+    """`DataParallel` that notes when each bucket leaves, and if gradients are still to come."""
 
-    def __init__(
-        self,
-        module: nn.Module,
-        bucket_bytes: int = 25 * MIB,
-        overlap: bool = True,
-        group: dist.ProcessGroup | None = None,
-        first_bucket_bytes: int = MIB,
-    ) -> None:
-        """`first_bucket_bytes`: a smaller cap of the first bucket, so that sending begins early."""
-        super().__init__()
-        self.module, self.overlap, self.group = module, overlap, group
-        self.caps = (min(first_bucket_bytes, bucket_bytes), bucket_bytes)
-        self.synchronizes = True  # False within no_sync
-        self.buffers_differ = False
-        self.due = self.begun = False  # gradients await their mean; the first is in its bucket
-        self.launched = 0  # buckets on their way
-        self.hooks: list[Any] = []
-        self._make_buckets()
-        everything = [*module.parameters(), *module.buffers()]
-        broadcast_from_rank_0(everything, self.caps, group)
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        if torch._C._current_graph_task_id() == -1:  # else a checkpoint recomputes it in backward
-            self._prepare()
-        return self.module(*args, **kwargs)
-
-    def _prepare(self) -> None:
-        if self.begun:  # a backward that did not come to its end
-            self._finish(failed=True)
-        if any(parameter.requires_grad for parameter in self.frozen):
-            self._make_buckets()
-        if self.buffers_differ:
-            broadcast_from_rank_0(self.module.buffers(), self.caps, self.group)
-        self.buffers_differ = self.synchronizes and torch.is_grad_enabled()
-        self.due |= torch.is_grad_enabled()
-
-    @contextmanager
-    def no_sync(self) -> Iterator[None]:
-        """Let gradients accumulate on their own rank; the first backward after it averages them."""
-        before, self.synchronizes = self.synchronizes, False
-        try:
-            yield
-        finally:
-            self.synchronizes = before
-
-    def finish_gradient_sync(self) -> None:
-        """Average the gradients where no backward has: all were in no_sync, or used no parameter.
-
-        In the first case it is for all ranks to call, in the second for those whose backward used
-        none, while the others wait for them in theirs. Does nothing where nothing is due.
-        """
-        if self.begun or self.due:
-            self._finish(failed=self.begun)
+    launches: list[tuple[float, bool]] = []  # of the last step
 
     def all_reduce(self, bucket: Bucket) -> dist.Work:
-        """Begin to sum a bucket over the ranks: the only place where gradients are sent."""
-        return dist.all_reduce(bucket.flat, group=self.group, async_op=True)
+        early = any(one.missing for one in self.buckets)
+        self.launches = [*self.launches, (time.perf_counter(), early)]
+        return super().all_reduce(bucket)
 
-    def _make_buckets(self) -> None:
-        """Buckets and hooks for what is to be trained now, the last parameters first."""
-        verify_same_layout(self.module, self.caps, self.group)
-        for hook in self.hooks:
-            hook.remove()
-        names = {parameter: name for name, parameter in self.module.named_parameters()}
-        self.frozen = [parameter for parameter in names if not parameter.requires_grad]
-        trained = [parameter for parameter in reversed(names) if parameter.requires_grad]
-        share = 1 / dist.get_world_size(self.group)
-        self.buckets = [
-            Bucket(some, [names[one] for one in some], share) for some in packed(trained, self.caps)
-        ]
-        self.hooks = [
-            parameter.register_post_accumulate_grad_hook(self._hook(bucket, index))
-            for bucket in self.buckets
-            for index, parameter in enumerate(bucket.parameters)
-        ]
 
-    def _hook(self, bucket: Bucket, index: int) -> Callable[[Tensor], None]:
-        @torch.no_grad()
-        def on_gradient(parameter: Tensor) -> None:
-            if not self.synchronizes:
-                return
-            if not self.begun:
-                self.begun = True
-                Variable._execution_engine.queue_callback(self._finish)  # when backward ends
-            bucket.put(index)
-            if self.overlap:
-                self._launch_full_buckets()
+def launches_of_a_step(trainee: Trainee, replica: Watched) -> list[float]:
+    """Each launch as a part of backward, which ends when it launches the last bucket."""
+    trainee.optimizer.zero_grad()
+    loss = trainee.forward()
+    replica.launches = []
+    began = time.perf_counter()
+    loss.backward()
+    last, _ = replica.launches[-1]
+    return [(at - began) / (last - began) for at, _ in replica.launches]
 
-        return on_gradient
 
-    def _launch_full_buckets(self) -> None:
-        """Launch in the list's order: the ranks must agree, in whatever order gradients come.
+def cap_of(args: Namespace) -> int:
+    """Bytes of a bucket, of the first one too, as DDP(bucket_cap_mb=) has it."""
+    return int(args.bucket_mb * MIB)
 
-        The last bucket waits for the end of backward: a rank whose backward fails has not sent it.
-        """
-        while self.launched < len(self.buckets) - 1 and not self.buckets[self.launched].missing:
-            self._launch_next()
 
-    def _launch_next(self, failed: bool = False) -> None:
-        bucket = self.buckets[self.launched]
-        bucket.close(failed)
-        bucket.work = self.all_reduce(bucket)
-        self.launched += 1
+def trainee_of(args: Namespace, job: Runtime, model: nn.Module, wrapped: nn.Module) -> Trainee:
+    """With this rank's share of one global batch."""
+    vocabulary, share = config_from_args(args).vocab_size, args.batch_size // job.world_size
+    batch = own_batch(args, job, vocabulary, share)
+    return Trainee(model, wrapped, batch, learning_rate=0.01, momentum=0.9)
 
-    @torch.no_grad()
-    def _finish(self, failed: bool = False) -> None:
-        """Launch what is left, wait for all, and be ready for the next round."""
-        self.begun = True
-        while self.launched < len(self.buckets):
-            self._launch_next(failed)
-        for bucket in self.buckets:
-            bucket.work.wait()
-        users = [bucket.users() for bucket in self.buckets]
-        lost = failed or any(math.isnan(count) for counts in users for count in counts)
-        for bucket, counts in zip(self.buckets, users, strict=True):
-            bucket.end_round(counts, lost)
-        self.launched, self.begun, self.due = 0, False, False
-        if lost and not failed:
-            raise RunError("backward failed on another rank, so this step has no gradients")
+
+def report_bytes(run: Run, args: Namespace, job: Runtime, flat_bytes: int) -> None:
+    """A ring sends 2·(K - 1)/K of the buffers: 4·P bytes of gradients, and 4 for each tensor."""
+    config = config_from_args(args)
+    outside = 2 if config.tie_word_embeddings else 3  # of the layers
+    tensors = TENSORS_OF_A_LAYER * config.num_hidden_layers + outside
+    gradient = FLOAT * (num_parameters(config) + tensors)
+    predicted = predict.data_parallel_bytes(gradient, job.world_size)
+    counted = predict.BUS_FACTORS["all_reduce"](job.world_size) * flat_bytes
+    run.compare("bytes that a rank sends in a step", predicted, counted, "B")
+    run.check_equal("the counted bytes are those predicted", counted, predicted)
+
+
+def compare_step_times(run: Run, args: Namespace, job: Runtime) -> None:
+    """Ours, ours without overlap, and torch's DDP, in turns; the slowest rank's time counts."""
+
+    def ours(model: nn.Module, overlap: bool = True) -> DataParallel:
+        return DataParallel(model, cap_of(args), overlap, first_bucket_bytes=cap_of(args))
+
+    def step(wrap: Callable[[nn.Module], nn.Module]) -> Callable[[], object]:
+        model = model_from_args(args, job.device)
+        return trainee_of(args, job, model, wrap(model)).step
+
+    steps = {
+        "from scratch": step(ours),
+        "without overlap": step(partial(ours, overlap=False)),
+        "of torch DDP": step(partial(DDP, bucket_cap_mb=args.bucket_mb)),
+    }
+    timings = in_turns(steps, WARMUP_STEPS, args.repeats, job)
+    for name, timing in timings.items():
+        run.metric(f"step {name}", timing.median, "s", f"median of {args.repeats}, in turns")
+    ratio = timings["from scratch"].median / timings["of torch DDP"].median
+    name = "a step's time, in units of torch DDP's"
+    if args.max_ratio is None or job.world_size != 2:  # small steps are noise; ranks share cores
+        run.metric(name, ratio)
+    else:
+        run.check_below(name, ratio, args.max_ratio)
 
 
 if __name__ == "__main__":

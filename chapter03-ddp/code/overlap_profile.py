@@ -28,44 +28,48 @@ You should see: the step with overlap at least 1.2 times as fast, the speed-up p
 timeline what overlap cannot hide: the buckets that are full only when backward is at its end.
 """
 
-import os
 from argparse import Namespace
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
-from _bucket_model import Alone, Bucket, Wire, balancing_rate, seconds_per_byte
-from _bucket_training import (
-    LocalStep,
-    Trainee,
-    check_gradients,
-    measure_in_turns,
-    measure_wire,
-    own_batch,
-    refuse_one_rank,
-)
-from _overlap_report import draw_timeline, report_alone, report_measured, report_prediction
-from _overlap_timeline import profile_steps
-from _overlap_variants import (
+from ddp.overlap import (
     VARIANTS,
     WITH,
     WITHOUT,
     own_buckets,
     predict_variants,
+    profile_steps,
     replicas,
+)
+from ddp.step_times import (
+    Alone,
+    Bucket,
+    LocalStep,
+    Trainee,
+    Wire,
+    balancing_rate,
+    check_gradients,
+    in_turns,
+    measure_wire,
+    own_batch,
+    refuse_one_rank,
+    seconds_per_byte,
 )
 
 from distlab import files, host, runtime, script
-from distlab.cluster import VirtualCluster, flags_for_nodes, record_of, unavailable
+from distlab.cluster import VirtualCluster
 from distlab.cluster.links import parse_rate
-from distlab.errors import Skipped, UsageError
+from distlab.cluster.sweep import Sweep, here_or_on_nodes
+from distlab.errors import UsageError
 from distlab.model import add_model_flags, config_from_args, model_from_args
 from distlab.run import Run
 from distlab.runtime import Runtime
 
 NODES = 2
-PRESETS = {
-    "smoke": {"model": "smoke", "batch_size": 4, "seq_len": 64, "steps": 3, "bucket_mb": 0.1,
-              "least_speedup": 0.05},
+PRESETS: dict[str, dict[str, object]] = {
+    "smoke": {"model": "smoke", "batch_size": 4, "seq_len": 64, "steps": 3, "bucket_mb": 0.1},
     "laptop": {"model": "laptop", "hidden_size": 128, "layers": 8, "vocab_size": 1024,
                "batch_size": 8, "seq_len": 128, "steps": 7, "bucket_mb": 1.0,
                "least_speedup": 1.2},
@@ -79,19 +83,7 @@ FOR_THE_NODES = (
 
 
 def main(argv: list[str] | None = None) -> int:
-    args = parse_args(argv)
-    if "RANK" not in os.environ:
-        if why := unavailable():
-            raise Skipped(why)
-        with script.run(args) as run:
-            predict_then_measure(run, args)
-        return run.status
-    with (
-        script.run(args) as run,
-        runtime.distributed(args.backend, args.timeout, args.seed, args.device) as job,
-    ):
-        measure_ranks(run, args, job)
-    return run.status
+    return here_or_on_nodes(parse_args(argv), measure_ranks, predict_then_measure)
 
 
 def parse_args(argv: list[str] | None) -> Namespace:
@@ -124,9 +116,10 @@ def parse_args(argv: list[str] | None) -> Namespace:
 
 def predict_then_measure(run: Run, args: Namespace) -> None:
     """Measure a step alone, choose the link, predict; then measure on that link."""
-    script_file, limit = Path(__file__), 3 * args.timeout
+    sweep = Sweep(Path(__file__), args, FOR_THE_NODES)
+    cores = ["--cores-per-rank", str(host.usable_cores() / NODES)]
     with VirtualCluster(NODES) as cluster:
-        plan = record_of(cluster, script_file, [*node_flags(args), "--alone"], limit)["plan"]
+        plan = sweep.on(cluster, None, *cores, "--alone")["plan"]
         alone, own = Alone(**plan["alone"]), [Bucket(**bucket) for bucket in plan["own"]]
         wire = Wire(**plan["wire"])
         sent = sum(bucket.size for bucket in own)
@@ -135,20 +128,19 @@ def predict_then_measure(run: Run, args: Namespace) -> None:
         report_alone(run, alone, wire, own)
         run.metric("link", parse_rate(rate), "bit/s", "of each node, both ways")
         predicted = predict_variants(alone, wire, own, args.bucket_mb)
-        report_prediction(run, predicted)
+        words = ", ".join(f"{1e3 * predicted[name]:.1f} ms {name}" for name in VARIANTS)
+        run.print(f"predicted: {words}: a speed-up of {predicted[WITHOUT] / predicted[WITH]:.2f}")
         for node in cluster.names:
             cluster.rate(node, rate)
-        flags = [*node_flags(args), "--link-rate", rate]
-        if args.trace:
-            flags += ["--trace", str(Path(args.trace).absolute())]
-        record = record_of(cluster, script_file, flags, limit)
+        trace = ["--trace", str(Path(args.trace).absolute())] if args.trace else []
+        record = sweep.on(cluster, rate, *cores, *trace)
         if args.trace:
             run.print(f"trace: {args.trace}")
     speed_up = report_measured(run, predicted, record["measured"])
     draw_timeline(run, record["timeline"])
-    sound = all(check["ok"] for check in record["checks"])
+    sound = all(sweep.sound)
     run.check_true("all three give the mean of the ranks' own gradients", sound, "on every rank")
-    if not args.rate:  # on another link there may be little to gain
+    if args.least_speedup is not None and not args.rate:  # elsewhere there may be little to gain
         run.check_above("speed-up by overlap", speed_up, args.least_speedup)
 
 
@@ -158,13 +150,15 @@ def measure_ranks(run: Run, args: Namespace, job: Runtime) -> None:
     run.print(f"job: {job.world_size} rank(s), {job.backend} on {job.device.type}")
     trainees = replicas(args, job)
     alone = alone_step(args, job)
-    steps = [alone.run, alone.run_beside_messages]
+    steps: dict[str, Callable[[], object]]
+    steps = {"alone": alone.run, "beside": alone.run_beside_messages}
     if not args.alone:
-        steps += [one.step for one in trainees.values()]
-    for step in steps + steps:  # DDP makes its buckets after the first
+        steps |= {name: one.step for name, one in trainees.items()}
+    for step in [*steps.values(), *steps.values()]:  # DDP makes its buckets after the first
         step()
     wire = measure_wire(args, job)
-    unsent, beside, *timings = measure_in_turns(steps, args.steps, job)
+    timings = in_turns(steps, 0, args.steps, job)
+    unsent, beside = timings.pop("alone"), timings.pop("beside")
     wire = replace(wire, work=alone.message_work(unsent.median, beside.median, wire.latency))
     nothing_sent = alone.medians()
     own = own_buckets(trainees[WITH], nothing_sent)
@@ -173,7 +167,7 @@ def measure_ranks(run: Run, args: Namespace, job: Runtime) -> None:
     if args.alone:
         return
     check_gradients(run, job, alone.trainee, list(trainees.values()))
-    measured = {name: timing.median for name, timing in zip(VARIANTS, timings, strict=True)}
+    measured = {name: timing.median for name, timing in timings.items()}
     report_measured(run, predict_variants(nothing_sent, wire, own, args.bucket_mb), measured)
     both = {name: trainees[name] for name in (WITH, WITHOUT)}
     timeline = profile_steps(both, job, args.trace)
@@ -185,14 +179,38 @@ def alone_step(args: Namespace, job: Runtime) -> LocalStep:
     """The same model and batch without anything sent."""
     runtime.seed_everything(args.seed)
     model = model_from_args(args, job.device)
-    local = Trainee(model, model, own_batch(args, job, model.config.vocab_size))
-    return LocalStep(local, job)
+    batch = own_batch(args, job, model.config.vocab_size, args.batch_size)
+    return LocalStep(Trainee(model, model, batch), job)
 
 
-def node_flags(args: Namespace) -> list[str]:
-    """This script's flags on a node: those given here, and its share of the cores."""
-    cores = str(host.usable_cores() / NODES)
-    return [*flags_for_nodes(args, FOR_THE_NODES), "--cores-per-rank", cores]
+def report_alone(run: Run, alone: Alone, wire: Wire, own: Sequence[Bucket]) -> None:
+    """What the prediction knows."""
+    run.metric("gradient", alone.gradient_bytes, "B", f"{len(own)} buckets")
+    run.metric("forward", alone.forward, "s", "nothing sent, all ranks at once")
+    run.metric("backward", alone.backward, "s")
+    run.metric("latency", wire.latency, "s", "of an all-reduce, besides its bytes")
+    sent = sum(bucket.size for bucket in own) * wire.per_byte
+    run.metric("communication", sent, "s", "of all buckets' bytes")
+    work = sum(wire.working(bucket.size) for bucket in own)
+    run.metric("work", work, "s", "of a core for communication, while backward stands still")
+
+
+def report_measured(
+    run: Run, predicted: Mapping[str, float], measured: Mapping[str, float]
+) -> float:
+    """Each variant's step beside its prediction; the measured speed-up."""
+    for name in VARIANTS:
+        run.compare(f"a step {name}", predicted[name], measured[name], "s")
+    speed_up = measured[WITHOUT] / measured[WITH]
+    run.compare("speed-up by overlap", predicted[WITHOUT] / predicted[WITH], speed_up)
+    return speed_up
+
+
+def draw_timeline(run: Run, rows: Sequence[dict[str, Any]]) -> None:
+    run.figure(
+        "timeline", kind="timeline", title="One step with overlap, and one without",
+        x_label="ms since forward began", y_label="", series=rows,
+    )  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -32,9 +32,13 @@ from argparse import Namespace
 
 import torch
 import torch.distributed as dist
-from _ps_cluster import compare_worlds
-from _ps_measure import measure_links, measure_training, prove_equality
-from _ps_training import ASYNCHRONOUS, SYNCHRONOUS, Log, Replica
+from ddp.server_measurements import (
+    compare_worlds,
+    measure_links,
+    measure_training,
+    prove_equality,
+)
+from ddp.server_training import ASYNCHRONOUS, SYNCHRONOUS, Log, Replica
 from torch import Tensor
 
 from distlab import data, runtime, script

@@ -22,18 +22,19 @@ the loss does not tell: forgotten or not, it differs by no more than from one se
 """
 
 from argparse import Namespace
+from collections.abc import Callable
 
 import numpy as np
 import torch
-from _sampler_ways import COUNTED_EPOCHS, by_loader, by_sampler, counts
+from torch.utils.data import DistributedSampler, TensorDataset
 
 from distlab import data, script
-from distlab.data import Tokens
+from distlab.data import Loader, Tokens
 from distlab.errors import UsageError
 from distlab.model import add_model_flags, config_from_args, model_from_args
 from distlab.run import Run
 
-PRESETS = {
+PRESETS: dict[str, dict[str, object]] = {
     "smoke": {"model": "smoke", "corpus_mb": 0.2, "seq_len": 32, "batch_size": 16,
               "samples": 63, "epochs": 2, "repeats": 2},
     "laptop": {"model": "smoke", "corpus_mb": 0.5, "seq_len": 32, "batch_size": 16,
@@ -41,6 +42,8 @@ PRESETS = {
     "gpu": {"model": "smoke", "corpus_mb": 0.5, "seq_len": 32, "batch_size": 16,
             "samples": 255, "epochs": 6, "repeats": 3},
 }  # fmt: skip
+COUNTED_EPOCHS = 40
+Deal = Callable[[int], np.ndarray]  # an epoch's samples, in the order in which all ranks take them
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -105,6 +108,56 @@ def count_samples(run: Run, args: Namespace, tokens: Tokens) -> None:
     run.check_equal("padding: samples seen again", called[:2], [0.0, float(-n % ranks)])
     run.check_equal("drop_last: samples never seen", dropping[:2], [float(n % ranks), 0.0])
     run.check_equal("Loader: samples never seen, or again", loader[:2], [0.0, 0.0])
+
+
+def by_sampler(
+    args: Namespace,
+    seed: int,
+    set_epoch: bool = True,
+    own_seeds: bool = False,
+    drop_last: bool = False,
+) -> Deal:
+    """DistributedSampler on every rank."""
+    samples = TensorDataset(torch.arange(args.samples))
+    samplers: list[DistributedSampler] = [
+        DistributedSampler(samples, args.ranks, rank, seed=seed + 1000 * rank * own_seeds,
+                           drop_last=drop_last)
+        for rank in range(args.ranks)
+    ]  # fmt: skip
+
+    def deal(epoch: int) -> np.ndarray:
+        for sampler in samplers:
+            if set_epoch:
+                sampler.set_epoch(epoch)
+        return np.array([list(sampler) for sampler in samplers]).T.ravel()
+
+    return deal
+
+
+def by_loader(args: Namespace, tokens: Tokens) -> Deal:
+    """The bench's loader on every rank."""
+    text = tokens.windows(range(args.samples), args.seq_len)
+    few = Tokens((np.append(text[:, :-1], text[-1, -1]),), tokens.vocab_size, "the first samples")
+    loaders = [Loader(few, args.seq_len, args.batch_size, rank, args.ranks, args.seed)
+               for rank in range(args.ranks)]  # fmt: skip
+
+    def deal(epoch: int) -> np.ndarray:
+        first = epoch * args.samples
+        begin = first - first % args.batch_size  # an epoch may begin within a batch
+        positions = range(begin, first + args.samples, args.batch_size)
+        stream = [loader.window_indices(position) for position in positions for loader in loaders]
+        return np.concatenate(stream)[first - begin :][: args.samples]
+
+    return deal
+
+
+def counts(samples: int, deal: Deal) -> list[float]:
+    """Samples of an epoch that are never seen, seen again, and where they were in the last one."""
+    orders = np.array([deal(epoch) for epoch in range(COUNTED_EPOCHS)])
+    times = np.array([np.bincount(order, minlength=samples) for order in orders])
+    never, again = (times == 0).sum(axis=1), np.maximum(times - 1, 0).sum(axis=1)
+    same = (orders[1:] == orders[:-1]).sum(axis=1)
+    return [float(values.mean()) for values in (never, again, same)]
 
 
 def train_both(run: Run, args: Namespace, tokens: Tokens) -> None:

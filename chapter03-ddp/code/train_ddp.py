@@ -22,28 +22,32 @@ import contextlib
 import math
 from argparse import Namespace
 from collections.abc import Iterator
-from functools import partial
+from dataclasses import replace
 
 import torch
-from _train_export import export
-from _train_flags import add_train_flags, refuse, refuse_for, take_shape
-from _train_held_out import HeldOut, autocast
-from _train_progress import Progress
-from _train_proof import prove
-from _train_report import report_training, report_verdict, say_what_runs
-from _train_saver import Saver
-from _train_stop import StopRequest
-from ddp.training_state import settle_buckets
+import torch.distributed as dist
+from ddp.training_state import Saver, settle_buckets
 from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.nn.parallel import DistributedDataParallel as DDP
 
 from distlab import data, hardware, runtime, script
-from distlab.model import Llama, config_from_args, model_from_args
+from distlab.model import Llama, config_from_args, model_from_args, num_parameters
+from distlab.ranks import distinct
 from distlab.run import Run
 from distlab.runtime import Runtime
+from distlab.training.flags import add_training_flags, refuse, refuse_for, take_shape
+from distlab.training.held_out import HeldOut, autocast
+from distlab.training.outcome import (
+    export,
+    peak_of_all,
+    report_losses,
+    report_sample,
+    report_speed,
+)
+from distlab.training.progress import Progress, StopRequest, warmup_cosine
 
-PRESETS = {
+PRESETS: dict[str, dict[str, object]] = {
     "smoke": {"model": None, "corpus_mb": 1.0, "seq_len": 32, "batch_size": 8, "steps": 150,
               "learning_rate": 1e-2, "eval_every": 50, "eval_windows": 64},
     "laptop": {"model": None, "corpus_mb": 2.0, "seq_len": 128, "batch_size": 4, "steps": 800,
@@ -57,6 +61,11 @@ SHAPES = {
     "smoke": {"vocab_size": 320},
     "laptop": {"vocab_size": 1024, "hidden_size": 128, "layers": 2, "heads": 4, "kv_heads": 2},
 }
+# What is asked of the samples, different keywords and readable lines in units of chance's: smoke's
+# run is long enough for words, and too short for syntax.
+SAMPLED = {"smoke": (1, None), "laptop": (10, 2.0), "gpu": (10, 2.0)}
+PEAK_LIMIT_S = {"smoke": 0.05, "laptop": 0.5, "gpu": 0.5}  # of measuring one size of product
+SAME_LOSS = 1e-5  # nats: float32 sums in another order, carried through the proof's steps
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -72,7 +81,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def parse_args(argv: list[str] | None) -> Namespace:
     parser = script.Parser(__doc__, PRESETS)
-    add_train_flags(parser)
+    add_training_flags(parser)
     args = parser.parse_args(argv)
     if args.model is None:
         take_shape(args, args.preset, SHAPES[args.preset])
@@ -87,12 +96,16 @@ def train_and_report(run: Run, args: Namespace, job: Runtime, stop: StopRequest)
     tokens = data.prepare_from_args(args, config.vocab_size, workers=cores)
     with Trainer(args, job, tokens) as trainer, Saver(run, args, job) as saver:
         say_what_runs(run, args, job, trainer.model, tokens)
-        held_out = HeldOut(args, job, tokens.validation)
-        progress = Progress(run, args, job, first_step=saver.resume(trainer))
+        held_out = HeldOut(
+            tokens.validation, job, windows=args.eval_windows, seq_len=args.seq_len,
+            batch_size=args.batch_size, dtype=args.dtype,
+        )  # fmt: skip
+        first_step = saver.resume(trainer)
+        progress = Progress(run, job, args.steps, args.batch_size * args.seq_len, first_step)
         if train(args, trainer, held_out, saver, progress, stop):
             report_training(run, args, job, trainer, tokens, progress, held_out)
             if args.prove:
-                prove(run, args, job, progress, partial(Trainer, args, tokens=tokens))
+                prove(run, args, job, tokens, progress)
             if args.export and job.is_main:
                 export(run, trainer.model.cpu(), args.export, tokens)
             report_verdict(run, progress)
@@ -163,7 +176,9 @@ class Trainer:
         self.scaler.unscale_(self.optimizer)  # the norm to clip is that of the real gradients
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.args.clip)
         for group in self.optimizer.param_groups:
-            group["lr"] = self.args.learning_rate * schedule_at(step, self.args)
+            group["lr"] = self.args.learning_rate * warmup_cosine(
+                step, self.args.steps, self.args.warmup
+            )
         self.scaler.step(self.optimizer)  # leaves it out where a gradient is infinite or NaN
         self.scaler.update()
         self.optimizer.zero_grad()
@@ -194,15 +209,61 @@ def new_optimizer(args: Namespace, model: Llama) -> torch.optim.AdamW:
     return torch.optim.AdamW(groups, lr=args.learning_rate, betas=(0.9, 0.95), fused=True)
 
 
-def schedule_at(step: int, args: Namespace) -> float:
-    """The learning rate's factor: a straight warm-up to 1, then a cosine towards 0.
+def say_what_runs(
+    run: Run, args: Namespace, job: Runtime, model: Llama, tokens: data.Tokens
+) -> None:
+    sequences = args.batch_size // (job.world_size * args.accumulate)
+    run.print(
+        f"job: {job.world_size} rank(s), {job.backend} on {job.device.type}, {args.dtype}; "
+        f"{num_parameters(model):,} parameters; {len(tokens):,} tokens of text"
+    )
+    run.print(
+        f"job: a batch of {args.batch_size} is {job.world_size} rank(s) x {args.accumulate} "
+        f"micro-batch(es) x {sequences} sequence(s) of {args.seq_len} tokens"
+    )
 
-    It is a function of the step alone, so that a resumed run needs no scheduler's state.
-    """
-    warmup = max(1, round(args.warmup * args.steps))
-    if step < warmup:
-        return (step + 1) / warmup
-    return 0.5 * (1 + math.cos(math.pi * (step - warmup) / (args.steps - warmup)))
+
+def report_training(
+    run: Run, args: Namespace, job: Runtime, trainer: Trainer, tokens: data.Tokens,
+    progress: Progress, held_out: HeldOut,
+) -> None:  # fmt: skip
+    """Evaluate the trained model, which all ranks do together, and tell what became of the run."""
+    model = trainer.model
+    progress.tell(args.steps, held_out.loss(model))
+    models = distinct(model.parameters())
+    peak = peak_of_all(job, args.dtype, PEAK_LIMIT_S[args.preset])
+    if not job.is_main:
+        return
+    report_losses(run, progress, held_out, model, tokens)
+    if args.dtype == "float16":
+        taken = int(next(iter(trainer.optimizer.state.values()))["step"])
+        run.metric("steps_left_out", args.steps - taken, "", "their gradients overflowed")
+    report_speed(run, model, args.seq_len, progress, peak)
+    run.check_equal("every held-out window counts once", held_out.counted, held_out.count)
+    run.check_equal("all ranks end with the same weights, bit for bit", models, 1)
+    report_sample(run, model, tokens, *SAMPLED[args.preset])
+
+
+def prove(run: Run, args: Namespace, job: Runtime, tokens: data.Tokens, progress: Progress) -> None:
+    """Compare the first losses with those of one process, which rank 0 is now; all ranks call."""
+    if progress.first_step > 0:
+        run.print("proof: left out, since this run was resumed and has no first steps")
+        return
+    steps = min(args.prove, args.steps)
+    alone = dist.new_group([0])
+    if job.is_main:
+        torch.manual_seed(args.seed)  # as the job began
+        with Trainer(args, replace(job, world_size=1), tokens, group=alone) as trainer:
+            losses = [trainer.step(step).item() for step in range(steps)]
+        worst = max(abs(a - b) for a, b in zip(losses, progress.losses(), strict=False))
+        run.check_below("first losses differ from one process's by", worst, SAME_LOSS, "nats")
+    job.barrier()
+
+
+def report_verdict(run: Run, progress: Progress) -> None:
+    loss, speed = progress.last_held_out, progress.tokens_per_second()
+    told = "no step was left to do" if speed is None else f"{speed:,.0f} tok/s"
+    run.print(f"verdict: held-out loss {loss:.3f} nats, perplexity {math.exp(loss):.1f}, {told}")
 
 
 if __name__ == "__main__":

@@ -64,11 +64,13 @@ def compare(
     warmup: int = 3,
     repeats: int = 10,
     device: torch.device | str | None = None,
+    before: Callable[[], object] | None = None,
 ) -> dict[str, Timing]:
     """Time several functions side by side, in turns (A B C, A B C …).
 
     A machine's speed drifts; what is timed in turns drifts together, so the ratio of two medians
-    holds where the medians themselves do not.
+    holds where the medians themselves do not. `before`, such as a job's barrier, is called ahead of
+    each timed call and not timed.
     """
     if repeats < 3:
         raise ValueError(f"{repeats} repeats give no median; use at least 3")
@@ -79,6 +81,8 @@ def compare(
     samples: dict[str, list[float]] = {name: [] for name in functions}
     for _ in range(repeats):
         for name, function in functions.items():
+            if before is not None:
+                before()
             samples[name].append(timer(function))
     return {name: Timing(tuple(values)) for name, values in samples.items()}
 

@@ -1,36 +1,27 @@
 """Mixed precision: the scaler's rule, the overflow that all ranks share, the order of clipping."""
 
-import sys
 from argparse import Namespace
 
+import amp_ddp
 import pytest
 import torch
+from ddp import amp
+from ddp.amp import GROWTH_INTERVAL, report_overflow, scales_by_rule
 from torch import nn
 
 from distlab import script
 from distlab.errors import UsageError
-from distlab.files import repo_root
 from distlab.spawning import spawn
 
-CODE = repo_root() / "chapter03-ddp" / "code"
 SMOKE = ["--preset", "smoke", "--device", "cpu", "--backend", "gloo"]
 
 
-@pytest.fixture(autouse=True)
-def code(monkeypatch):
-    monkeypatch.syspath_prepend(CODE)
-
-
 def test_the_scale_by_hand():
-    from _amp_overflow import scales_by_rule
-
     overflows = [True, False, False, False, False, False, True, False]
     assert scales_by_rule(64.0, overflows) == [64, 32, 32, 32, 32, 64, 64, 32]
 
 
 def test_the_rule_is_torch_s_own_scaler_s():
-    from _amp_overflow import GROWTH_INTERVAL, scales_by_rule
-
     overflows = [n in (1, 2, 9) for n in range(20)]
     weight = nn.Parameter(torch.ones(1))
     optimizer = torch.optim.SGD([weight], lr=0.0)
@@ -66,8 +57,6 @@ def test_ranks_that_skip_alone_are_noticed():
 def overflow(job, change=lambda: None):
     """The script's own experiment on this rank: its checks, and its table's rows."""
     lab, args = new_lab(job)
-    from _amp_overflow import report_overflow
-
     change()
     with script.run(args) as run:
         report_overflow(run, lab)
@@ -75,9 +64,6 @@ def overflow(job, change=lambda: None):
 
 
 def new_lab(job):
-    sys.path.insert(0, str(CODE))
-    import amp_ddp
-
     args = amp_ddp.parse_args(SMOKE)
     args.batch_size = 2 * job.world_size
     return amp_ddp.new_lab(args, job), args
@@ -85,14 +71,13 @@ def new_lab(job):
 
 def scaler_of_its_own():
     """Each rank keeps its own gradient: the hook averages nothing."""
-    import _amp_overflow
 
     def alone(group, bucket):
         future = torch.futures.Future()
         future.set_result(bucket.buffer())
         return future
 
-    _amp_overflow.allreduce_hook = alone
+    amp.allreduce_hook = alone
 
 
 @pytest.mark.parametrize("clip_first", [False, True])
@@ -102,9 +87,6 @@ def test_the_norm_that_the_optimizer_gets(clip_first):
 
 
 def one_norm(job, clip_first):
-    sys.path.insert(0, str(CODE))
-    import amp_ddp
-
     class Mean(nn.Module):
         def __init__(self):
             super().__init__()
@@ -123,8 +105,6 @@ def one_norm(job, clip_first):
 
 
 def test_a_processor_without_16_bits_skips(monkeypatch):
-    import amp_ddp
-
     def refuse(self, other):
         raise RuntimeError('"addmm" not implemented for Half')
 
@@ -141,7 +121,5 @@ def test_a_processor_without_16_bits_skips(monkeypatch):
     ],
 )
 def test_a_wrong_flag_is_one_line(flags, words):
-    import amp_ddp
-
     with pytest.raises(UsageError, match=words):
         amp_ddp.parse_args([*SMOKE, *flags])

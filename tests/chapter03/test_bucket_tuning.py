@@ -1,29 +1,24 @@
 """Bucket tuning: the model by hand, DDP's buckets as predicted, and checks that see a mistake."""
 
-import sys
 from types import SimpleNamespace
 
+import bucket_tuning
 import pytest
+import torch
+from ddp import step_times
+from ddp.step_times import Alone, Wire, bucket_limits, ddp_buckets, predict_step, refuse_one_rank
 
 from distlab import script
+from distlab.cluster import sweep
 from distlab.errors import UsageError
-from distlab.files import repo_root
 from distlab.spawning import spawn
 
-CODE = repo_root() / "chapter03-ddp" / "code"
 SMOKE = ["--preset", "smoke", "--device", "cpu", "--backend", "gloo"]
 MIB = 2**20
 
 
-@pytest.fixture(autouse=True)
-def code(monkeypatch):
-    monkeypatch.syspath_prepend(CODE)
-
-
 def alone(sizes=(100, 100, 200), ready=(1.0, 2.0, 4.0)):
     """Forward 2 s, backward 4 s, optimizer 0.5 s."""
-    from _bucket_model import Alone
-
     return Alone(2.0, 4.0, 0.5, tuple(range(len(sizes))), tuple(sizes), tuple(ready))
 
 
@@ -38,16 +33,12 @@ def alone(sizes=(100, 100, 200), ready=(1.0, 2.0, 4.0)):
     ],
 )
 def test_buckets_close_as_ddp_closes_them(limits, sizes):
-    from _bucket_model import ddp_buckets
-
     buckets = ddp_buckets(alone(), limits)
     assert [bucket.size for bucket in buckets] == sizes
     assert buckets[-1].ready == 4.0  # of its last gradient
 
 
 def test_the_default_has_a_small_first_bucket_and_a_given_size_has_not():
-    from _bucket_model import bucket_limits
-
     assert bucket_limits(None) == (MIB, 25 * MIB)
     assert bucket_limits(0.5) == (MIB // 2,)
 
@@ -68,8 +59,6 @@ def test_the_default_has_a_small_first_bucket_and_a_given_size_has_not():
     ],
 )
 def test_a_step_by_hand(wire, overlap, sticks_out):
-    from _bucket_model import Wire, ddp_buckets, predict_step
-
     wire = Wire(**{"latency": 0.0, "per_byte": 0.0, **wire})
     guess = predict_step(alone(), wire, ddp_buckets(alone(), [1]), overlap)
     assert guess.sticks_out == pytest.approx(sticks_out)
@@ -79,8 +68,6 @@ def test_a_step_by_hand(wire, overlap, sticks_out):
 
 
 def test_the_slowest_rank_of_each_number():
-    from _bucket_model import Alone
-
     one, other = alone(ready=(1.0, 3.0, 4.0)), alone(ready=(2.0, 2.0, 4.0))
     assert Alone.slowest([one, other]).ready == [2.0, 3.0, 4.0]
     assert Alone.slowest([one, other]).order == (0, 1, 2)
@@ -88,10 +75,8 @@ def test_the_slowest_rank_of_each_number():
 
 @pytest.mark.parametrize(("cores", "share"), [(0.5, 1.0), (1, 1.0), (1.25, 0.75), (2, 0.0), (8, 0)])
 def test_sending_takes_no_core_where_there_is_one_more(cores, share, monkeypatch):
-    import _bucket_training
-
-    monkeypatch.setattr(_bucket_training.torch, "get_num_threads", lambda: 1)
-    assert _bucket_training.crowding(cores) == share
+    monkeypatch.setattr(step_times.torch, "get_num_threads", lambda: 1)
+    assert step_times.crowding(cores) == share
 
 
 def test_a_link_is_measured_and_its_buckets_are_those_predicted():
@@ -114,9 +99,6 @@ GRADIENTS = "largest difference of a gradient to the mean of the ranks' own"
 
 def run_link(job, argv, change=lambda: None):
     """The script's own measurement on this rank: its checks, and its link."""
-    sys.path.insert(0, str(CODE))
-    import bucket_tuning
-
     change()
     args = bucket_tuning.parse_args(argv)
     with script.run(args) as run:
@@ -125,9 +107,6 @@ def run_link(job, argv, change=lambda: None):
 
 
 def keep_own_gradients():
-    import bucket_tuning
-    import torch
-
     def hook(state, bucket):
         done = torch.futures.Future()
         done.set_result(bucket.buffer())
@@ -157,9 +136,6 @@ def keep_own_gradients():
     ],
 )
 def test_the_checks_of_all_links(change, failed):
-    import bucket_tuning
-    from _bucket_report import report_tuning
-
     # predicted and measured ms of each bucket size
     steps = {0.25: (100, 101), 1.0: (110, 108), 64.0: (150, 148), None: (140, 139), **change}
     rows = [
@@ -169,13 +145,11 @@ def test_the_checks_of_all_links(change, failed):
     link = {"rows": rows, "mbit": 100.0, "alone": vars(alone()), "wire": vars(wire_of_nothing())}
     args = bucket_tuning.parse_args(["--preset", "laptop", "--tolerance", "0.15"])
     run = script.run(args)
-    report_tuning(run, args, {"100mbit": link})
+    bucket_tuning.report_tuning(run, args, {"100mbit": link})
     assert [check.name for check in run.checks if not check.ok] == failed
 
 
 def wire_of_nothing():
-    from _bucket_model import Wire
-
     return Wire(0.0, 0.0)
 
 
@@ -190,23 +164,17 @@ def wire_of_nothing():
     ],
 )
 def test_a_wrong_flag_is_one_line(flags, words):
-    import bucket_tuning
-
     with pytest.raises(UsageError, match=words):
         bucket_tuning.parse_args([*SMOKE, *flags])
 
 
 def test_one_rank_is_refused():
-    from _bucket_training import refuse_one_rank
-
     with pytest.raises(UsageError, match="one rank sends nothing; use torchrun"):
         refuse_one_rank(SimpleNamespace(world_size=1))
 
 
 def test_a_machine_without_virtual_clusters_skips(monkeypatch):
-    import bucket_tuning
-
     monkeypatch.delenv("RANK", raising=False)
-    monkeypatch.setattr(bucket_tuning, "unavailable", lambda: "no namespaces here")
+    monkeypatch.setattr(sweep, "unavailable", lambda: "no namespaces here")
     with pytest.raises(script.Skipped, match="no namespaces here"):
         bucket_tuning.main(["--preset", "smoke"])

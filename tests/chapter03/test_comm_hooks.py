@@ -1,30 +1,28 @@
 """The int8 hook: its arithmetic, its error feedback, and its buckets; and the script around it."""
 
-import sys
 from types import SimpleNamespace
 
+import comm_hooks
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
+from comm_hooks import dequantise, quantise
+from ddp.compression import OneBucket, all_reduced, exchanged_in_int8, low_rank
+from ddp.compression_costs import bytes_sent
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel as DDP
 
 from distlab import script
+from distlab.cluster import sweep
 from distlab.errors import UsageError
-from distlab.files import repo_root
 from distlab.spawning import spawn
 
-CODE = repo_root() / "chapter03-ddp" / "code"
 SMOKE = ["--preset", "smoke", "--device", "cpu", "--backend", "gloo"]
 CHUNK = 8
 SIZES = (1, CHUNK - 1, 2 * CHUNK, 3 * CHUNK + 5, 1000)
-
-
-@pytest.fixture(autouse=True)
-def code(monkeypatch):
-    monkeypatch.syspath_prepend(CODE)
 
 
 def gradient_of(rank, size, step=0):
@@ -79,10 +77,6 @@ def test_three_steps_equal_numpy_bit_for_bit(world_size):
 
 
 def three_steps(job):
-    sys.path.insert(0, str(CODE))
-    import comm_hooks
-    from _hooks_feedback import OneBucket
-
     found = {}
     for size in SIZES:
         state, owner = comm_hooks.Int8State(chunk=CHUNK), nn.Parameter(torch.zeros(size))
@@ -103,10 +97,6 @@ def test_what_is_no_number_reaches_every_rank_and_is_forgotten_afterwards(bad):
 
 
 def with_bad_value(job, bad):
-    sys.path.insert(0, str(CODE))
-    import comm_hooks
-    from _hooks_feedback import OneBucket
-
     state, owner = comm_hooks.Int8State(chunk=CHUNK), nn.Parameter(torch.zeros(64))
     spoiled = torch.ones(64)
     if job.rank == 1:
@@ -122,9 +112,6 @@ def with_bad_value(job, bad):
     st.integers(1, 12).map(lambda n: 4 * n),
 )
 def test_rounding_takes_half_a_step_of_the_chunk_at_most(values, chunk):
-    sys.path.insert(0, str(CODE))
-    from comm_hooks import dequantise, quantise
-
     padded = torch.nn.functional.pad(torch.tensor(values), (0, -len(values) % chunk)).view(1, -1)
     message = quantise(padded, chunk)
     assert message.dtype == torch.int8
@@ -139,9 +126,6 @@ def test_rounding_takes_half_a_step_of_the_chunk_at_most(values, chunk):
 @given(st.integers(0, 2**32 - 1), st.integers(1, 60), st.integers(1, 40))
 def test_with_feedback_the_sum_of_all_steps_is_off_by_one_rounding(seed, size, steps):
     """Of different gradients: what came back and what is owed make the sum, and little is owed."""
-    sys.path.insert(0, str(CODE))
-    from comm_hooks import dequantise, quantise
-
     random = torch.Generator().manual_seed(seed)
     owed = computed = applied = torch.zeros(1, size + -size % CHUNK)
     largest = 0.0
@@ -168,10 +152,6 @@ def test_several_buckets_and_their_new_arrangement_keep_every_residual():
 
 
 def many_buckets(job):
-    sys.path.insert(0, str(CODE))
-    import comm_hooks
-    import torch.distributed as dist
-
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(64, 96), nn.Tanh(), nn.Linear(96, 80), nn.Linear(80, 64))
     replica = DDP(model, bucket_cap_mb=0.02)
@@ -207,8 +187,6 @@ def many_buckets(job):
 
 
 def test_payloads_by_hand():
-    from _hooks_payload import all_reduced, exchanged_in_int8, low_rank
-
     shapes = [(100, 40), (10,), (3, 2)]
     assert all_reduced(4)(shapes, 2) == 4 * 4016
     assert all_reduced(2)(shapes, 4) == pytest.approx(1.5 * 2 * 4016)
@@ -233,9 +211,6 @@ def test_the_ranks_of_a_job_are_measured_with_every_hook():
 
 
 def measured_here(job):
-    sys.path.insert(0, str(CODE))
-    import comm_hooks
-
     args = comm_hooks.parse_args(SMOKE)
     with script.run(args) as run:
         comm_hooks.measure_ranks(run, args, job)
@@ -254,23 +229,17 @@ def measured_here(job):
     ],
 )
 def test_a_wrong_flag_is_one_line(flags, words):
-    import comm_hooks
-
     with pytest.raises(UsageError, match=words):
         comm_hooks.parse_args([*SMOKE, *flags])
 
 
 def test_an_interface_that_is_not_there_is_named():
-    from _hooks_training import bytes_sent
-
     with pytest.raises(UsageError, match="--interface nowhere0 is none of this machine's"):
         bytes_sent("nowhere0")
 
 
 def test_a_machine_without_virtual_clusters_skips(monkeypatch):
-    import comm_hooks
-
     monkeypatch.delenv("RANK", raising=False)
-    monkeypatch.setattr(comm_hooks, "unavailable", lambda: "no namespaces here")
+    monkeypatch.setattr(sweep, "unavailable", lambda: "no namespaces here")
     with pytest.raises(script.Skipped, match="no namespaces here"):
         comm_hooks.main(["--preset", "smoke"])

@@ -1,22 +1,22 @@
 """DataParallel gives torch DDP's gradients for any module, and survives what goes wrong."""
 
 import random
-import sys
 from contextlib import nullcontext
 
+import ddp_from_scratch
 import pytest
 import torch
 import torch.distributed as dist
+from ddp.data_parallel import DataParallel, packed
+from ddp.parity import prove_equal
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel as DDP
 from torch.utils.checkpoint import checkpoint
 
 from distlab import script
 from distlab.errors import RunError, UsageError
-from distlab.files import repo_root
 from distlab.spawning import spawn
 
-CODE = repo_root() / "chapter03-ddp" / "code"
 SMOKE = ["--preset", "smoke", "--device", "cpu", "--steps", "4", "--repeats", "3"]
 CAPS = [1, 100, 1000, 25 * 2**20]
 EXACT = {"atol": 1e-6, "rtol": 1e-6}
@@ -83,10 +83,7 @@ class RandomModule(nn.Module):
         return x @ self.turned * self.scale if 5 not in parts else x
 
 
-def test_buckets_keep_their_caps(monkeypatch):
-    monkeypatch.syspath_prepend(CODE)
-    from _ddp_buckets import packed
-
+def test_buckets_keep_their_caps():
     def sizes(*caps):
         return [[t.nbytes for t in some] for some in packed(tensors, caps)]
 
@@ -296,9 +293,6 @@ def small(frozen=None, checkpointed=False):
 
 
 def wrap(module, cap=1, overlap=True, group=None):
-    sys.path.insert(0, str(CODE))
-    from ddp_from_scratch import DataParallel
-
     return DataParallel(module, cap, overlap, group, first_bucket_bytes=cap)
 
 
@@ -372,14 +366,13 @@ def test_training_equals_ddps_and_one_processs(world_size):
 
 def prove(job):
     """How many checks there were, and the names of those that failed."""
-    sys.path.insert(0, str(CODE))
-    import ddp_from_scratch as module
-
     torch.set_num_threads(1)
-    args = module.parse_args([*SMOKE, "--batch-size", str(4 * job.world_size), "--steps", "20"])
+    args = ddp_from_scratch.parse_args(
+        [*SMOKE, "--batch-size", str(4 * job.world_size), "--steps", "20"]
+    )
     with script.run(args) as run:
-        module.prove_equal(run, args, job, module.DataParallel)
-        module.report_buckets(run, args, job, module.DataParallel)
+        prove_equal(run, args, job, DataParallel)
+        ddp_from_scratch.report_buckets(run, args, job)
     comparison = run.comparisons["bytes that a rank sends in a step"]
     assert comparison["predicted"] == comparison["measured"]
     return len(run.checks) - 2, [check.name for check in run.checks if not check.ok]
@@ -396,24 +389,22 @@ def test_a_sum_where_the_mean_belongs_is_noticed_and_so_are_lost_flags():
 
 def prove_with_mistakes(job):
     """The names of the checks that fail, with a sum for a mean, and with zeros for no gradient."""
-    sys.path.insert(0, str(CODE))
-    import ddp_from_scratch as module
 
-    class Summing(module.DataParallel):
+    class Summing(DataParallel):
         def all_reduce(self, bucket):
             bucket.flat *= job.world_size
             return super().all_reduce(bucket)
 
-    class WithoutFlags(module.DataParallel):
+    class WithoutFlags(DataParallel):
         def all_reduce(self, bucket):
             bucket.counts.fill_(1)
             return super().all_reduce(bucket)
 
     failed = []
     for mistaken in (Summing, WithoutFlags):
-        args = module.parse_args(SMOKE)
+        args = ddp_from_scratch.parse_args(SMOKE)
         with script.run(args) as run:
-            module.prove_equal(run, args, job, mistaken)
+            prove_equal(run, args, job, mistaken)
         failed.append([check.name for check in run.checks if not check.ok])
     return failed
 
@@ -427,11 +418,8 @@ def prove_with_mistakes(job):
     ],
 )
 def test_flags_that_cannot_be_are_refused(flags, said, monkeypatch):
-    monkeypatch.syspath_prepend(CODE)
     job = {"RANK": "1", "WORLD_SIZE": "3", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
     for name, value in job.items():
         monkeypatch.setenv(name, value)
-    import ddp_from_scratch
-
     with pytest.raises(UsageError, match=said):
         ddp_from_scratch.main([*SMOKE, *flags])

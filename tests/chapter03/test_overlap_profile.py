@@ -1,27 +1,23 @@
 """Overlap on and off: the balanced link by hand, and timelines as the profiler's trace has them."""
 
 import json
-import sys
 
+import overlap_profile
 import pytest
+import torch.distributed as dist
+from ddp import overlap
+from ddp.overlap import Span, rows_of
+from ddp.step_times import balancing_rate, seconds_per_byte
 
 from distlab import script
+from distlab.cluster import sweep
 from distlab.errors import RunError, UsageError
-from distlab.files import repo_root
 from distlab.spawning import spawn
 
-CODE = repo_root() / "chapter03-ddp" / "code"
 SMOKE = ["--preset", "smoke", "--device", "cpu", "--backend", "gloo"]
 
 
-@pytest.fixture(autouse=True)
-def code(monkeypatch):
-    monkeypatch.syspath_prepend(CODE)
-
-
 def test_the_balanced_link_by_hand():
-    from _bucket_model import balancing_rate, seconds_per_byte
-
     # each of two ranks sends all its 4 MB once, 1448 of 1514 bytes of a packet being its own
     assert balancing_rate(4_000_000, 4.0, 2) == pytest.approx(8_000_000 * 1514 / 1448)
     rate = balancing_rate(4_000_000, 4.0, 8)
@@ -29,8 +25,6 @@ def test_the_balanced_link_by_hand():
 
 
 def span(name, begin, end, kind="user_annotation"):
-    from _overlap_timeline import Span
-
     return Span(name, kind, 1000.0 * begin, 1000.0 * end)
 
 
@@ -50,8 +44,6 @@ def a_step():
 
 
 def test_a_timeline_from_gloo_s_spans():
-    from _overlap_timeline import rows_of
-
     assert rows_of(a_step(), "with overlap") == [
         {
             "label": "with overlap: compute",
@@ -64,8 +56,6 @@ def test_a_timeline_from_gloo_s_spans():
 
 
 def test_a_timeline_from_a_gpu_s_kernels():
-    from _overlap_timeline import rows_of
-
     gpu = [
         span("with overlap", 10, 30, "gpu_user_annotation"),
         span("forward", 11, 13, "gpu_user_annotation"),
@@ -81,8 +71,6 @@ def test_a_timeline_from_a_gpu_s_kernels():
 
 
 def test_a_trace_that_lacks_an_all_reduce_or_a_mark_draws_nothing():
-    from _overlap_timeline import rows_of
-
     without = [one for one in a_step() if one.begin != 21_000]
     with pytest.raises(RunError, match="has 1 all-reduces of 2 buckets"):
         rows_of(without, "with overlap")
@@ -124,9 +112,6 @@ def test_ranks_that_do_not_average_are_noticed():
 
 def run_ranks(job, argv, change=lambda: None):
     """The script's own measurement on this rank: its checks, and what it records."""
-    sys.path.insert(0, str(CODE))
-    import overlap_profile
-
     change()
     args = overlap_profile.parse_args(argv)
     with script.run(args) as run:
@@ -135,14 +120,11 @@ def run_ranks(job, argv, change=lambda: None):
 
 
 def keep_own_gradients():
-    import _overlap_variants
-    import torch.distributed as dist
-
     def all_reduce(self, bucket):
         sent = bucket.flat.clone()
         return dist.all_reduce(sent, async_op=True)
 
-    _overlap_variants.DataParallel.all_reduce = all_reduce
+    overlap.DataParallel.all_reduce = all_reduce
 
 
 @pytest.mark.parametrize(
@@ -156,16 +138,12 @@ def keep_own_gradients():
     ],
 )
 def test_a_wrong_flag_is_one_line(flags, words):
-    import overlap_profile
-
     with pytest.raises(UsageError, match=words):
         overlap_profile.parse_args([*SMOKE, *flags])
 
 
 def test_a_machine_without_virtual_clusters_skips(monkeypatch):
-    import overlap_profile
-
     monkeypatch.delenv("RANK", raising=False)
-    monkeypatch.setattr(overlap_profile, "unavailable", lambda: "no namespaces here")
+    monkeypatch.setattr(sweep, "unavailable", lambda: "no namespaces here")
     with pytest.raises(script.Skipped, match="no namespaces here"):
         overlap_profile.main(["--preset", "smoke"])

@@ -1,7 +1,5 @@
 """The parameter server: equal to DDP, every gradient applied once, staleness counted, no hang."""
 
-import sys
-
 import pytest
 import torch
 import torch.distributed as dist
@@ -13,11 +11,6 @@ from distlab.spawning import spawn
 
 CODE = repo_root() / "chapter03-ddp" / "code"
 SMOKE = ["--preset", "smoke", "--device", "cpu"]
-
-
-@pytest.fixture(autouse=True)
-def code(monkeypatch):
-    monkeypatch.syspath_prepend(CODE)
 
 
 class Counter:
@@ -39,8 +32,7 @@ class Counter:
 
 def trained(job, design, share="full", fails_at=None):
     """One training of five steps by counters; the parameters, the staleness, what was seen."""
-    sys.path.insert(0, str(CODE))
-    from _ps_training import Log
+    from ddp.server_training import Log
     from parameter_server import take_part
 
     group = dist.new_group(range(1, job.world_size))
@@ -78,9 +70,8 @@ def test_a_broken_worker_ends_the_job_and_is_named(design):
 
 def equality(job, change=lambda module: None):
     """The checks of the script's first part on this rank."""
-    sys.path.insert(0, str(CODE))
     import parameter_server
-    from _ps_measure import prove_equality
+    from ddp.server_measurements import prove_equality
 
     change(parameter_server)
     args = parameter_server.parse_args(SMOKE)
@@ -115,7 +106,7 @@ def test_a_sum_where_the_mean_belongs_is_noticed():
 
 
 def test_predictions_by_hand():
-    from _ps_report import largest_stable_rate, predicted_step, stable_rate
+    from ddp.server_measurements import largest_stable_rate, predicted_step, stable_rate
 
     # 100 bytes at 1 ms a byte; four workers compute 2 s
     compute, n, beta = [2.0] * 4, 100.0, 1e-3
@@ -133,7 +124,7 @@ def test_predictions_by_hand():
 
 
 def test_the_bytes_of_a_training_by_hand():
-    from _ps_report import payload
+    from ddp.server_measurements import payload
 
     # a ring of two sends and receives each half twice; a server's link carries two whole copies
     assert payload("all-reduce", 100.0, steps=3, workers=2) == 2 * 100 * 3

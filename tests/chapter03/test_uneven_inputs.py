@@ -1,15 +1,12 @@
 """The cures for uneven inputs with three ranks, and that a wrong weight is noticed."""
 
-import sys
-
 import pytest
+import uneven_inputs
 
 from distlab import script
 from distlab.errors import UsageError
-from distlab.files import repo_root
 from distlab.spawning import spawn
 
-CODE = repo_root() / "chapter03-ddp" / "code"
 SMOKE = ["--preset", "smoke", "--device", "cpu"]
 
 
@@ -31,9 +28,6 @@ def test_weights_that_forget_that_ddp_divides_are_noticed():
 
 
 def run_cures(job, argv, change=lambda module: None):
-    sys.path.insert(0, str(CODE))
-    import uneven_inputs
-
     change(uneven_inputs)
     args = uneven_inputs.parse_args(argv)
     with script.run(args) as run:
@@ -62,10 +56,7 @@ def unscaled(module):
         (4, ["--batch-size", "8", "--batches", "2"], "--batches 2 leaves none for rank 3"),
     ],
 )
-def test_flags_that_give_no_uneven_ranks_are_one_line(monkeypatch, ranks, flags, words):
-    monkeypatch.syspath_prepend(CODE)
-    import uneven_inputs
-
+def test_flags_that_give_no_uneven_ranks_are_one_line(ranks, flags, words):
     job = type("Job", (), {"world_size": ranks, "device": "cpu"})
     with pytest.raises(UsageError, match=words.replace("(", r"\(")):
         uneven_inputs.batches_of_ranks(uneven_inputs.parse_args([*SMOKE, *flags]), job)

@@ -3,7 +3,7 @@
 import sys
 import tempfile
 from argparse import Namespace
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,15 +33,19 @@ def record_of(
     flags: Sequence[str],
     timeout_s: float,
     nodes: Sequence[str] | None = None,
+    env: Mapping[str, str] | None = None,
 ) -> dict[str, Any]:
     """Run `script` on the nodes; rank 0's record. A check of its own that fails is in the record.
 
+    `env` are more variables, for what no reader sets and no flag should offer.
     Raises `RunError` with the last line that a rank wrote when it fails otherwise.
     """
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "record.json"
         command = [sys.executable, str(script), *flags, "--json", str(file)]
-        ranks = cluster.run_ranks(command, nodes, env=RANK_VARIABLES, timeout_s=timeout_s)
+        ranks = cluster.run_ranks(
+            command, nodes, env={**RANK_VARIABLES, **(env or {})}, timeout_s=timeout_s
+        )
         for rank, done in enumerate(ranks):
             if done.status not in (0, CHECK_FAILED) or not file.exists():
                 words = (done.stderr.strip() or done.stdout.strip() or "nothing").splitlines()

@@ -1,9 +1,16 @@
-"""How far a run is: its losses, its steps' seconds, and whether the ranks were asked to stop."""
+"""How far a run is: its losses, its steps' seconds, its learning rate, and the request to stop.
+
+Somebody asks a run to stop by SIGUSR1, which sbatch --signal sends, or SIGTERM, which torchrun
+sends. A handler must not save: it comes in the middle of a step, on one rank, perhaps within a
+collective. It sets a flag; the ranks tell each other with the losses, and stop after the same step.
+"""
 
 import math
+import signal
 import time
-from argparse import Namespace
 from collections.abc import Iterator
+from types import FrameType
+from typing import Self
 
 import torch
 import torch.distributed as dist
@@ -14,22 +21,29 @@ from distlab.runtime import Runtime
 
 WARMUP_STEPS = 5  # not counted in the median step
 RECENT = 20  # steps whose mean loss is told
+SIGNALS = (signal.SIGUSR1, signal.SIGTERM)
 
 
 class Progress:
-    """The same on every rank. `losses` are means over the ranks, of the steps of this run."""
+    """The same on every rank. `losses` are means over the ranks, of the steps of this run.
 
-    def __init__(self, run: Run, args: Namespace, job: Runtime, first_step: int) -> None:
-        self.run, self.args, self.job, self.first_step = run, args, job, first_step
+    The run goes from `first_step` to `steps`; each step is of `tokens_per_step`, on all ranks.
+    """
+
+    def __init__(
+        self, run: Run, job: Runtime, steps: int, tokens_per_step: int, first_step: int = 0
+    ) -> None:
+        self.run, self.job, self.num_steps, self.first_step = run, job, steps, first_step
+        self.tokens_per_step = tokens_per_step
         self.seconds: list[float] = []
         self.held_out: dict[int, float] = {}  # by the steps done
         # What the ranks told each other in each step: the sum of their losses, and how many were
         # asked to stop.
-        self._told = torch.zeros(args.steps, 2, device=job.device)
+        self._told = torch.zeros(steps, 2, device=job.device)
 
     def steps(self) -> Iterator[int]:
         """The steps to do; the time from one on is taken until `share` is called."""
-        for step in self.run.progress(range(self.first_step, self.args.steps), "training"):
+        for step in self.run.progress(range(self.first_step, self.num_steps), "training"):
             self._started = time.perf_counter()
             yield step
 
@@ -68,4 +82,34 @@ class Progress:
         if not self.seconds:
             return None
         steady = self.seconds[WARMUP_STEPS:] or self.seconds
-        return self.args.batch_size * self.args.seq_len / sorted(steady)[len(steady) // 2]
+        return self.tokens_per_step / sorted(steady)[len(steady) // 2]
+
+
+def warmup_cosine(step: int, steps: int, warmup: float) -> float:
+    """The learning rate's factor: a straight warm-up to 1, then a cosine towards 0.
+
+    `warmup` is the share of the steps that warm up. The factor is a function of the step alone, so
+    that a resumed run needs no scheduler's state.
+    """
+    rising = max(1, round(warmup * steps))
+    if step < rising:
+        return (step + 1) / rising
+    return 0.5 * (1 + math.cos(math.pi * (step - rising) / (steps - rising)))
+
+
+class StopRequest:
+    """Whether a signal asked this process to stop; in force while its `with` block is."""
+
+    def __init__(self) -> None:
+        self.is_asked = False
+
+    def __enter__(self) -> Self:
+        self._before = {number: signal.signal(number, self._ask) for number in SIGNALS}
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _ask(self, number: int, frame: FrameType | None) -> None:
+        self.is_asked = True

@@ -1,7 +1,5 @@
 """The loss on held-out text, each rank computing its share, exact for any number of ranks."""
 
-from argparse import Namespace
-
 import numpy as np
 import torch
 import torch.distributed as dist
@@ -21,14 +19,27 @@ def autocast(device: torch.device, dtype: str) -> torch.autocast:
 
 
 class HeldOut:
-    """--eval-windows windows of the validation split, from all over it, shared by the ranks."""
+    """So many windows of `tokens`, the validation split, from all over it, shared by the ranks.
 
-    def __init__(self, args: Namespace, job: Runtime, tokens: Tokens) -> None:
-        self.args, self.job, self.tokens = args, job, tokens
-        there = tokens.num_windows(args.seq_len)
-        self.count = min(args.eval_windows, there)
+    `batch_size` is that of all ranks together; products are computed in `dtype`, a name in DTYPES.
+    """
+
+    def __init__(
+        self,
+        tokens: Tokens,
+        job: Runtime,
+        *,
+        windows: int,
+        seq_len: int,
+        batch_size: int,
+        dtype: str = "float32",
+    ) -> None:
+        self.tokens, self.job, self.seq_len, self.dtype = tokens, job, seq_len, dtype
+        self.batch_size = batch_size
+        there = tokens.num_windows(seq_len)
+        self.count = min(windows, there)
         self.windows = np.linspace(0, there, self.count, endpoint=False).astype(np.int64)
-        self.counted = 0
+        self.counted = 0  # windows in the last loss, of all ranks
 
     @torch.no_grad()
     def loss(self, model: Llama) -> float:
@@ -39,10 +50,10 @@ class HeldOut:
         """
         total = torch.zeros(2, dtype=torch.float64, device=self.job.device)
         share = self.windows[self.job.rank :: self.job.world_size]
-        size = self.args.batch_size // self.job.world_size
+        size = self.batch_size // self.job.world_size
         for start in range(0, len(share), size):
             inputs, targets = self._batch(share[start : start + size])
-            with autocast(self.job.device, self.args.dtype):
+            with autocast(self.job.device, self.dtype):
                 mean = model(inputs, targets=targets)
             total += total.new_tensor([len(inputs) * mean.item(), len(inputs)])
         dist.all_reduce(total)
@@ -60,6 +71,6 @@ class HeldOut:
         return float((counts * lengths).sum() / counts.sum())
 
     def _batch(self, windows: np.ndarray) -> tuple[Tensor, Tensor]:
-        rows = torch.from_numpy(self.tokens.windows(windows, self.args.seq_len))
+        rows = torch.from_numpy(self.tokens.windows(windows, self.seq_len))
         rows = rows.to(self.job.device)
         return rows[:, :-1], rows[:, 1:]

@@ -1,4 +1,4 @@
-"""The flags of `train_ddp.py`, and what is refused before anything starts."""
+"""The flags of a training script, and what is refused before anything starts."""
 
 import argparse
 import shutil
@@ -6,15 +6,16 @@ from argparse import Namespace
 from pathlib import Path
 
 import torch
-from _train_held_out import DTYPES, autocast
 
 from distlab import data, runtime, script
 from distlab.errors import UsageError
 from distlab.model import add_model_flags, config_from_args
 from distlab.runtime import Runtime
+from distlab.training.held_out import DTYPES, autocast
 
 
-def add_train_flags(parser: script.Parser) -> None:
+def add_training_flags(parser: script.Parser) -> None:
+    """Those of the model, the data and the job too; a preset gives sizes and steps."""
     add_model_flags(parser)
     data.add_data_flags(parser)
     runtime.add_runtime_flags(parser)

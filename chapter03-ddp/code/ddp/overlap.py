@@ -1,23 +1,98 @@
-"""One profiled step of each variant, and its timeline read from the profiler's trace."""
+"""Steps with overlap and without it: the buckets that they make, and their profiled timeline.
+
+The timeline is read from torch.profiler's trace of one step of each. The steps mark in it what the
+profiler does not know: their parts, each bucket's launch, and the last gradient.
+"""
 
 import json
 import tempfile
 import time
+from argparse import Namespace
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from _bucket_training import Trainee
-from _overlap_variants import ALL_THERE, LAUNCH
+import torch.distributed as dist
+from torch import nn
+from torch.autograd.graph import register_multi_grad_hook
+from torch.nn.parallel import DistributedDataParallel as DDP
 from torch.profiler import ProfilerActivity, profile, record_function
 
+from ddp import data_parallel
+from ddp.data_parallel import DataParallel
+from ddp.step_times import MIB, Alone, Bucket, Trainee, Wire, ddp_buckets, own_batch, predict_step
+from distlab import runtime
 from distlab.errors import RunError
 from distlab.files import write_text
+from distlab.model import model_from_args
 from distlab.runtime import Runtime
 
+WITH, WITHOUT, LIBRARY = VARIANTS = ("with overlap", "without overlap", "of torch's DDP")
+LAUNCH, ALL_THERE = "launch bucket", "the last gradient"  # as the trace shows them
 COMPUTE, WAITS, SENDS = ("forward", "backward", "optimizer"), "waits its turn", "all-reduce"
 SETTLE_S = 0.05  # for gloo's threads to close the spans of what has just ended
+
+
+class Marked(DataParallel):
+    """The chapter's own, with its launches and the end of its computing marked in a trace."""
+
+    def __init__(self, module: nn.Module, bucket_bytes: int, overlap: bool) -> None:
+        super().__init__(module, bucket_bytes, overlap)
+        register_multi_grad_hook(list(module.parameters()), lambda gradients: mark(ALL_THERE))
+
+    def all_reduce(self, bucket: data_parallel.Bucket) -> dist.Work:
+        with record_function(f"{LAUNCH} {self.launched}"):
+            return super().all_reduce(bucket)
+
+
+def mark(name: str) -> None:
+    with record_function(name):
+        pass
+
+
+def replicas(args: Namespace, job: Runtime) -> dict[str, Trainee]:
+    """The same model and batch for each of VARIANTS."""
+    trainees = {}
+    for name in VARIANTS:
+        runtime.seed_everything(args.seed)
+        model = model_from_args(args, job.device)
+        if name == LIBRARY:
+            wrapped: nn.Module = DDP(
+                model, bucket_cap_mb=args.bucket_mb, gradient_as_bucket_view=True
+            )
+        else:
+            wrapped = Marked(model, int(args.bucket_mb * MIB), overlap=name == WITH)
+        batch = own_batch(args, job, model.config.vocab_size, args.batch_size)
+        trainees[name] = Trainee(model, wrapped, batch)
+    return trainees
+
+
+def own_buckets(trainee: Trainee, alone: Alone) -> list[Bucket]:
+    """The bytes of `DataParallel`'s buckets, and when each can leave, as measured in `alone`.
+
+    Its last bucket leaves when backward has ended: see `DataParallel._launch_full_buckets`.
+    """
+    places = {id(parameter): place for place, parameter in enumerate(trainee.parameters)}
+    ready = dict(zip(alone.order, alone.ready, strict=True))
+    buffers: list[data_parallel.Bucket] = trainee.wrapped.buckets  # type: ignore[assignment]
+    buckets = [
+        Bucket(one.flat.nbytes, max(ready[places[id(p)]] for p in one.parameters))
+        for one in buffers
+    ]
+    return [*buckets[:-1], Bucket(buckets[-1].size, alone.backward)]
+
+
+def predict_variants(
+    alone: Alone, wire: Wire, own: list[Bucket], bucket_mb: float
+) -> dict[str, float]:
+    """Seconds of a step of each of VARIANTS."""
+    theirs = ddp_buckets(alone, [int(bucket_mb * MIB)])
+    return {
+        WITH: predict_step(alone, wire, own).step,
+        WITHOUT: predict_step(alone, wire, own, overlap=False).step,
+        LIBRARY: predict_step(alone, wire, theirs).step,
+    }
 
 
 class Span(NamedTuple):

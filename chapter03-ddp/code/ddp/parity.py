@@ -1,4 +1,4 @@
-"""The proof of `ddp_from_scratch.py`: it trains as torch's DDP does, and as one process does."""
+"""The proof of a data-parallel wrapper: it trains as torch's DDP does, and as one process does."""
 
 from argparse import Namespace
 from collections.abc import Callable
@@ -10,13 +10,13 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from _replicas import distinct
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel as DDP
 
 from distlab.errors import UsageError
 from distlab.launch import detect_launch
 from distlab.model import Llama, config_from_args
+from distlab.ranks import distinct
 from distlab.run import Run
 from distlab.runtime import Runtime
 
@@ -143,7 +143,7 @@ def train(
 ) -> Trained:
     """Train replicas that begin differently."""
     model = begin(problem, args.seed + job.rank, job.device)
-    start = distinct(model)
+    start = distinct(model.parameters())
     replica = wrap(model)
     optimizer = torch.optim.SGD(model.parameters(), lr=LEARNING_RATE, momentum=0.9)
     losses = torch.zeros(len(problem.batches), device=job.device)
@@ -153,7 +153,7 @@ def train(
         optimizer.step()
         optimizer.zero_grad()
     dist.all_reduce(losses)
-    different = (start, distinct(model))
+    different = (start, distinct(model.parameters()))
     return Trained(losses / job.world_size, state_of(model), different)
 
 
