@@ -226,7 +226,7 @@ def report_times(run: Run, args: Namespace, job: Runtime, times: np.ndarray) -> 
         caption=f"K = {job.world_size}; medians of {steady.shape[1]} steps; they sum to the step",
     )  # fmt: skip
     run.figure(
-        "parts", kind="bar", title="Where the step's time goes", x_label="", y_label="ms",
+        "parts", kind="bar", title="Where the step's time goes", x_label="", y_label="time (ms)",
         series=[{"label": "ms", "x": list(parts), "y": [1e3 * s for s in parts.values()]}],
     )  # fmt: skip
     tokens = args.batch_size * args.seq_len

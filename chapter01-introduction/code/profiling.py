@@ -177,7 +177,7 @@ def report_memory(run: Run, args: Namespace, config: ModelConfig, anatomy: StepA
     ]
     run.figure(
         "memory_timeline", kind="area", title="Memory over one training step",
-        x_label="operators run", y_label="MB", series=series,
+        x_label="operators run", y_label="memory (MB)", series=series,
         lines=[{"label": name, "x": anatomy.marks[name]} for name in PHASES[1:]],
     )  # fmt: skip
     precision = "autocast" if args.dtype == "bfloat16" else "fp32"

@@ -113,7 +113,8 @@ def compare_phases(run: Run, model: Llama, args: Namespace) -> None:
         ])  # fmt: skip
     run.table(
         "phases",
-        ["workload", "batch", "FLOPs/byte", "÷ balance", "roofline ms", "measured ms", "tokens/s",
+        ["workload", "batch", "FLOPs/byte", "times the balance", "roofline ms", "measured ms",
+         "tokens/s",
          "% of roofline"],
         rows,
         caption=f"One run of each at {args.context} tokens of context",
@@ -223,7 +224,7 @@ def draw_roofline(
     run.figure(
         "workloads_roofline", kind="line", log_x=True, log_y=True, series=series,
         title="Decode is far below what the machine can compute",
-        x_label="arithmetic intensity (FLOPs per byte)", y_label="FLOP/s",
+        x_label="arithmetic intensity (FLOPs per byte)", y_label="speed (FLOP/s)",
     )  # fmt: skip
 
 

@@ -86,7 +86,7 @@ def compare_links(run: Run, args: Namespace) -> None:
     run.print(f"clusters made: {made} for {len(jobs)}; again where the host took cores away")
     run.table(
         "links",
-        ["link", "K", "MiB", "#wrong", "predicted (ms)", "measured (ms)", "error (%)"],
+        ["link", "K", "MiB", "wrong elements", "predicted (ms)", "measured (ms)", "error (%)"],
         rows,
         caption="gloo's all-reduce; predicted from the link's rate and delay",
     )

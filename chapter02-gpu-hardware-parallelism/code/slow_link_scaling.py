@@ -155,11 +155,12 @@ def report_scaling(run: Run, args: Namespace, points: Sequence[dict[str, Any]]) 
     alone, *rows = [row_of({**point, "compute": one_step}) for point in points]
     run.table(
         "scaling",
-        ["link", "K", "compute", "all-reduce*", "step*", "step", "error %", "efficiency* %",
-         "efficiency %", "strong* %"],
+        ["link", "K", "compute", "all-reduce predicted", "step predicted", "step measured",
+         "error %", "efficiency predicted %",
+         "efficiency measured %", "strong predicted %"],
         [alone, *rows],
         caption=f"Weak scaling, {points[0]['gradient_bytes']:,} bytes of gradient; ms, medians of "
-        f"{args.steps} steps; * predicted; strong: one node's batch split",
+        f"{args.steps} steps; strong: one node's batch split",
     )  # fmt: skip
     series = []
     for rate in args.rates:
@@ -168,6 +169,7 @@ def report_scaling(run: Run, args: Namespace, points: Sequence[dict[str, Any]]) 
             series.append(
                 {
                     "label": f"{rate}, {label}",
+                    "dashed": label == "predicted",
                     "x": [row[1] for row in own],
                     "y": [row[column] for row in own],
                 }

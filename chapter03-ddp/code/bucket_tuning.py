@@ -79,10 +79,11 @@ FOR_THE_NODES = (
     "seq_len", "steps", "seed", "timeout", "buckets",
 )  # fmt: skip
 COLUMNS = [
-    "bucket (MiB)", "buckets", "latency*", "sent*", "sticks out*", "step*", "step", "error %",
+    "bucket (MiB)", "buckets", "latency predicted", "sent predicted", "sticks out predicted",
+    "step predicted", "step measured", "error %",
 ]  # fmt: skip
 CAPTION = (
-    "ms, medians; * predicted; latency: of all buckets, a part of sent; sent: one after another; "
+    "ms, medians; latency: of all buckets, a part of sent; sent: one after another; "
     "bucket —: DDP's default, 1 MiB for the first and 25 for the others"
 )
 BUCKET, STICKS_OUT, PREDICTED, MEASURED = 0, 4, 5, 6

@@ -209,7 +209,7 @@ def report_measured(
 def draw_timeline(run: Run, rows: Sequence[dict[str, Any]]) -> None:
     run.figure(
         "timeline", kind="timeline", title="One step with overlap, and one without",
-        x_label="ms since forward began", y_label="", series=rows,
+        x_label="time since forward began (ms)", y_label="", series=rows,
     )  # fmt: skip
 
 

@@ -155,20 +155,22 @@ def weighted(trainee: Trainee, own: Sequence[Batch], job: Runtime) -> None:
 
 def compare_cures(run: Run, args: Namespace, job: Runtime) -> None:
     """Train an epoch with each cure; `dealt` is what it trains on, `whole` what it should have."""
-    join_all, join_active = partial(joined, by_all=True), partial(joined, by_all=False)
+    join_all: Cure = partial(joined, by_all=True)
+    join_active: Cure = partial(joined, by_all=False)
     start = model_from_args(args, job.device)
     everything = batches_of_ranks(args, job)
     stopped = [batches[: len(everything[-1])] for batches in everything]
     sampled = dealt_by_sampler(everything, job.world_size)
     rows, errors = [], {}
-    for name, cure, dealt, whole in [
+    cures: list[tuple[str, Cure, Dealt, Dealt]] = [
         ("join, divided by all ranks", join_all, everything, everything),
         ("join, divided by the active", join_active, everything, everything),
         ("stop with the first", plain, stopped, everything),
         ("DistributedSampler", plain, sampled, sampled),
         ("DistributedSampler, weights", weighted, sampled, sampled),
         ("weights", weighted, everything, everything),
-    ]:
+    ]
+    for name, cure, dealt, whole in cures:
         way, right_way = ways(args, job, start, cure, dealt, whole)
         errors[name] = 100 * float((way - right_way).norm() / right_way.norm())
         taken, distinct = count(dealt)

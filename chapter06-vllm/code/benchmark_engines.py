@@ -50,7 +50,7 @@ PRESETS = {
 }  # fmt: skip
 OWN_TOKENS = 24  # of a prompt after the shared beginning
 COLUMNS = [
-    "engine", "dtype", "requests", "output tok/s", "TTFT p50, ms", "TPOT p50, ms", "x vLLM",
+    "engine", "dtype", "requests", "output tok/s", "TTFT p50, ms", "TPOT p50, ms", "times vLLM",
     "% of limit",
 ]  # fmt: skip
 SHARED_COLUMNS = ["engine", "dtype", "requests", "output tok/s", "TTFT p50, ms", "from cache, %"]
@@ -223,7 +223,7 @@ def draw(run: Run, rows: list[list], dtype: str) -> None:
     run.figure(
         f"engines_{dtype}",
         kind="bar",
-        title=f"the same requests through each engine, {dtype}",
+        title=f"The same requests through each engine, {dtype}",
         x_label="requests at once",
         y_label="output tokens/s",
         series=[

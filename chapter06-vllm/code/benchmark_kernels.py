@@ -205,7 +205,7 @@ def show_products(run: Run, points: list[Point], limits: Limits) -> None:
     torchs = {(p.dtype, p.rows): p.seconds for p in products if p.way == "torch"}
     run.table(
         "products",
-        ["way", "weights", "rows", "GB/s", "GFLOP/s", "% of limit", "÷ torch's time"],
+        ["way", "weights", "rows", "GB/s", "GFLOP/s", "% of limit", "times torch's speed"],
         [[p.way, p.dtype, p.rows, p.bytes_read / p.seconds / 1e9, p.flops / p.seconds / 1e9,
           100 * p.bound(limits) / p.seconds, torchs[p.dtype, p.rows] / p.seconds]
          for p in products],
@@ -220,7 +220,7 @@ def show_products(run: Run, points: list[Point], limits: Limits) -> None:
     run.figure(
         "kernels", kind="line", log_x=True, log_y=True, series=series,
         title="Products with a model's weights on this CPU",
-        x_label="rows (sequences in a decode step)", y_label="FLOP/s",
+        x_label="rows (sequences in a decode step)", y_label="speed (FLOP/s)",
     )  # fmt: skip
 
 

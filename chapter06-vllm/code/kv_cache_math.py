@@ -163,8 +163,9 @@ def show(run: Run, args: Namespace, rows: list[Row]) -> None:
         ])  # fmt: skip
     run.table(
         "sequences",
-        ["model", "attention", "KB per token", "GPUs", "weights GB", "cache GB", "copies",
-         "tokens", "sequences", "cache = weights at"],
+        ["model", "attention", "KB per token", "GPUs", "weights GB", "cache GB",
+         "copies of a token",
+         "tokens", "sequences", "sequences where cache = weights"],
         table,
         caption=f"{args.context:,} tokens each on {args.gpu}, {args.utilization:.0%} used, "
         f"{args.precision} weights, {args.kv_dtype} cache; GB on each GPU",

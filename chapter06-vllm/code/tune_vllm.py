@@ -174,7 +174,7 @@ def report(run: Run, args: Namespace, points: list[Point]) -> None:
     run.figure(
         "frontier",
         kind="line",
-        title="what each setting can do, and the frontier of all",
+        title="What each setting can do, and the frontier of all",
         x_label="latency of the median request (ms)",
         y_label="output tokens/s",
         series=[

@@ -6,10 +6,8 @@ import torch.distributed as dist
 
 from distlab import script
 from distlab.errors import RunError, UsageError
-from distlab.files import repo_root
 from distlab.spawning import spawn
 
-CODE = repo_root() / "chapter03-ddp" / "code"
 SMOKE = ["--preset", "smoke", "--device", "cpu"]
 
 

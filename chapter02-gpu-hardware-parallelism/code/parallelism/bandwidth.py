@@ -305,7 +305,7 @@ def draw_sweep(run: Run, points: Sequence[SweepPoint]) -> None:
     run.figure(
         "bandwidth_sweep", kind="line", log_x=True, series=series,
         title="Every cache that is outgrown costs bandwidth",
-        x_label="working set of a thread (KiB)", y_label="GB/s",
+        x_label="working set of a thread (KiB)", y_label="bandwidth (GB/s)",
         lines=[{"label": cache.name, "x": cache.size / 2**10} for cache in caches()],
     )  # fmt: skip
 
@@ -322,7 +322,7 @@ def draw_transfers(run: Run, done: Sequence[Transfers]) -> None:
     run.figure(
         "bandwidth_copies", kind="line", log_x=True, log_y=True, series=series,
         title="Small copies pay for their start, large ones for their bytes",
-        x_label="bytes", y_label="GB/s",
+        x_label="bytes", y_label="bandwidth (GB/s)",
     )  # fmt: skip
 
 

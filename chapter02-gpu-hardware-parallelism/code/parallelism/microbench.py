@@ -356,7 +356,7 @@ def draw(
     peak = [] if link is None else [{"label": "the link", "y": 1 / link.cost[1] / 1e9}]
     run.figure(
         f"{collective}_busbw", kind="line", title=f"{collective} on {job.world_size} ranks",
-        x_label="size (bytes)", y_label="busbw (GB/s)", log_x=True,
+        x_label="size (bytes)", y_label="bus bandwidth (GB/s)", log_x=True,
         series=[
             {"label": "measured", "x": x, "y": [r.busbw(job.world_size) / 1e9 for r in rows]},
             {"label": "predicted", "x": [n for n, _ in known], "y": [y for _, y in known]},

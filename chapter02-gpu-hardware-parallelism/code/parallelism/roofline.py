@@ -244,5 +244,5 @@ def draw(run: Run, roofs: Sequence[Roof], points: Sequence[Point]) -> None:
     run.figure(
         "roofline", kind="line", log_x=True, log_y=True, series=series,
         title="No kernel is above its roof",
-        x_label="arithmetic intensity (FLOPs per byte)", y_label="FLOP/s",
+        x_label="arithmetic intensity (FLOPs per byte)", y_label="speed (FLOP/s)",
     )  # fmt: skip

@@ -269,7 +269,7 @@ def report_times(run: Run, args: Namespace, job: Runtime, seconds: Mapping[str, 
         rows.append([name, 1e3 * measured, predicted, seconds[TORCHS] / measured])
     run.table(
         "race",
-        ["all-reduce", "ms", "predicted ms", "library / it"],
+        ["all-reduce", "ms", "predicted ms", "times the library's speed"],
         rows,
         caption=f"{args.bytes:,} bytes over {job.world_size} ranks, medians of the slowest rank",
     )

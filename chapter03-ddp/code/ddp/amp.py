@@ -97,7 +97,7 @@ def report_memory(run: Run, lab: Lab, trainees: Mapping[str, Trainee]) -> None:
         ]
         run.check_equal(f"{name}: weights, gradients and moments", measured[:3], predicted[:3])
         worst = max(worst, abs(predicted[3] - measured[3]) / measured[3])
-    run.table("memory", ["precision", "bytes of", "MB*", "MB", "error %"], rows, "* predicted")
+    run.table("memory", ["precision", "bytes of", "MB predicted", "MB measured", "error %"], rows)
     run.check_below("the worst error of the activations' prediction", worst, TOLERANCE)
 
 

@@ -243,7 +243,8 @@ def report_hooks(run: Run, args: Namespace, measured: Sequence[Measured]) -> Non
     plain = measured[0]
     run.table(
         "hooks",
-        ["hook", "kB*", "kB on the wire", "% more", "step ms", "CPU ms", "loss", "worse by %"],
+        ["hook", "kB predicted", "kB measured", "measured more by %", "step ms", "CPU ms", "loss",
+         "worse by %"],
         [
             [
                 one.name, one.payload / 1e3, kilo(one.wire), added(one), 1e3 * one.seconds,
@@ -251,7 +252,7 @@ def report_hooks(run: Run, args: Namespace, measured: Sequence[Measured]) -> Non
             ]
             for one in measured
         ],
-        caption="What a rank sends in a step (* predicted, without headers), how long the step and "
+        caption="What a rank sends in a step (predicted without headers), how long the step and "
         "its computing take without a limit on the link, and the loss: mean of the last "
         f"{min(LAST, args.steps)} of {args.steps} steps",
     )  # fmt: skip
@@ -301,9 +302,9 @@ def report_links(run: Run, args: Namespace, measured: Sequence[Measured]) -> Non
         run.print(verdict(rate, measured))
     run.table(
         "links",
-        ["link", "hook", "step* ms", "step ms", "error %", "times as fast"],
+        ["link", "hook", "step predicted ms", "step measured ms", "error %", "times as fast"],
         rows,
-        caption="A step on each link, * predicted: as without a limit, and its bytes at the rate",
+        caption="A step on each link; predicted: as without a limit, and its bytes at the rate",
     )
     run.figure(
         "links", kind="bar", title="A training step by hook and link", x_label="",

@@ -155,11 +155,13 @@ def validation_loss(args: Namespace, job: Runtime) -> Evaluate:
 
 FLOAT = 4  # bytes
 LINK_COLUMNS = [
-    "K", "design", "step* (ms)", "step (ms)", "error %", "sequences/s", "busiest link* (MB)",
-    "busiest link (MB)",
+    "K", "design", "step predicted (ms)", "step measured (ms)", "error %", "sequences/s",
+    "busiest link predicted (MB)",
+    "busiest link measured (MB)",
 ]  # fmt: skip
 TRAINING_COLUMNS = [
-    "K", "straggler", "design", "sequences/s*", "sequences/s", "error %", "staleness mean",
+    "K", "straggler", "design", "sequences/s predicted", "sequences/s measured", "error %",
+    "staleness mean",
     "staleness max", "loss, same samples", "loss, same time",
 ]  # fmt: skip
 RATE_COLUMNS = ["K", "design", "a gradient's share", "staleness mean", "staleness max", "loss"]
@@ -213,8 +215,8 @@ def report_links(run: Run, args: Namespace, job: Runtime, outcomes: dict[str, Ou
         ])  # fmt: skip
     run.table(
         "links", LINK_COLUMNS, rows,
-        caption=f"K gradients of {FLOAT * len(outcomes[ALL_REDUCE].parameters):,} bytes; * "
-        "predicted; bytes of all steps, both directions: the server's link, or a worker's",
+        caption=f"K gradients of {FLOAT * len(outcomes[ALL_REDUCE].parameters):,} bytes; "
+        "bytes of all steps, both directions: the server's link, or a worker's",
     )  # fmt: skip
 
 
@@ -248,7 +250,7 @@ def report_training(
         ])  # fmt: skip
     run.table(
         "training", TRAINING_COLUMNS, rows,
-        caption=f"* predicted; a gradient takes {1e3 * args.pace:g} ms, the straggler's "
+        caption=f"a gradient takes {1e3 * args.pace:g} ms, the straggler's "
         f"{1e3 * args.straggler:g} ms more; {args.steps} steps of {args.batch_size} sequences each",
     )  # fmt: skip
     run.extra(curves=[
@@ -369,7 +371,7 @@ def draw(run: Run, args: Namespace, records: Sequence[dict[str, Any]]) -> None:
     ]
     run.figure(
         "straggler", kind="line", title=f"{args.workers[-1]} workers, one of them slow",
-        x_label="seconds", y_label="validation loss", series=series,
+        x_label="time (s)", y_label="validation loss (nats per token)", series=series,
     )  # fmt: skip
 
 

@@ -258,7 +258,7 @@ def draw(run: Run, machine: Machine, decode: Sequence[Pass], prefill: Sequence[P
     run.figure(
         "inference_roofline", kind="line", log_x=True, log_y=True,
         title="Decode climbs the slope with its batch; prefill is under the flat roof",
-        x_label="arithmetic intensity (FLOPs per byte)", y_label="FLOP/s",
+        x_label="arithmetic intensity (FLOPs per byte)", y_label="speed (FLOP/s)",
         series=[{"label": "roof", "x": x.tolist(), "y": [machine.height(i) for i in x]}, *points],
         lines=[{"label": "ridge", "x": machine.ridge}],
     )  # fmt: skip

@@ -301,8 +301,8 @@ def show(run: Run, a: float, rounds: Mapping[int, Rounds], timings: Mapping[str,
         ])  # fmt: skip
     run.table(
         "speculation",
-        ["k", "accepted", "tokens/pass: formula", "measured", "cost of a check",
-         "speed-up: formula", "with that cost", "measured"],
+        ["k", "accepted", "tokens/pass predicted", "tokens/pass measured", "cost of a check",
+         "speed-up predicted", "predicted with that cost", "speed-up measured"],
         rows,
         caption="k guesses a round; costs in target steps",
     )  # fmt: skip
