@@ -58,7 +58,8 @@ def next_logits(token_ids: list[int], eos_bias: float = -50.0) -> Tensor:
 
 def continuation(prompt_ids: list[int], count: int, eos_bias: float = -50.0) -> list[int]:
     """The greedy continuation of a prompt by at most `count` tokens, without any engine."""
-    output, table = [], _logits_table(eos_bias)
+    output: list[int] = []
+    table = _logits_table(eos_bias)
     values = keys_values(prompt_ids)
     last, total = values[-1], sum(values)
     while len(output) < count:

@@ -11,6 +11,7 @@ from array import array
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import torch
@@ -104,7 +105,8 @@ def next_token(cached: Iterable[int], index: int) -> int:
 
 def expected(request: Request, index: int, max_length: int) -> list[int]:
     """What the fake model gives this sample when it runs alone, without a cache."""
-    params, tokens, cached = request.params, list(request.prompt_ids), []
+    params, tokens = request.params, list(request.prompt_ids)
+    cached: list[int] = []
     while True:
         while len(cached) < len(tokens):
             cached.append(key_value(cached[-1] if cached else 0, tokens[len(cached)]))
@@ -174,7 +176,7 @@ class Engine:
             assert chunk.samples == (chunk.end == len(sequence.token_ids))
             assert len(chunk.block_table) * self.runner.block_size >= chunk.end
 
-    def _ranks(self, sequences: list[Sequence]) -> list[tuple[int, int]]:
+    def _ranks(self, sequences: Iterable[Sequence]) -> list[tuple[int, int]]:
         return [(self.order.index(one.request), one.index) for one in sequences]
 
     def check_outputs(self) -> None:
@@ -189,7 +191,7 @@ class Engine:
 
 
 def engine_of(
-    num_blocks: int = 64, block_size: int = 4, caching: bool = True, **limits: int
+    num_blocks: int = 64, block_size: int = 4, caching: bool = True, **limits: Any
 ) -> Engine:
     config = EngineConfig("no model", **limits)
     return Engine(Scheduler(config, BlockManager(num_blocks, block_size, caching)))

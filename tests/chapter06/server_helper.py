@@ -12,6 +12,7 @@ from typing import Any
 import httpx
 import uvicorn
 from fake_engine import fake_engine
+from fastapi import FastAPI
 from paged_engine.engine import Engine
 from paged_engine.server import serve_engine
 
@@ -27,6 +28,7 @@ async def in_process(
     engine = engine or fake_engine()
     gate = serve_engine(engine, "fake", **options)
     transport = httpx.ASGITransport(app=gate, raise_app_exceptions=False)
+    assert isinstance(gate.app, FastAPI)
     async with (
         gate.app.router.lifespan_context(gate.app),
         httpx.AsyncClient(transport=transport, base_url="http://fake", timeout=LIMIT_S) as client,

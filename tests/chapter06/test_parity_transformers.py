@@ -1,6 +1,5 @@
 """Greedy float32 output is that of transformers' generate, token for token, however it is made."""
 
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -119,9 +118,6 @@ def test_architectures(tmp_path: Path, architecture: str, changes: dict[str, Any
 @pytest.mark.slow
 def test_smollm2() -> None:
     """The real model: 64 requests, alone and together, in a cache that is too small for all."""
-    from distlab.files import repo_root
-
-    sys.path.insert(0, str(repo_root() / "tests" / "bench"))
     import smollm2
     from transformers import AutoTokenizer
 

@@ -204,5 +204,4 @@ def _run_rank(command: list[str], env: dict[str, str], stdout: str, stderr: str)
     if "DIAGNOSE_DIR" in env:
         activate()
     sys.argv = command
-    sys.path.insert(0, str(Path(command[0]).parent))
     runpy.run_path(command[0], run_name="__main__")
