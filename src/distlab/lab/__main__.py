@@ -12,6 +12,7 @@ COMMANDS = {
     "test": ("testing:main", "run the tests: test [--fast] [CH]"),
     "cluster": ("clustering:main", "several nodes on this machine: cluster --nodes N -- CMD …"),
     "doctor": ("doctor:doctor", "what this machine has, what is missing, and what mends it"),
+    "clean": ("clean:main", "what takes room and is not needed: clean [NAME …] [--yes]"),
     "report": ("report:report", "one HTML page of what ran here"),
     "record": ("recording:main", "run a chapter and rewrite its results and its lesson's tables"),
     "grade": ("grade:grade", "grade a student's folder: grade CH DIR [--json FILE]"),
