@@ -3,9 +3,7 @@
 import json
 import os
 import re
-import signal
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,12 +14,13 @@ import pytest
 import torch
 from fake_engine import tiny_tokenizer
 
-from distlab.files import repo_root
 from distlab.model import SIZES, Llama, load, save
-from distlab.process import Job, job, run_command
+from distlab.process import run_command
+from distlab.service import service
 
 pytestmark = pytest.mark.slow
 START_S, BENCH_S, END_S = 120, 240, 60
+READY = re.compile(r"^ready: (http\S+)/v1 serves tiny$")
 SMALL = ["--num-blocks", "256", "--max-sequences", "8", "--max-batch-tokens", "128", "--no-compile"]
 # The command `vllm bench serve`, which the CPU's package cannot run: it asks for its version under
 # the name of the other one.
@@ -45,23 +44,10 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def server(model: Path) -> Iterator[SimpleNamespace]:
     """One process for all tests; SIGTERM ends it with status 0, and nothing of it is left."""
     command = [sys.executable, "-m", "paged_engine", "--model", str(model), "--port", "0", *SMALL]
-    with job(command, os.environ, repo_root()) as running:
-        url = wait_for_url(running)
-        with httpx.Client(base_url=url, timeout=END_S) as client:
-            yield SimpleNamespace(url=url, client=client, model=model, running=running)
-        running.process.send_signal(signal.SIGTERM)
-        assert running.wait(END_S) == 0
-        assert running.end() == ()
-
-
-def wait_for_url(running: Job) -> str:
-    end = time.monotonic() + START_S
-    while time.monotonic() < end and running.process.poll() is None:
-        printed = "".join(running.texts["stdout"])
-        if found := re.search(r"^ready: (http\S+)/v1 serves tiny$", printed, re.MULTILINE):
-            return found[1]
-        time.sleep(0.05)
-    pytest.fail(f"no server: {''.join(running.texts['stderr'])}")
+    with service(command, READY, start_s=START_S) as running:
+        with httpx.Client(base_url=running.url, timeout=END_S) as client:
+            yield SimpleNamespace(url=running.url, client=client, model=model, running=running)
+        assert running.stop(END_S) == 0
 
 
 def test_it_serves_what_the_model_computes(server):
@@ -82,11 +68,8 @@ def test_its_log_has_the_request_and_not_its_text(server):
     asked = {"prompt": "do not write this down", "max_tokens": 2}
     answer = server.client.post("/v1/completions", json=asked, headers={"x-request-id": "known"})
     assert answer.status_code == 200
-    end = time.monotonic() + END_S
-    while "known POST /v1/completions 200" not in "".join(server.running.texts["stderr"]):
-        assert time.monotonic() < end
-        time.sleep(0.02)
-    assert "write this down" not in "".join(server.running.texts["stderr"])
+    server.running.wait_for_log("known POST /v1/completions 200", END_S)
+    assert "write this down" not in server.running.log
 
 
 def test_vllm_bench_serve_runs_without_an_error(vllm_python, server, tmp_path):

@@ -5,10 +5,8 @@ import socket
 import subprocess
 import sys
 import time
-import urllib.request
 from argparse import Namespace
 from contextlib import closing
-from http.client import HTTPException
 from itertools import islice
 from pathlib import Path
 
@@ -16,6 +14,8 @@ from distlab import script
 from distlab.errors import RunError, UsageError
 from distlab.hardware import has_cuda
 from distlab.process import Job, job
+from distlab.service import answers as answers_http
+from distlab.service import await_that
 from inference.tiny_model import PRESETS, add_model_flags, model_directory
 from inference.vllm_settings import CPU_CACHE_BYTES, refuse, set_environment
 
@@ -108,21 +108,14 @@ def own_address(head: str) -> str:
 
 def await_ready(server: Job, args: Namespace) -> None:
     """Return when the head's server answers."""
-    url = f"http://127.0.0.1:{args.port}/health"
-    direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-    deadline = time.monotonic() + args.start_timeout
-    while time.monotonic() < deadline:
+
+    def runs() -> None:
         if server.process.poll() is not None:
             raise RunError("vLLM ended before it was ready; its last lines stand above")
-        try:
-            with direct.open(url, timeout=2):
-                return
-        except (OSError, HTTPException):
-            time.sleep(POLL_S)
-    raise RunError(
-        f"vLLM was not ready within --start-timeout {args.start_timeout:g} s; "
-        "are all nodes started, and may they reach each other?"
-    )
+
+    url = f"http://127.0.0.1:{args.port}/health"
+    late = "vLLM was not ready (do all nodes run, and reach each other? see --start-timeout)"
+    await_that(lambda: answers_http(url), args.start_timeout, late, runs)
 
 
 def follow(server: Job, head: str, args: Namespace) -> int:
