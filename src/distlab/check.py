@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+UNJUDGED = "not judged at this size: "  # what a smoke run says of a time, which shows no speed
 CONFIDENCE = 0.95  # of the interval by which a noisy quantity is judged
 
 
@@ -80,18 +81,18 @@ def equal(name: str, actual: Any, expected: Any) -> Check:
     return Check(name, not wrong, detail)
 
 
-def below(name: str, value: float, limit: float, unit: str = "") -> Check:
-    """`value <= limit`."""
+def below(name: str, value: float, limit: float, unit: str = "", judged: bool = True) -> Check:
+    """`value <= limit`; with `judged` false the numbers are told and never fail."""
     suffix = f" {unit}" if unit else ""
-    return Check(name, bool(value <= limit), f"{value:.4g}{suffix}, limit {limit:.4g}{suffix}")
+    told = f"{value:.4g}{suffix}, limit {limit:.4g}{suffix}"
+    return Check(name, bool(value <= limit), told) if judged else Check(name, True, UNJUDGED + told)
 
 
-def above(name: str, value: float, limit: float, unit: str = "") -> Check:
-    """`value >= limit`."""
+def above(name: str, value: float, limit: float, unit: str = "", judged: bool = True) -> Check:
+    """`value >= limit`; with `judged` false the numbers are told and never fail."""
     suffix = f" {unit}" if unit else ""
-    return Check(
-        name, bool(value >= limit), f"{value:.4g}{suffix}, at least {limit:.4g}{suffix} wanted"
-    )
+    told = f"{value:.4g}{suffix}, at least {limit:.4g}{suffix} wanted"
+    return Check(name, bool(value >= limit), told) if judged else Check(name, True, UNJUDGED + told)
 
 
 def within(
@@ -125,7 +126,7 @@ def within(
         where, why = f"{len(samples)} samples", "too few samples for an interval"
     told = f"median {float(np.median(samples)):.4g}{suffix}, {where}, {', '.join(limits)}"
     if not judged:
-        return Check(name, True, f"not judged at this size: {told}")
+        return Check(name, True, UNJUDGED + told)
     if low > limit or high < at_least:
         return Check(name, False, told)
     if low < at_least or high > limit:

@@ -87,7 +87,9 @@ def _scale_axes(axes: Axes, spec: Mapping[str, Any]) -> None:
 
 def _whole(numbers: Sequence[float]) -> bool:
     """Whether these are whole numbers, such as counts of nodes, and not very many."""
-    return len(set(numbers)) < MOST_NAMES and all(float(x).is_integer() for x in numbers)
+    return len(set(numbers)) < MOST_NAMES and all(
+        isinstance(x, int | float) and float(x).is_integer() for x in numbers
+    )
 
 
 def _plain(text: str) -> str:

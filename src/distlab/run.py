@@ -175,13 +175,19 @@ class Run:
         """See `distlab.check.equal`."""
         return self._checked(check.equal(name, actual, expected))
 
-    def check_below(self, name: str, value: float, limit: float, unit: str = "") -> bool:
-        """See `distlab.check.below`."""
-        return self._checked(check.below(name, value, limit, unit))
+    def check_below(
+        self, name: str, value: float, limit: float, unit: str = "", of_time: bool = False
+    ) -> bool:
+        """See `distlab.check.below`; `of_time`: at smoke size, which shows no speed, not judged."""
+        judged = not of_time or self.args.preset != "smoke"
+        return self._checked(check.below(name, value, limit, unit, judged))
 
-    def check_above(self, name: str, value: float, limit: float, unit: str = "") -> bool:
-        """See `distlab.check.above`."""
-        return self._checked(check.above(name, value, limit, unit))
+    def check_above(
+        self, name: str, value: float, limit: float, unit: str = "", of_time: bool = False
+    ) -> bool:
+        """See `distlab.check.above`; `of_time`: at smoke size, which shows no speed, not judged."""
+        judged = not of_time or self.args.preset != "smoke"
+        return self._checked(check.above(name, value, limit, unit, judged))
 
     def check_within(
         self,

@@ -271,3 +271,12 @@ def test_within_tells_its_interval_and_what_could_tell_more():
 def test_within_fails_where_there_is_nothing_to_judge(samples):
     assert not check.within("x", samples, math.inf).ok
     assert not check.within("x", samples, math.inf, judged=False).ok
+
+
+def test_a_time_at_smoke_size_is_told_and_not_judged():
+    for made in (
+        check.below("a step", 3.0, 2.0, "s", judged=False),
+        check.above("speed", 1.0, 2.0, judged=False),
+    ):
+        assert made.ok and made.detail.startswith("not judged at this size: ")
+    assert "3 s, limit 2 s" in check.below("a step", 3.0, 2.0, "s", judged=False).detail

@@ -87,9 +87,9 @@ def test_the_drawing_shows_when_a_stage_works():
 @pytest.mark.parametrize("ranks", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_from_scratch_equals_the_library_equals_one_process(ranks):
     for scratch, theirs, differences in spawn(run_both, ranks, timeout_s=120):
-        for (checks, _), each in ((scratch, 6), (theirs, 4)):
+        for (checks, _), each in ((scratch, 7), (theirs, 4)):
             assert [name for name, ok in checks if not ok] == []
-            assert len(checks) == 2 * each + (each == 6)
+            assert len(checks) == 2 * each + (each == 7)
         sent = {name: c for name, c in scratch[1].items() if "sent by" in name}
         assert len(sent) == 6
         assert all(c["predicted"] == c["measured"] > 0 for c in sent.values())

@@ -283,6 +283,7 @@ def test_environments_are_set_up_while_the_tests_run(monkeypatch):
     assert testing.environments([chapter("6")], in_ci=False) == ["vllm"]
     wanted = testing.environments([chapter("1"), chapter("6")], in_ci=True)
     assert wanted == ["bench", "triton", "vllm"]
+    monkeypatch.delenv("LAB_TEST_ENVIRONMENTS", raising=False)  # of the suite that this is part of
     started: list[list[str]] = []
     monkeypatch.setattr(subprocess, "Popen", lambda command, **_: started.append(command))
     testing.set_up_meanwhile([])

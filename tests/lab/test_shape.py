@@ -117,3 +117,11 @@ def test_lines_of_torchs_log_count_as_not_printed():
     log = "W1121 11:04:35.106000 2792 torch/distributed/run.py:874] Setting OMP_NUM_THREADS\n"
     assert difference("a line\n", f"{log}a line\nnode0| {log}") == ""
     assert without_log(f"{log}a line\n") == "a line\n"
+
+
+def test_what_a_small_run_does_not_judge_must_be_a_check_of_the_lesson():
+    shown = "check: a step … ok (2 s, limit 3 s)\n"
+    told = "check: a step … ok (not judged at this size: 5 s, limit 3 s)\n"
+    assert not difference(shown, told)
+    assert difference("", told) and difference(shown.replace("a step", "a loss"), told)
+    assert difference(shown.replace("ok", "FAILED"), told)

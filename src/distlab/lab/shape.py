@@ -11,10 +11,13 @@ import difflib
 import re
 from collections.abc import Sequence
 
+from distlab.check import UNJUDGED
+
 NODE = re.compile(r"(node\d+)\| ")
 FREE = ("machine", "job")  # everywhere: what runs the command, on which machine
 _LOG = re.compile(r"(?:node\d+\| )?[IWE]\d{4} \d\d:\d\d:\d\d\.\d+ ")  # W1121 11:04:35.106000
 _OPERATOR = re.compile(r"\baten::\w+")
+_UNJUDGED = re.compile(rf"((?:node\d+\| )?check: .* … ok) \({UNJUDGED}")
 _UNIT = r"(?:[KMGTPE]?(?:B|FLOP|bit|params|tok)(?:/s)?|[nµm]?s|min|h|%)"
 _DIGITS = r"\d+(?:,\d{3})*\.?\d*(?:e[-+]?\d+)?"
 _NONE = r"(?:nan|inf|unknown)(?!\w)|(?<!\S)—(?!\S)"  # how `distlab.display` shows what is no number
@@ -43,6 +46,12 @@ def _node(line: str) -> str:
     return node[1] if (node := NODE.match(line)) else ""
 
 
+def _without_judgement(lines: list[str], unjudged: set[str]) -> list[str]:
+    """The lines of these checks without what they say after their name and ok."""
+    names = [next((name for name in unjudged if line.startswith(name)), None) for line in lines]
+    return [line if name is None else name for line, name in zip(lines, names, strict=True)]
+
+
 def _line_shape(line: str) -> str:
     line = _NUMBER.sub("#", _OPERATOR.sub("aten::…", line))
     line = re.sub(r"[─━]+", "─", line)
@@ -52,7 +61,10 @@ def _line_shape(line: str) -> str:
 def difference(shown: str, printed: str, free: Sequence[str] = ()) -> str:
     """What differs in shape between the lesson's output and a run's; empty where nothing does.
 
-    Lines that begin with a word of `free` and a colon may differ in all that follows.
+    Lines that begin with a word of `free` and a colon may differ in all that follows. A check that
+    the run did not judge, for its size, must be one of the lesson's and ok there.
     """
     one, other = shape(shown, free), shape(printed, free)
+    unjudged = {found[1] for line in other if (found := _UNJUDGED.match(line))}
+    one, other = (_without_judgement(lines, unjudged) for lines in (one, other))
     return "\n".join(difflib.unified_diff(one, other, "main.md", "this run", lineterm="", n=1))
