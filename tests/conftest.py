@@ -4,6 +4,7 @@ import json
 import os
 import signal
 import threading
+from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -28,6 +29,7 @@ from distlab.hardware import has_cuda
 from distlab.lab.blocks import Outcome, environment_python
 
 LONG = ["test_commands.py", "test_grade.py", "test_train_slurm.py"]  # files, in this order
+SLOWEST = 25  # files, in the table of where the time went
 LEDGER = "ledger"  # the name of a test's property: what its block did
 
 
@@ -141,13 +143,20 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> object:
 
 def pytest_terminal_summary(terminalreporter) -> None:
     """Print the ledger, write it to build/ledger.json, and say what every skip was for."""
-    calls = [
+    reports = [
         report
-        for reports in terminalreporter.stats.values()
-        for report in reports
-        if getattr(report, "when", None) == "call"
+        for of_outcome in terminalreporter.stats.values()
+        for report in of_outcome
+        if isinstance(report, pytest.TestReport)
     ]
-    rows = [row for report in calls for name, row in report.user_properties if name == LEDGER]
+    tell_slowest_files(terminalreporter, reports)
+    calls = [report for report in reports if report.when == "call"]
+    rows = [
+        row
+        for report in calls
+        for name, row in report.user_properties
+        if name == LEDGER and isinstance(row, dict)
+    ]
     rows.sort(key=_place)
     skips = [
         {"test": report.nodeid, "reason": str(report.longrepr[2]).removeprefix("Skipped: ")}
@@ -169,6 +178,17 @@ def pytest_terminal_summary(terminalreporter) -> None:
     others = [s for s in skips if "test_commands" not in s["test"]]
     for skip in others:
         terminalreporter.write_line(f"skipped {skip['test']}: {skip['reason']}")
+
+
+def tell_slowest_files(terminalreporter, reports: list[pytest.TestReport]) -> None:
+    """Where the time went: seconds of each file's tests, with their fixtures."""
+    seconds: dict[str, float] = defaultdict(float)
+    for report in reports:
+        seconds[report.nodeid.partition("::")[0]] += report.duration
+    slowest = sorted(seconds.items(), key=lambda item: -item[1])[:SLOWEST]
+    if len(seconds) > 1:
+        title = f"slowest files, of {sum(seconds.values()):.0f} s in all processes together"
+        terminalreporter.write_line(text_table(["file", "seconds"], slowest, title))
 
 
 def _place(row: dict) -> tuple[str, int]:

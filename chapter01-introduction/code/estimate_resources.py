@@ -24,6 +24,11 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
+from distlab import predict, script
+from distlab.catalog import GpuSpec
+from distlab.display import quantity
+from distlab.predict import Architecture, Memory, ServingPlan, TrainingPlan
+from distlab.run import Run
 from intro.plans import (
     Change,
     Plan,
@@ -37,12 +42,6 @@ from intro.plans import (
     training_changes,
     training_plan,
 )
-
-from distlab import predict, script
-from distlab.catalog import GpuSpec
-from distlab.display import quantity
-from distlab.predict import Architecture, Memory, ServingPlan, TrainingPlan
-from distlab.run import Run
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -19,10 +19,10 @@ from argparse import Namespace
 from functools import reduce
 
 import numpy as np
-from intro.character_network import EVERYBODY, OWN, Arrays, Examples, Text, loss_and_gradients
 
 from distlab import script
 from distlab.script import Run
+from intro.character_network import EVERYBODY, OWN, Arrays, Examples, Text, loss_and_gradients
 
 PRESETS = {"smoke": {"steps": 30}, "laptop": {"steps": 300}, "gpu": {"steps": 300}}
 BATCH = 840  # B examples: a whole number for each of 1 to 8 workers

@@ -30,6 +30,12 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+from torch.profiler import ProfilerActivity, profile
+
+from distlab import data, files, hardware, measure, predict, runtime, script
+from distlab.display import quantity
+from distlab.model import Llama, ModelConfig, add_model_flags, config_from_args
+from distlab.script import Run
 from intro.trainer import PHASES, Trainer
 from intro.verdict import (
     BOUND,
@@ -41,12 +47,6 @@ from intro.verdict import (
     least_seconds,
     read_profile,
 )
-from torch.profiler import ProfilerActivity, profile
-
-from distlab import data, files, hardware, measure, predict, runtime, script
-from distlab.display import quantity
-from distlab.model import Llama, ModelConfig, add_model_flags, config_from_args
-from distlab.script import Run
 
 PRESETS = {
     "smoke": {"model": "smoke", "seq_len": 128, "batch_size": 16, "corpus_mb": 1.0, "steps": 4},

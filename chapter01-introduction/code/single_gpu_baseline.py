@@ -23,6 +23,12 @@ from argparse import Namespace
 from collections.abc import Callable, Iterator
 
 import torch
+from torch import Tensor
+
+from distlab import data, hardware, measure, runtime, script
+from distlab.model import Llama, ModelConfig, add_model_flags, config_from_args
+from distlab.runtime import Runtime
+from distlab.script import Run, RunError, UsageError
 from intro.baseline import (
     WARMUP_STEPS,
     Training,
@@ -33,12 +39,6 @@ from intro.baseline import (
     show_sample,
 )
 from intro.trainer import StepClock
-from torch import Tensor
-
-from distlab import data, hardware, measure, runtime, script
-from distlab.model import Llama, ModelConfig, add_model_flags, config_from_args
-from distlab.runtime import Runtime
-from distlab.script import Run, RunError, UsageError
 
 PRESETS = {
     "smoke": {"model": "smoke", "seq_len": 64, "batch_size": 16, "corpus_mb": 1.0, "steps": 100,

@@ -20,12 +20,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from intro.work import Server, Workload, decode, endless_wait, prefill, random_tokens, training_step
 
 from distlab import hardware, measure, predict, runtime, script
 from distlab.model import Llama, add_model_flags, config_from_args, model_from_args
 from distlab.queueing import mean_wait, poisson_arrivals, waits
 from distlab.script import Run, UsageError
+from intro.work import Server, Workload, decode, endless_wait, prefill, random_tokens, training_step
 
 PRESETS = {
     "smoke": {"model": "smoke", "train_batch_size": 4, "batch_sizes": [1, 4, 16], "context": 64,

@@ -25,8 +25,6 @@ from dataclasses import replace
 
 import torch
 import torch.distributed as dist
-from parallelism.links import Link
-from parallelism.microbench import COLLECTIVES, EXACT, Interrupt, Row, byte_size, make_case, report
 
 from distlab import measure, runtime, script
 from distlab.cluster.links import parse_delay, parse_rate
@@ -34,6 +32,8 @@ from distlab.errors import UsageError
 from distlab.ranks import slowest
 from distlab.run import Run
 from distlab.runtime import Runtime
+from parallelism.links import Link
+from parallelism.microbench import COLLECTIVES, EXACT, Interrupt, Row, byte_size, make_case, report
 
 PRESETS = {
     "smoke": {"max_bytes": 2**16, "factor": 8, "repeats": 5, "seconds": 0.1},

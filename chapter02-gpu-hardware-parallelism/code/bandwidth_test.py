@@ -20,6 +20,10 @@ whatever their size; and every copy arrives as it was sent.
 from argparse import Namespace
 
 import torch
+
+from distlab import hardware, host, script
+from distlab.display import quantity
+from distlab.script import Run, UsageError
 from parallelism.bandwidth import (
     STREAMS,
     Result,
@@ -37,10 +41,6 @@ from parallelism.bandwidth import (
     transfer,
     working_sets,
 )
-
-from distlab import hardware, host, script
-from distlab.display import quantity
-from distlab.script import Run, UsageError
 
 CPU = torch.device("cpu")
 MIB = 2**20

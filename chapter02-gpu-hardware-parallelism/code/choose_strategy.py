@@ -22,6 +22,10 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
+from distlab import predict, script
+from distlab.display import quantity
+from distlab.predict import TrainingPlan, training_stage_memory
+from distlab.run import Run
 from parallelism.cost import Cluster, stage_flops, step_time
 from parallelism.plans import (
     AS_FAST,
@@ -38,11 +42,6 @@ from parallelism.plans import (
     ranked,
     search,
 )
-
-from distlab import predict, script
-from distlab.display import quantity
-from distlab.predict import TrainingPlan, training_stage_memory
-from distlab.run import Run
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -22,6 +22,12 @@ from collections.abc import Callable
 from functools import partial
 
 import torch
+from torch import Tensor
+
+from distlab import runtime, script
+from distlab.errors import UsageError
+from distlab.run import Run
+from distlab.runtime import Runtime
 from parallelism.collectives import (
     PIPELINED,
     Wire,
@@ -31,12 +37,6 @@ from parallelism.collectives import (
     ring_all_reduce,
 )
 from parallelism.trials import byte_count, prove, race
-from torch import Tensor
-
-from distlab import runtime, script
-from distlab.errors import UsageError
-from distlab.run import Run
-from distlab.runtime import Runtime
 
 PRESETS = {
     "smoke": {"bytes": 2**16, "repeats": 5},

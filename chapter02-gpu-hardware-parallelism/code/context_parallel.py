@@ -24,16 +24,16 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from parallelism.context import check_context, chunks_of_rank, report_blocks, report_bytes, step
-from parallelism.problem import check_equal, one_process, parser
-from parallelism.tensor import Conjugate
-from parallelism.traffic import Traffic
 from torch import Tensor
 from torch.autograd import Function
 
 from distlab import runtime, script
 from distlab.run import Run
 from distlab.runtime import Runtime
+from parallelism.context import check_context, chunks_of_rank, report_blocks, report_bytes, step
+from parallelism.problem import check_equal, one_process, parser
+from parallelism.tensor import Conjugate
+from parallelism.traffic import Traffic
 
 FORMS = {"ring": ["ring in order", "ring in zigzag"], "ulysses": ["ulysses"]}
 

@@ -22,6 +22,14 @@ from collections.abc import Callable
 from functools import partial
 
 import torch
+from torch import Tensor, nn
+
+from distlab import measure, predict, runtime, script
+from distlab.launch import detect_launch
+from distlab.model import Llama, num_parameters
+from distlab.ranks import distinct
+from distlab.run import Run
+from distlab.runtime import Runtime
 from parallelism.problem import (
     FLOAT,
     Problem,
@@ -33,14 +41,6 @@ from parallelism.problem import (
     parser,
 )
 from parallelism.traffic import Traffic
-from torch import Tensor, nn
-
-from distlab import measure, predict, runtime, script
-from distlab.launch import detect_launch
-from distlab.model import Llama, num_parameters
-from distlab.ranks import distinct
-from distlab.run import Run
-from distlab.runtime import Runtime
 
 TENSORS_OF_A_LAYER = 9  # q, k, v and o, gate, up and down, two norms
 Average = Callable[[list[Tensor], Traffic], None]

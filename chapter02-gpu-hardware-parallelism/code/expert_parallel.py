@@ -26,6 +26,12 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
+
+from distlab import runtime, script
+from distlab.model import Llama
+from distlab.run import Run
+from distlab.runtime import Runtime
 from parallelism.experts import (
     Batch,
     MixtureOfExperts,
@@ -45,12 +51,6 @@ from parallelism.experts import (
 )
 from parallelism.problem import check_share, gradient_of, gradients_of
 from parallelism.traffic import Traffic
-from torch import Tensor
-
-from distlab import runtime, script
-from distlab.model import Llama
-from distlab.run import Run
-from distlab.runtime import Runtime
 
 
 def main(argv: list[str] | None = None) -> int:

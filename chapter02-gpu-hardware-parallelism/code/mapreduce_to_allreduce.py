@@ -23,9 +23,6 @@ from zlib import crc32
 
 import numpy as np
 import torch
-from parallelism.collectives import Wire, all_gather, ring_all_reduce
-from parallelism.traffic import Traffic
-from parallelism.trials import report_gradients, report_words
 from torch import Tensor, nn
 
 from distlab import data, runtime, script
@@ -33,6 +30,9 @@ from distlab.errors import UsageError
 from distlab.model import add_model_flags, config_from_args, model_from_args
 from distlab.run import Run
 from distlab.runtime import Runtime
+from parallelism.collectives import Wire, all_gather, ring_all_reduce
+from parallelism.traffic import Traffic
+from parallelism.trials import report_gradients, report_words
 
 PRESETS = {
     "smoke": {"model": "smoke", "corpus_mb": 0.2, "seq_len": 16, "batch_size": 10},

@@ -24,9 +24,6 @@ from dataclasses import asdict
 from statistics import median
 from typing import Any
 
-from parallelism.cost import Cluster, StepTime, step_time
-from parallelism.plans import Candidate, name, ranked
-
 from distlab import predict, script
 from distlab.cluster import VirtualCluster, unavailable
 from distlab.cluster.links import parse_rate
@@ -34,6 +31,8 @@ from distlab.display import quantity
 from distlab.model import ModelConfig
 from distlab.predict import TrainingPlan
 from distlab.run import Run
+from parallelism.cost import Cluster, StepTime, step_time
+from parallelism.plans import Candidate, name, ranked
 
 NODES, PER_NODE = 2, 2
 CONFIG = ModelConfig(

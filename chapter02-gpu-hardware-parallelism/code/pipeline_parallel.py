@@ -25,6 +25,12 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 import torch.distributed as dist
+
+from distlab import data, predict, runtime, script
+from distlab.model import add_model_flags, config_from_args
+from distlab.ranks import gathered
+from distlab.run import Run
+from distlab.runtime import Runtime
 from parallelism.pipeline import (
     BACKWARD,
     FORWARD,
@@ -39,12 +45,6 @@ from parallelism.pipeline import (
 )
 from parallelism.problem import FLOAT, gradients_of, one_process
 from parallelism.traffic import Traffic
-
-from distlab import data, predict, runtime, script
-from distlab.model import add_model_flags, config_from_args
-from distlab.ranks import gathered
-from distlab.run import Run
-from distlab.runtime import Runtime
 
 SMOKE = {"model": "smoke", "layers": 4, "corpus_mb": 0.2, "seq_len": 16, "micro_batches": 4}
 LAPTOP = {"model": "laptop", "layers": 6, "corpus_mb": 1.0, "seq_len": 32, "micro_batches": 4}

@@ -24,6 +24,9 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
+
+from distlab import hardware, measure, predict, script
+from distlab.script import Run, UsageError
 from parallelism.roofline import (
     ELEMENTWISE,
     FUSED,
@@ -41,9 +44,6 @@ from parallelism.roofline import (
     show_roofs,
     square,
 )
-
-from distlab import hardware, measure, predict, script
-from distlab.script import Run, UsageError
 
 TYPES = ("float32", "float64", "bfloat16", "float16")
 PRESETS = {  # so short a run as smoke's, maybe on a busy machine, judges no time

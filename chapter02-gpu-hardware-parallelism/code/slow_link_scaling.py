@@ -29,8 +29,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from parallelism.links import Link, Measured, Replica, measure_steps, message_latency
-
 from distlab import runtime, script
 from distlab.cluster import VirtualCluster, flags_for_nodes, record_of, unavailable
 from distlab.cluster.links import parse_rate
@@ -38,6 +36,7 @@ from distlab.errors import Skipped, UsageError
 from distlab.model import add_model_flags, config_from_args, model_from_args
 from distlab.run import Run
 from distlab.runtime import Runtime
+from parallelism.links import Link, Measured, Replica, measure_steps, message_latency
 
 PRESETS = {
     "smoke": {"model": "smoke", "batch_size": 4, "seq_len": 64, "steps": 3,

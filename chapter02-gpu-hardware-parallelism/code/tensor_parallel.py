@@ -23,6 +23,11 @@ You should see: loss and every gradient equal to one process's, and the same byt
 
 from argparse import Namespace
 
+from distlab import predict, runtime, script
+from distlab.launch import detect_launch
+from distlab.model import config_from_args, num_parameters
+from distlab.run import Run
+from distlab.runtime import Runtime
 from parallelism.problem import (
     FLOAT,
     check_degree,
@@ -34,12 +39,6 @@ from parallelism.problem import (
 )
 from parallelism.tensor import OF_THE_LOSS, TensorParallel, all_reduce_bytes, parts_of
 from parallelism.traffic import Traffic
-
-from distlab import predict, runtime, script
-from distlab.launch import detect_launch
-from distlab.model import config_from_args, num_parameters
-from distlab.run import Run
-from distlab.runtime import Runtime
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -19,6 +19,8 @@ placement; and a verdict on the tensor-parallel groups.
 from argparse import Namespace
 from pathlib import Path
 
+from distlab import files, host, script
+from distlab.script import Run, UsageError
 from parallelism import machine
 from parallelism.machine import Matrix, closeness, cpu_ranks, this_matrix
 from parallelism.topology import (
@@ -39,9 +41,6 @@ from parallelism.topology import (
     verdict,
     worst_of,
 )
-
-from distlab import files, host, script
-from distlab.script import Run, UsageError
 
 PRESETS: dict[str, dict[str, object]] = {"smoke": {}, "laptop": {}, "gpu": {}}
 FEW = 8  # GPUs: all their groupings and rings can be tried

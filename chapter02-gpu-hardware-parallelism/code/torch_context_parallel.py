@@ -24,6 +24,16 @@ import sys
 from argparse import Namespace
 
 import torch
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.tensor.experimental import context_parallel
+
+from distlab import runtime, script
+from distlab.errors import Skipped
+from distlab.launch import detect_launch
+from distlab.layers import rope_tables
+from distlab.run import Run
+from distlab.runtime import Runtime
 from parallelism.context import average, loss_at
 from parallelism.problem import (
     FLOAT,
@@ -37,16 +47,6 @@ from parallelism.problem import (
     parser,
 )
 from parallelism.traffic import CountCollectives, Traffic
-from torch import Tensor
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.tensor.experimental import context_parallel
-
-from distlab import runtime, script
-from distlab.errors import Skipped
-from distlab.launch import detect_launch
-from distlab.layers import rope_tables
-from distlab.run import Run
-from distlab.runtime import Runtime
 
 LONGER = {**PRESETS, "smoke": {**PRESETS["smoke"], "seq_len": 256}}
 RANKS = 2  # that this script starts itself

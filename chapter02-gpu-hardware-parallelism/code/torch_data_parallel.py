@@ -16,6 +16,16 @@ from argparse import Namespace
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
+from torch.nn.parallel import DistributedDataParallel as DDP
+
+from distlab import predict, runtime, script
+from distlab.launch import detect_launch
+from distlab.model import num_parameters
+from distlab.ranks import distinct
+from distlab.run import Run
+from distlab.runtime import Runtime
 from parallelism.problem import (
     FLOAT,
     Problem,
@@ -27,16 +37,6 @@ from parallelism.problem import (
     one_process,
     parser,
 )
-from torch import Tensor
-from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
-from torch.nn.parallel import DistributedDataParallel as DDP
-
-from distlab import predict, runtime, script
-from distlab.launch import detect_launch
-from distlab.model import num_parameters
-from distlab.ranks import distinct
-from distlab.run import Run
-from distlab.runtime import Runtime
 
 
 def main(argv: list[str] | None = None) -> int:

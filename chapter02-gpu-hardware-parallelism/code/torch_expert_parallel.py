@@ -23,6 +23,15 @@ from functools import partial
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
+from torch.distributed._functional_collectives import all_to_all_single_autograd
+from torch.nn.parallel import DistributedDataParallel as DDP
+
+from distlab import runtime, script
+from distlab.errors import Skipped
+from distlab.model import Llama
+from distlab.run import Run
+from distlab.runtime import Runtime
 from parallelism.experts import (
     Batch,
     MixtureOfExperts,
@@ -37,15 +46,6 @@ from parallelism.experts import (
     route,
 )
 from parallelism.problem import check_share, gradients_of
-from torch import Tensor
-from torch.distributed._functional_collectives import all_to_all_single_autograd
-from torch.nn.parallel import DistributedDataParallel as DDP
-
-from distlab import runtime, script
-from distlab.errors import Skipped
-from distlab.model import Llama
-from distlab.run import Run
-from distlab.runtime import Runtime
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -22,8 +22,6 @@ from argparse import Namespace
 
 import torch
 import torch.distributed as dist
-from parallelism.pipeline import Links, Stage, check_cuts, cross_entropy, report_gradients
-from parallelism.problem import Problem, gradient_of, gradients_of, one_process
 from torch import Tensor
 from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGPipe
 
@@ -32,6 +30,8 @@ from distlab.errors import Skipped, UsageError
 from distlab.model import add_model_flags, config_from_args
 from distlab.run import Run
 from distlab.runtime import Runtime
+from parallelism.pipeline import Links, Stage, check_cuts, cross_entropy, report_gradients
+from parallelism.problem import Problem, gradient_of, gradients_of, one_process
 
 PRESETS = {
     "smoke": {

@@ -19,16 +19,6 @@ twice the bytes backward under the first of them.
 
 from argparse import Namespace
 
-from parallelism.problem import (
-    Problem,
-    check_degree,
-    check_equal,
-    gradients_of,
-    one_process,
-    parser,
-)
-from parallelism.tensor import OF_THE_LOSS, all_reduce_bytes, parts_of
-from parallelism.traffic import CountCollectives
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
@@ -47,6 +37,16 @@ from distlab.launch import detect_launch
 from distlab.model import Llama, config_from_args
 from distlab.run import Run
 from distlab.runtime import Runtime
+from parallelism.problem import (
+    Problem,
+    check_degree,
+    check_equal,
+    gradients_of,
+    one_process,
+    parser,
+)
+from parallelism.tensor import OF_THE_LOSS, all_reduce_bytes, parts_of
+from parallelism.traffic import CountCollectives
 
 EACH, BLOCK, SEQUENCE = "each matrix", "block by block", "with sequence parallel"
 Plan = dict[str, ParallelStyle]

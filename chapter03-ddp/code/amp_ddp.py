@@ -27,6 +27,9 @@ from functools import partial
 
 import numpy as np
 import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel as DDP
+
 from ddp.amp import (
     Lab,
     report_clipping,
@@ -34,9 +37,6 @@ from ddp.amp import (
     report_overflow,
     report_underflow,
 )  # fmt: skip
-from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel as DDP
-
 from distlab import data, measure, runtime, script
 from distlab.errors import Skipped, UsageError
 from distlab.model import add_model_flags, config_from_args, model_from_args

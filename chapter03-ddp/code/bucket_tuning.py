@@ -33,6 +33,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel as DDP
+
 from ddp.step_times import (
     MIB,
     Alone,
@@ -48,9 +51,6 @@ from ddp.step_times import (
     predict_step,
     refuse_one_rank,
 )
-from torch import Tensor
-from torch.nn.parallel import DistributedDataParallel as DDP
-
 from distlab import host, runtime, script
 from distlab.cluster.links import parse_rate
 from distlab.cluster.sweep import Sweep, here_or_on_nodes

@@ -31,6 +31,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+
 from ddp.checkpoints import Checkpoints
 from ddp.resuming import (
     Trainee,
@@ -41,7 +42,6 @@ from ddp.resuming import (
     report_stall,
 )  # fmt: skip
 from ddp.training_state import load_agreed
-
 from distlab import data, runtime, script
 from distlab.errors import RunError, UsageError
 from distlab.model import add_model_flags, config_from_args

@@ -30,13 +30,13 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from ddp.compression import TORCH_HOOKS, Hook, exchanged_in_int8, measure_feedback
-from ddp.compression_costs import measure_hooks, measure_on_links, report, report_nodes
 from torch import Tensor
 from torch.futures import Future
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel as DDP
 
+from ddp.compression import TORCH_HOOKS, Hook, exchanged_in_int8, measure_feedback
+from ddp.compression_costs import measure_hooks, measure_on_links, report, report_nodes
 from distlab import data, runtime, script
 from distlab.cluster.links import parse_rate
 from distlab.cluster.sweep import here_or_on_nodes

@@ -38,7 +38,6 @@ from pathlib import Path
 
 from ddp.diagnosis.evidence import CAUSES, source
 from ddp.diagnosis.watching import Found, run_watched
-
 from distlab import files, script
 from distlab.errors import UsageError
 

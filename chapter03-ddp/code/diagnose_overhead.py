@@ -20,11 +20,11 @@ from pathlib import Path
 from statistics import median
 
 import torch
+from torch.nn.parallel import DistributedDataParallel as DDP
+
 from ddp.diagnosis.injected.diagnose_agent import Agent
 from ddp.diagnosis.injected.diagnose_agent.hooks import activate
 from ddp.diagnosis.watching import agent_variables
-from torch.nn.parallel import DistributedDataParallel as DDP
-
 from distlab import data, measure, runtime, script
 from distlab.errors import UsageError
 from distlab.launch import detect_launch

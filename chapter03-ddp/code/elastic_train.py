@@ -48,13 +48,13 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel as DDP
+
 from ddp.checkpoints import Checkpoints
 from ddp.elastic_log import StepLog, generations, global_batches, history, read_log
 from ddp.elastic_rehearsal import SCENARIOS, come_late, hold, rehearse
 from ddp.training_state import collect, load_agreed, restore
-from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel as DDP
-
 from distlab import data, runtime, script
 from distlab.cluster import unavailable
 from distlab.data import Tokens

@@ -17,7 +17,6 @@ from argparse import Namespace
 from concurrent.futures import ThreadPoolExecutor
 
 from ddp.fault_cases import CASES, Case, Outcome, cannot_run, end_fork_server, run_case
-
 from distlab import script
 from distlab.errors import Skipped
 from distlab.run import Run

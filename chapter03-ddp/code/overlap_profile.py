@@ -57,7 +57,6 @@ from ddp.step_times import (
     refuse_one_rank,
     seconds_per_byte,
 )
-
 from distlab import files, host, runtime, script
 from distlab.cluster import VirtualCluster
 from distlab.cluster.links import parse_rate

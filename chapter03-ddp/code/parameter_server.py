@@ -32,6 +32,8 @@ from argparse import Namespace
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
+
 from ddp.server_measurements import (
     compare_worlds,
     measure_links,
@@ -39,8 +41,6 @@ from ddp.server_measurements import (
     prove_equality,
 )
 from ddp.server_training import ASYNCHRONOUS, SYNCHRONOUS, Log, Replica
-from torch import Tensor
-
 from distlab import data, runtime, script
 from distlab.cluster import unavailable
 from distlab.cluster.links import parse_rate

@@ -26,11 +26,11 @@ from dataclasses import replace
 
 import torch
 import torch.distributed as dist
-from ddp.training_state import Saver, settle_buckets
 from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.nn.parallel import DistributedDataParallel as DDP
 
+from ddp.training_state import Saver, settle_buckets
 from distlab import data, hardware, runtime, script
 from distlab.model import Llama, config_from_args, model_from_args, num_parameters
 from distlab.ranks import distinct

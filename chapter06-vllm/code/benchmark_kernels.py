@@ -32,14 +32,14 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from inference.engine_parts import Step, random_weight, weight_shapes
-from paged_engine import kernels
 
 from distlab import hardware, measure, predict, script
 from distlab.catalog import MODELS
 from distlab.model import SIZES
 from distlab.predict import Architecture
 from distlab.script import Run, Skipped, UsageError
+from inference.engine_parts import Step, random_weight, weight_shapes
+from paged_engine import kernels
 
 CPU = torch.device("cpu")
 TYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}

@@ -29,6 +29,11 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
+
+from distlab import script
+from distlab.model import SIZES
+from distlab.queueing import poisson_arrivals
+from distlab.script import Run, UsageError
 from inference.batching import (
     Job,
     MeasuredEngine,
@@ -40,11 +45,6 @@ from inference.batching import (
     model_directory,
     show,
 )
-
-from distlab import script
-from distlab.model import SIZES
-from distlab.queueing import poisson_arrivals
-from distlab.script import Run, UsageError
 
 PRESETS = {
     "smoke": {"model": "smoke", "requests": 24, "slots": 4, "prompt_mean": 12.0,

@@ -29,15 +29,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from inference.roofline import Roofline, decode_bytes, measured_roofline
-from paged_engine import SamplingParams
-from paged_engine.engine import Engine, EngineConfig
 
 from distlab import files, hardware, script
 from distlab.errors import UsageError
 from distlab.measure import measure
 from distlab.model import Llama, ModelConfig, num_parameters, save
 from distlab.run import Run
+from inference.roofline import Roofline, decode_bytes, measured_roofline
+from paged_engine import SamplingParams
+from paged_engine.engine import Engine, EngineConfig
 
 PRESETS = {
     "smoke": {"hidden": 128, "inner": 352, "layers": 2, "vocab_size": 512, "dtype": "float32",

@@ -22,11 +22,10 @@ forced beginning; and every check hold while requests come, leave, and move betw
 from argparse import Namespace
 from typing import TYPE_CHECKING, Any
 
-from inference.tiny_model import add_model_flags, model_directory
-from inference.vllm_settings import add_engine_flags, running
-
 from distlab import script
 from distlab.run import Run
+from inference.tiny_model import add_model_flags, model_directory
+from inference.vllm_settings import add_engine_flags, running
 
 if TYPE_CHECKING:
     from vllm import LLM

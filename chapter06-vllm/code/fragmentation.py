@@ -30,10 +30,10 @@ from itertools import count
 from typing import Any
 
 import numpy as np
-from inference.allocators import CONTIGUOUS, Allocator, Job, Row, Usage, make_allocator
 
 from distlab import script
 from distlab.script import Run, UsageError
+from inference.allocators import CONTIGUOUS, Allocator, Job, Row, Usage, make_allocator
 
 PRESETS = {
     "smoke": {"requests": 150, "seeds": 1, "capacity": 1024, "max_len": 256,

@@ -30,6 +30,10 @@ from argparse import Namespace
 from typing import Any
 
 import torch
+
+from distlab import hardware, measure, predict, script
+from distlab.model import Llama, ModelConfig, num_parameters
+from distlab.script import Run, UsageError
 from inference.passes import (
     Machine,
     Pass,
@@ -42,10 +46,6 @@ from inference.passes import (
     show_roof,
     show_turn,
 )
-
-from distlab import hardware, measure, predict, script
-from distlab.model import Llama, ModelConfig, num_parameters
-from distlab.script import Run, UsageError
 
 PRESETS = {
     "smoke": {"hidden": 128, "layers": 2, "vocab_size": 512, "context": 32, "batches": [1, 4, 16],

@@ -25,13 +25,12 @@ from argparse import Namespace
 from dataclasses import dataclass
 from typing import Any
 
-from inference.engine_parts import check_cache
-
 from distlab import predict, script
 from distlab.catalog import GPUS, MODELS
 from distlab.model import SIZES
 from distlab.predict import DTYPE_BYTES, Architecture
 from distlab.script import Run, UsageError
+from inference.engine_parts import check_cache
 
 NAMED = ["llama-3-8b", "llama-3-70b", "llama-3-405b", "qwen3-8b", "qwen3-32b", "mixtral-8x7b",
          "deepseek-v3"]  # fmt: skip

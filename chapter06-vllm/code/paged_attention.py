@@ -29,6 +29,10 @@ from functools import partial
 from typing import Any
 
 import torch
+from torch import Tensor
+
+from distlab import hardware, measure, script
+from distlab.script import Run, UsageError
 from inference.attention_cases import (
     Batch,
     cases,
@@ -38,10 +42,6 @@ from inference.attention_cases import (
     gathered_bytes,
     show_times,
 )
-from torch import Tensor
-
-from distlab import hardware, measure, script
-from distlab.script import Run, UsageError
 
 PRESETS: dict[str, dict[str, Any]] = {
     "smoke": {"heads": 4, "kv_heads": 2, "head_dim": 16, "batch": 4, "longest": 256,

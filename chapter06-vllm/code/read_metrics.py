@@ -23,12 +23,12 @@ from dataclasses import dataclass
 from urllib.parse import urlsplit
 
 import httpx
-from inference.clients import Answer, add_server_flags, connected
 from prometheus_client.parser import text_string_to_metric_families
 
 from distlab import script
 from distlab.errors import RunError
 from distlab.run import Run
+from inference.clients import Answer, add_server_flags, connected
 
 PRESETS = {
     "smoke": {"requests": 24, "max_tokens": 24},

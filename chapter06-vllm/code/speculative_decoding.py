@@ -30,6 +30,10 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor
+
+from distlab import hardware, measure, script
+from distlab.script import Run, UsageError
 from inference.speculation import (
     Decoder,
     Pair,
@@ -40,10 +44,6 @@ from inference.speculation import (
     show,
     train_pair,
 )
-from torch import Tensor
-
-from distlab import hardware, measure, script
-from distlab.script import Run, UsageError
 
 PRESETS = {
     "smoke": {"hidden": 64, "layers": 4, "steps": 8, "batch_size": 8, "trials": 20_000,

@@ -19,11 +19,11 @@ from argparse import Namespace
 from collections.abc import Sequence
 
 import numpy as np
-from inference.clients import Answer, Server, add_server_flags, connected
-from inference.tiny_model import tiny_model, transformers_greedy
 
 from distlab import script
 from distlab.run import Run
+from inference.clients import Answer, Server, add_server_flags, connected
+from inference.tiny_model import tiny_model, transformers_greedy
 
 PRESETS = {
     "smoke": {"requests": 8, "max_tokens": 8, "concurrency": [1, 4]},

@@ -62,8 +62,9 @@ def test_we_load_what_transformers_saves(config, tmp_path):
 
 @pytest.mark.slow
 def test_a_real_model(tmp_path):
-    from smollm2 import model_directory
     from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from smollm2 import model_directory
 
     directory = model_directory()
     ours, theirs = bench.load(directory), AutoModelForCausalLM.from_pretrained(directory)

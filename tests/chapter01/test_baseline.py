@@ -3,9 +3,9 @@
 import argparse
 
 import pytest
-import single_gpu_baseline as baseline
 import torch
 
+import single_gpu_baseline as baseline
 from distlab.errors import RunError, UsageError
 from distlab.model import SIZES, Llama
 from distlab.runtime import Runtime

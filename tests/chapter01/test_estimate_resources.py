@@ -6,9 +6,9 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-import estimate_resources
 import pytest
 
+import estimate_resources
 from distlab import predict, script
 from distlab.catalog import MODELS
 from distlab.files import repo_root

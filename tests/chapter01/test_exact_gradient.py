@@ -2,11 +2,11 @@
 
 import json
 
-import exact_gradient
 import numpy as np
 import pytest
 import torch
 
+import exact_gradient
 from distlab.errors import UsageError
 
 

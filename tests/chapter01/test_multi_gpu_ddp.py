@@ -7,11 +7,11 @@ import sys
 import time
 from functools import partial
 
-import multi_gpu_ddp
 import psutil
 import pytest
 import torch.distributed as dist
 
+import multi_gpu_ddp
 from distlab import script
 from distlab.files import repo_root
 from distlab.spawning import spawn

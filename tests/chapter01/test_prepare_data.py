@@ -7,10 +7,10 @@ import sys
 import time
 from contextlib import suppress
 
-import prepare_data
 import psutil
 import pytest
 
+import prepare_data
 from distlab import script
 from distlab.files import repo_root
 

@@ -6,15 +6,15 @@ lesson's commands run.
 
 from types import SimpleNamespace
 
-import profiling
 import pytest
 import torch
-from intro import trainer as training
-from intro import verdict
 from torch.autograd import DeviceType
 
+import profiling
 from distlab.errors import UsageError
 from distlab.model import SIZES, Llama
+from intro import trainer as training
+from intro import verdict
 
 CPU = torch.device("cpu")
 BUSY = {"compute-bound": 2.0, "memory-bound": 1.0, "launch-bound": 0.1}

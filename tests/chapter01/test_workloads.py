@@ -3,13 +3,13 @@
 import numpy as np
 import pytest
 import torch
-import workloads
-from intro import work
 from torch.utils.flop_counter import FlopCounterMode
 
+import workloads
 from distlab.errors import UsageError
 from distlab.model import Llama, ModelConfig
 from distlab.queueing import mean_wait, poisson_arrivals, waits
+from intro import work
 
 SHAPE = ModelConfig(256, 64, 128, 2, 4, 4)
 

@@ -3,9 +3,9 @@
 from types import SimpleNamespace
 
 import torch
-from parallelism.problem import parser
 
 from distlab import script
+from parallelism.problem import parser
 
 SMOKE = ["--preset", "smoke", "--device", "cpu"]
 

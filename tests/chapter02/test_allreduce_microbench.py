@@ -8,19 +8,19 @@ import signal
 from itertools import pairwise
 from types import SimpleNamespace
 
-import allreduce_links
-import allreduce_microbench
 import pytest
 import torch
 import torch.distributed as dist
-from parallelism import microbench
-from parallelism.links import Link, fit_line, gloo_all_reduce, left_out, student_t
-from parallelism.microbench import Pattern, Row, byte_size, check_link
 
+import allreduce_links
+import allreduce_microbench
 from distlab import predict, script
 from distlab.errors import UsageError
 from distlab.measure import Timing
 from distlab.spawning import spawn
+from parallelism import microbench
+from parallelism.links import Link, fit_line, gloo_all_reduce, left_out, student_t
+from parallelism.microbench import Pattern, Row, byte_size, check_link
 
 SMOKE = ["--preset", "smoke", "--device", "cpu"]
 COLUMNS = ["size (B)", "count", "type", "time (us)", "algbw (GB/s)", "busbw (GB/s)", "#wrong"]

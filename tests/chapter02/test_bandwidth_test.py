@@ -4,15 +4,15 @@ import json
 import re
 from argparse import Namespace
 
-import bandwidth_test
 import numpy as np
 import pytest
 import torch
-from parallelism import bandwidth
-from parallelism.machine import Cache
 
+import bandwidth_test
 from distlab.errors import UsageError
 from distlab.run import Run
+from parallelism import bandwidth
+from parallelism.machine import Cache
 
 CPU = torch.device("cpu")
 

@@ -5,16 +5,16 @@ from collections import Counter
 from dataclasses import replace
 from itertools import product
 
+import pytest
+
 import choose_strategy
 import measure_strategies
-import pytest
-from parallelism import plans
-from parallelism.cost import Cluster, stage_flops, step_time
-from parallelism.plans import Job, ranked, search
-
 from distlab import predict, script
 from distlab.catalog import GPUS, MODELS
 from distlab.predict import Architecture, TrainingPlan
+from parallelism import plans
+from parallelism.cost import Cluster, stage_flops, step_time
+from parallelism.plans import Job, ranked, search
 
 LLAMA_8B, LLAMA_70B = MODELS["llama-3-8b"].architecture, MODELS["llama-3-70b"].architecture
 

@@ -1,13 +1,13 @@
 """Every collective equals the library's, costs what its formula says, and notices when not."""
 
-import collectives_from_scratch as own
 import pytest
 import torch
-from parallelism import trials
-from parallelism.collectives import FORMULAS, Wire, pipelined_ring_all_reduce, ring_all_reduce
 
+import collectives_from_scratch as own
 from distlab import script
 from distlab.spawning import spawn
+from parallelism import trials
+from parallelism.collectives import FORMULAS, Wire, pipelined_ring_all_reduce, ring_all_reduce
 
 SMOKE = ["--preset", "smoke", "--device", "cpu"]
 ODD = [*SMOKE, "--bytes", "4001"]  # no type's size divides it

@@ -2,20 +2,20 @@
 
 from dataclasses import replace
 
-import context_parallel
 import pytest
 import torch
 import torch.nn.functional as F
-import torch_context_parallel
-from parallel_runs import SMOKE, one_of
-from parallelism import context
-from parallelism.problem import solve
 from torch.distributed.device_mesh import init_device_mesh
 
+import context_parallel
+import torch_context_parallel
 from distlab import script
 from distlab.errors import UsageError
 from distlab.model import SIZES, Llama
 from distlab.spawning import spawn
+from parallel_runs import SMOKE, one_of
+from parallelism import context
+from parallelism.problem import solve
 
 FORMS = ["ring in order", "ring in zigzag", "ulysses"]
 TOLERANCE = 1e-6

@@ -2,17 +2,17 @@
 
 from dataclasses import replace
 
-import data_parallel
 import pytest
 import torch
-import torch_data_parallel
-from parallel_runs import SMOKE, failed, one_of, run_scripts
-from parallelism.problem import solve
-from parallelism.traffic import Traffic
 
+import data_parallel
+import torch_data_parallel
 from distlab.errors import UsageError
 from distlab.model import SIZES, Llama
 from distlab.spawning import spawn
+from parallel_runs import SMOKE, failed, one_of, run_scripts
+from parallelism.problem import solve
+from parallelism.traffic import Traffic
 
 TOLERANCE = 1e-6
 

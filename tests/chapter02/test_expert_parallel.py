@@ -2,18 +2,18 @@
 
 from functools import partial
 
-import expert_parallel as scratch
 import pytest
 import torch
-import torch_expert_parallel as library
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from parallelism import experts
 
+import expert_parallel as scratch
+import torch_expert_parallel as library
 from distlab import script
 from distlab.errors import UsageError
 from distlab.model import SIZES
 from distlab.spawning import spawn
+from parallelism import experts
 
 SMOKE = ["--preset", "smoke", "--device", "cpu", "--steps", "8"]
 UNTRAINED = [*SMOKE[:-1], "1"]

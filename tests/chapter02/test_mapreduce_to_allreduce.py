@@ -3,11 +3,11 @@
 from collections import Counter
 from types import SimpleNamespace
 
-import mapreduce_to_allreduce as mapreduce
 import numpy as np
 import pytest
 import torch
 
+import mapreduce_to_allreduce as mapreduce
 from distlab import script
 from distlab.spawning import spawn
 

@@ -1,12 +1,16 @@
 """Pipelines equal one process, keep the schedules' promises, and refuse what cannot be cut."""
 
-import pipeline_parallel
 import pytest
 import torch
 import torch.distributed as dist
-import torch_pipeline_parallel as library
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+import pipeline_parallel
+import torch_pipeline_parallel as library
+from distlab import predict, script
+from distlab.errors import RunError, UsageError
+from distlab.spawning import spawn
 from parallelism.pipeline import (
     SCHEDULES,
     Direction,
@@ -18,10 +22,6 @@ from parallelism.pipeline import (
     one_f_one_b,
 )
 from parallelism.problem import one_process
-
-from distlab import predict, script
-from distlab.errors import RunError, UsageError
-from distlab.spawning import spawn
 
 SMOKE = ["--preset", "smoke", "--device", "cpu", "--stage-ms", "1"]
 SIZES = st.tuples(st.integers(1, 6), st.integers(1, 12))  # stages, micro-batches

@@ -5,12 +5,12 @@ from argparse import Namespace
 from dataclasses import replace
 
 import pytest
-import roofline
 import torch
-from parallelism import roofline as kernels
 
+import roofline
 from distlab.errors import UsageError
 from distlab.run import Run
+from parallelism import roofline as kernels
 
 CPU = torch.device("cpu")
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]

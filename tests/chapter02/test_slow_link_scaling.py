@@ -3,9 +3,9 @@
 import os
 
 import pytest
-import slow_link_scaling
 import torch.distributed as dist
 
+import slow_link_scaling
 from distlab import script
 from distlab.errors import UsageError
 from distlab.spawning import spawn

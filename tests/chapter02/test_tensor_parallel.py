@@ -4,18 +4,18 @@ from dataclasses import replace
 from itertools import product
 
 import pytest
-import tensor_parallel
 import torch
+from torch.distributed.device_mesh import init_device_mesh
+
+import tensor_parallel
 import torch_tensor_parallel
+from distlab.errors import UsageError
+from distlab.model import SIZES, Llama
+from distlab.spawning import spawn
 from parallel_runs import SMOKE, failed, one_of, run_scripts
 from parallelism.problem import gradients_of, solve
 from parallelism.tensor import TensorParallel
 from parallelism.traffic import Traffic
-from torch.distributed.device_mesh import init_device_mesh
-
-from distlab.errors import UsageError
-from distlab.model import SIZES, Llama
-from distlab.spawning import spawn
 
 TOLERANCE = 1e-6
 

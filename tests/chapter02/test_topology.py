@@ -14,13 +14,13 @@ from itertools import combinations
 from pathlib import Path
 
 import pytest
+
 import topology
+from distlab.errors import UsageError
+from distlab.files import repo_root
 from parallelism import machine
 from parallelism import topology as placement
 from parallelism.machine import Matrix, Node
-
-from distlab.errors import UsageError
-from distlab.files import repo_root
 
 CHAPTER = repo_root() / "chapter02-gpu-hardware-parallelism"
 MACHINES = CHAPTER / "configs" / "machines"

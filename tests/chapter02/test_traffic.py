@@ -5,10 +5,10 @@ import sys
 
 import pytest
 import torch
-from parallelism.traffic import Traffic
 
 from distlab.cluster import VirtualCluster, unavailable
 from distlab.spawning import spawn
+from parallelism.traffic import Traffic
 
 
 @pytest.mark.parametrize("world_size", [1, 3])

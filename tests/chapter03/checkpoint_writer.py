@@ -9,6 +9,7 @@ import signal
 import time
 
 import torch
+
 from ddp.checkpoints import Checkpoints
 
 SYSTEM_CALLS = ("mkdir", "fsync", "rename", "rmdir", "unlink")

@@ -2,13 +2,13 @@
 
 from argparse import Namespace
 
-import amp_ddp
 import pytest
 import torch
-from ddp import amp
-from ddp.amp import GROWTH_INTERVAL, report_overflow, scales_by_rule
 from torch import nn
 
+import amp_ddp
+from ddp import amp
+from ddp.amp import GROWTH_INTERVAL, report_overflow, scales_by_rule
 from distlab import script
 from distlab.errors import UsageError
 from distlab.spawning import spawn

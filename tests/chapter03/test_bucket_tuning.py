@@ -2,12 +2,12 @@
 
 from types import SimpleNamespace
 
-import bucket_tuning
 import pytest
 import torch
+
+import bucket_tuning
 from ddp import step_times
 from ddp.step_times import Alone, Wire, bucket_limits, ddp_buckets, predict_step, refuse_one_rank
-
 from distlab import script
 from distlab.cluster import sweep
 from distlab.errors import UsageError

@@ -10,6 +10,10 @@ import threading
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file
+
 from checkpoint_writer import (
     is_state_of,
     killed_at_random_moments,
@@ -20,10 +24,6 @@ from checkpoint_writer import (
 from ddp import checkpoint_files, checkpoints
 from ddp.checkpoints import Checkpoints
 from ddp.resuming import full_disk
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from safetensors.torch import load_file
-
 from distlab.errors import RunError, UsageError
 from distlab.spawning import fork_context
 

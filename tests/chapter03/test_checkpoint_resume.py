@@ -4,13 +4,13 @@ from argparse import Namespace
 from contextlib import contextmanager
 from dataclasses import replace
 
-import checkpoint_resume
 import pytest
 import torch
+
+import checkpoint_resume
 from ddp import training_state
 from ddp.checkpoints import Checkpoints
 from ddp.resuming import Trainee, differing
-
 from distlab import data, runtime, script
 from distlab.errors import RunError, UsageError
 from distlab.spawning import spawn

@@ -2,19 +2,19 @@
 
 from types import SimpleNamespace
 
-import comm_hooks
 import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from comm_hooks import dequantise, quantise
-from ddp.compression import OneBucket, all_reduced, exchanged_in_int8, low_rank
-from ddp.compression_costs import bytes_sent
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel as DDP
 
+import comm_hooks
+from comm_hooks import dequantise, quantise
+from ddp.compression import OneBucket, all_reduced, exchanged_in_int8, low_rank
+from ddp.compression_costs import bytes_sent
 from distlab import script
 from distlab.cluster import sweep
 from distlab.errors import UsageError

@@ -3,16 +3,16 @@
 import random
 from contextlib import nullcontext
 
-import ddp_from_scratch
 import pytest
 import torch
 import torch.distributed as dist
-from ddp.data_parallel import DataParallel, packed
-from ddp.parity import prove_equal
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel as DDP
 from torch.utils.checkpoint import checkpoint
 
+import ddp_from_scratch
+from ddp.data_parallel import DataParallel, packed
+from ddp.parity import prove_equal
 from distlab import script
 from distlab.errors import RunError, UsageError
 from distlab.spawning import spawn

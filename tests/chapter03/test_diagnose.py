@@ -7,15 +7,15 @@ import sys
 import tempfile
 from pathlib import Path
 
-import diagnose
 import psutil
 import pytest
+
+import diagnose
 from ddp.diagnosis.divergence import shared_device, straggler
 from ddp.diagnosis.evidence import Call, Rank
 from ddp.diagnosis.standstill import first_difference
 from ddp.diagnosis.watching import agent_variables, watch
 from ddp.fault_cases import CASES, ForkedRanks, cannot_run, run_case
-
 from distlab.errors import UsageError
 from distlab.files import repo_root
 

@@ -9,11 +9,11 @@ import time
 import uuid
 from pathlib import Path
 
-import elastic_train
 import psutil
 import pytest
-from ddp.elastic_log import FILE, StepLog, history, read_log
 
+import elastic_train
+from ddp.elastic_log import FILE, StepLog, history, read_log
 from distlab import script
 from distlab.cluster import unavailable
 from distlab.errors import RunError, UsageError

@@ -2,13 +2,13 @@
 
 import json
 
-import overlap_profile
 import pytest
 import torch.distributed as dist
+
+import overlap_profile
 from ddp import overlap
 from ddp.overlap import Span, rows_of
 from ddp.step_times import balancing_rate, seconds_per_byte
-
 from distlab import script
 from distlab.cluster import sweep
 from distlab.errors import RunError, UsageError

@@ -4,11 +4,11 @@ from argparse import Namespace
 
 import numpy as np
 import pytest
-import sampler_epochs
-from sampler_epochs import by_loader, counts
 
+import sampler_epochs
 from distlab.data import Tokens
 from distlab.errors import UsageError
+from sampler_epochs import by_loader, counts
 
 
 def test_counts_by_hand():

@@ -10,8 +10,8 @@ from unittest import mock
 
 import pytest
 import torch
-import train_ddp
 
+import train_ddp
 from distlab import script
 from distlab.files import repo_root
 from distlab.model import load

@@ -1,8 +1,8 @@
 """The cures for uneven inputs with three ranks, and that a wrong weight is noticed."""
 
 import pytest
-import uneven_inputs
 
+import uneven_inputs
 from distlab import script
 from distlab.errors import UsageError
 from distlab.spawning import spawn

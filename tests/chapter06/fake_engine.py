@@ -6,14 +6,14 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from fake_runner import FakeRunner, key_value, keys_values
-from paged_engine.config import EngineConfig
-from paged_engine.engine import Engine
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 from distlab.model import SIZES, Llama, save
+from fake_runner import FakeRunner, key_value, keys_values
+from paged_engine.config import EngineConfig
+from paged_engine.engine import Engine
 
 END_OF_TEXT = 0
 VOCABULARY = 257  # every byte, and the end of a text

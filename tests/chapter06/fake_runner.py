@@ -15,13 +15,14 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
+
 from paged_engine.batch import Batch
 from paged_engine.block_manager import BlockManager
 from paged_engine.config import EngineConfig
 from paged_engine.request import Request, Sequence, Status
 from paged_engine.sampling_params import SamplingParams
 from paged_engine.scheduler import Scheduler
-from torch import Tensor
 
 VOCABULARY = 4  # so few that different requests come to the same tokens, and share blocks
 EOS = 0

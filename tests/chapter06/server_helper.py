@@ -11,8 +11,9 @@ from typing import Any
 
 import httpx
 import uvicorn
-from fake_engine import fake_engine
 from fastapi import FastAPI
+
+from fake_engine import fake_engine
 from paged_engine.engine import Engine
 from paged_engine.server import serve_engine
 

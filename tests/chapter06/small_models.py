@@ -11,13 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
 from paged_engine.block_manager import BlockManager
 from paged_engine.config import EngineConfig
 from paged_engine.request import Request
 from paged_engine.runner import ModelRunner
 from paged_engine.sampling_params import SamplingParams
 from paged_engine.scheduler import Scheduler
-from transformers import AutoConfig, AutoModelForCausalLM
 
 VOCABULARY = 97  # no multiple of anything, so that a split vocabulary is uneven
 SIZES = {

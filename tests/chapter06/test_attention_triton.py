@@ -67,9 +67,10 @@ def interpret() -> None:
 
 def compile_for_gpus() -> None:
     """Down to the machine code of an A100 and an H100, which need not be there."""
-    from paged_engine.attention_triton import _attend, _join
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource, compile
+
+    from paged_engine.attention_triton import _attend, _join
 
     sizes = {"GROUP": 4, "ROWS": 16, "DIM": 64, "WIDTH": 64, "BLOCK": 16, "PARTS": 32}
     sizes |= {"POSITIONS": 64, "SLOTS": 32}

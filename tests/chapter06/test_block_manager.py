@@ -1,6 +1,7 @@
 """Blocks of the KV cache: tables, sharing, prefix caching, eviction, copy on write."""
 
 import pytest
+
 from paged_engine.block_manager import BlockManager
 from paged_engine.request import Request, Sequence
 from paged_engine.sampling_params import SamplingParams

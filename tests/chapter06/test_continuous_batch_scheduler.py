@@ -3,18 +3,18 @@
 import json
 from argparse import Namespace
 
-import continuous_batch_scheduler as batching
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+import continuous_batch_scheduler as batching
+from distlab import script
 from paged_engine.block_manager import BlockManager
 from paged_engine.config import EngineConfig
 from paged_engine.request import Request
 from paged_engine.sampling_params import SamplingParams
 from paged_engine.scheduler import Scheduler
-
-from distlab import script
 
 STEP = np.array([1.0, 0.0, 0.0])  # a step takes a second
 

@@ -2,14 +2,14 @@
 
 import json
 
-import decode_roofline
 import pytest
 import torch
-from inference.roofline import decode_bytes
-from paged_engine.engine import Engine
 
+import decode_roofline
 from distlab.errors import UsageError
 from distlab.model import Llama
+from inference.roofline import decode_bytes
+from paged_engine.engine import Engine
 
 SMALL = ["--preset", "smoke", "--batches", "1", "3", "--steps", "4"]
 

@@ -2,9 +2,8 @@
 
 import gc
 
-from paged_engine.config import dedicate_process
-
 from distlab.spawning import fork_context
+from paged_engine.config import dedicate_process
 
 
 def test_what_is_loaded_is_spared():

@@ -3,7 +3,6 @@
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from paged_engine.detokenizer import IncrementalDetokenizer
 from tokenizers import (
     AddedToken,
     Tokenizer,
@@ -14,6 +13,8 @@ from tokenizers import (
     trainers,
 )
 from transformers import PreTrainedTokenizerFast
+
+from paged_engine.detokenizer import IncrementalDetokenizer
 
 TEXT = "Straße 中文字符，和标点。 😀👩‍👩‍👧 café naïve — the quick brown fox don't  two  spaces\n\n"
 WORDS = ["▁", "▁the", "▁fox", "s", "th", "e", "é", "中", "▁中文", "\n", "▁▁", ",", "字"]

@@ -5,6 +5,8 @@ import sys
 
 import pytest
 import torch
+
+from distlab.errors import RunError, UsageError
 from fake_engine import (
     END_OF_TEXT,
     continuation,
@@ -13,8 +15,6 @@ from fake_engine import (
     next_logits,
 )
 from paged_engine import LLM, Engine, EngineConfig, SamplingParams
-
-from distlab.errors import RunError, UsageError
 
 GREEDY = SamplingParams(temperature=0, max_tokens=20)
 

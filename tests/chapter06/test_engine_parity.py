@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from fake_engine import random_model
 from paged_engine import LLM, SamplingParams
 

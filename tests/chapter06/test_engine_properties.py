@@ -4,9 +4,10 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from fake_engine import random_model
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+
+from fake_engine import random_model
 from paged_engine.engine import Engine, EngineConfig
 from paged_engine.sampling_params import SamplingParams
 

@@ -10,6 +10,8 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
+
+from distlab.errors import RunError
 from paged_engine import parallel
 from paged_engine.batch import Batch, Chunk
 from paged_engine.config import EngineConfig
@@ -17,8 +19,6 @@ from paged_engine.request import Request
 from paged_engine.runner import ModelRunner
 from paged_engine.sampling_params import SamplingParams
 from small_models import Greedy, random_prompts, runner_of, save_random_model
-
-from distlab.errors import RunError
 
 LIMIT_S = 30.0
 

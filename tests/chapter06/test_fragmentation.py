@@ -3,12 +3,12 @@
 import json
 from argparse import Namespace
 
-import fragmentation
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import fragmentation
 from distlab import script
 
 

@@ -2,13 +2,13 @@
 
 import json
 
-import inference_bottlenecks
 import pytest
 import torch
-from inference import passes
 
+import inference_bottlenecks
 from distlab.errors import UsageError
 from distlab.model import SIZES, Llama
+from inference import passes
 
 
 @pytest.fixture

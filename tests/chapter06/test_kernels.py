@@ -10,6 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from paged_engine import kernels, native
 from paged_engine.packing import Linear, holds_bfloat16
 

@@ -2,9 +2,9 @@
 
 import json
 
-import kv_cache_math as kv
 import pytest
 
+import kv_cache_math as kv
 from distlab import script
 from distlab.catalog import MODELS
 from distlab.predict import total_parameters

@@ -5,11 +5,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from paged_engine.loading import Part, check_split, eos_token_ids, load_weights, read_shape
 from safetensors.torch import load_file, save_file
-from small_models import runner_of, save_random_model
 
 from distlab.errors import RunError, UsageError
+from paged_engine.loading import Part, check_split, eos_token_ids, load_weights, read_shape
+from small_models import runner_of, save_random_model
 
 CPU = torch.device("cpu")
 

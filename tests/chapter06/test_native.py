@@ -4,10 +4,10 @@ import subprocess
 
 import pytest
 import torch
-from paged_engine import kernels, native
-from paged_engine.packing import ALIGNMENT, CHUNK, Room
 
 from distlab.errors import UsageError
+from paged_engine import kernels, native
+from paged_engine.packing import ALIGNMENT, CHUNK, Room
 
 
 def test_without_a_compiler_the_reason_is_told(monkeypatch):

@@ -3,12 +3,12 @@
 import json
 from argparse import Namespace
 
-import paged_attention as paged
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import paged_attention as paged
 from distlab import script
 
 ARGS = Namespace(heads=4, kv_heads=2, head_dim=8, seed=3, device="cpu", block_size=4)

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+
 from paged_engine import shard
 from small_models import (
     Greedy,
@@ -118,8 +119,9 @@ def test_architectures(tmp_path: Path, architecture: str, changes: dict[str, Any
 @pytest.mark.slow
 def test_smollm2() -> None:
     """The real model: 64 requests, alone and together, in a cache that is too small for all."""
-    import smollm2
     from transformers import AutoTokenizer
+
+    import smollm2
 
     directory = smollm2.model_directory(torch.float32)
     tokenizer, model = AutoTokenizer.from_pretrained(directory), load_reference(directory)

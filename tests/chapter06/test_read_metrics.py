@@ -1,10 +1,10 @@
 """The reader of /metrics against a server that counts right, wrong, or something else."""
 
 import pytest
-import read_metrics
-from fake_openai import Fake, fake_openai
 
+import read_metrics
 from distlab.errors import RunError
+from fake_openai import Fake, fake_openai
 
 SMOKE = ["--preset", "smoke", "--timeout", "20"]
 

@@ -7,6 +7,7 @@ from unittest.mock import MagicMock
 
 import pytest
 import torch
+
 from paged_engine.attention import CacheShape, PagedCache, Planner, Span
 from paged_engine.batch import Batch, Chunk
 from paged_engine.kernels import operators

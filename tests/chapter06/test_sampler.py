@@ -8,11 +8,12 @@ import pytest
 import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+from scipy.stats import chisquare
+
 from paged_engine import sampler
 from paged_engine.request import Request
 from paged_engine.sampler import Filters, draw, relative_weights, sample, thresholds
 from paged_engine.sampling_params import SamplingParams
-from scipy.stats import chisquare
 
 EOS = 5
 CASES = st.fixed_dictionaries(

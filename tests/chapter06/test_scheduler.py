@@ -1,14 +1,14 @@
 """Steps of the scheduler: what they compute, who is preempted, who shares, who may leave."""
 
 import pytest
+
+from distlab.errors import UsageError
 from fake_runner import EOS, MOMENTS, engine_of, names, prompt_of, request_of, shape
 from paged_engine.block_manager import BlockManager
 from paged_engine.config import EngineConfig
 from paged_engine.request import Request, Status
 from paged_engine.sampling_params import SamplingParams
 from paged_engine.scheduler import Scheduler
-
-from distlab.errors import UsageError
 
 
 def test_running_sequences_come_first_and_prompts_fill_the_budget() -> None:

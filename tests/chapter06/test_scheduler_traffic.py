@@ -2,14 +2,14 @@
 
 from dataclasses import dataclass
 
-from fake_runner import EOS, MOMENTS, VOCABULARY, Engine, engine_of
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+
+from distlab.errors import UsageError
+from fake_runner import EOS, MOMENTS, VOCABULARY, Engine, engine_of
 from paged_engine.request import Request
 from paged_engine.sampling_params import SamplingParams
 from paged_engine.scheduler import Scheduler
-
-from distlab.errors import UsageError
 
 LAST_ARRIVAL = 12
 

@@ -5,6 +5,7 @@ import json
 from typing import Any
 
 import pytest
+
 from fake_engine import CHAT_TEMPLATE, continuation, fake_engine, tiny_tokenizer
 from server_helper import CHAT, COMPLETIONS, ask, in_process, is_empty, until
 

@@ -10,11 +10,11 @@ from typing import Any
 
 import httpx
 import pytest
+
+from distlab import script
 from fake_engine import fake_engine
 from paged_engine.server import Server, listening_socket, main, serve_engine
 from server_helper import LIMIT_S, wait_until
-
-from distlab import script
 
 
 @pytest.mark.parametrize(

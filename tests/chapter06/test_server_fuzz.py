@@ -6,6 +6,7 @@ import sys
 
 import httpx
 import pytest
+
 from fake_engine import fake_engine
 from paged_engine.limits import Limits
 from server_helper import is_empty, on_a_port, wait_until

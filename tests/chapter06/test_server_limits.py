@@ -8,6 +8,7 @@ from typing import Any
 
 import httpx
 import pytest
+
 from fake_engine import continuation, fake_engine, tiny_tokenizer
 from paged_engine.limits import Limits
 from server_helper import COMPLETIONS, ask, in_process, is_empty, on_a_port, until, wait_until

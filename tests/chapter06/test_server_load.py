@@ -5,6 +5,7 @@ import random
 
 import httpx
 import pytest
+
 from fake_engine import continuation, fake_engine, tiny_tokenizer
 from server_helper import is_empty, on_a_port, until
 

@@ -5,6 +5,7 @@ from types import SimpleNamespace
 
 import openai
 import pytest
+
 from fake_engine import continuation, fake_engine, tiny_tokenizer
 from server_helper import is_empty, on_a_port, wait_until
 

@@ -12,11 +12,11 @@ from typing import Any
 import httpx
 import pytest
 import torch
-from fake_engine import tiny_tokenizer
 
 from distlab.model import SIZES, Llama, load, save
 from distlab.process import run_command
 from distlab.service import service
+from fake_engine import tiny_tokenizer
 
 pytestmark = pytest.mark.slow
 START_S, BENCH_S, END_S = 120, 240, 60

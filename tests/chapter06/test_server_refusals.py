@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 import httpx
 import pytest
+
 from fake_engine import fake_engine
 from paged_engine.limits import Limits
 from server_helper import CHAT, COMPLETIONS, ask, in_process, on_a_port

@@ -4,15 +4,15 @@ import json
 from dataclasses import replace
 
 import pytest
-import speculative_decoding
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from inference import speculation
-from speculative_decoding import accept, generate
 
+import speculative_decoding
 from distlab.errors import UsageError
 from distlab.model import SIZES, Llama
+from inference import speculation
+from speculative_decoding import accept, generate
 
 
 def seeded(seed=0):

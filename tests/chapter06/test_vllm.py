@@ -5,15 +5,15 @@ import subprocess
 
 import pytest
 import torch
-from inference import vllm_settings
-from inference.engine_process import Load, Prompts, engine_process
-from inference.vllm_node import split_flags
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from tune_vllm import Point, frontier
 
 from distlab.errors import RunError, UsageError
 from distlab.files import repo_root
 from distlab.model import SIZES, Llama, ModelConfig, save
+from inference import vllm_settings
+from inference.engine_process import Load, Prompts, engine_process
+from inference.vllm_node import split_flags
+from tune_vllm import Point, frontier
 
 CODE = repo_root() / "chapter06-vllm" / "code"
 VOCABULARY = 300

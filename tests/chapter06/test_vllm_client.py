@@ -1,11 +1,11 @@
 """The client against a server that does as it is told: the load, the check, and every refusal."""
 
 import pytest
-import vllm_client
-from fake_openai import fake_openai
 
+import vllm_client
 from distlab import script
 from distlab.errors import RunError
+from fake_openai import fake_openai
 
 SMOKE = ["--preset", "smoke", "--timeout", "20"]
 

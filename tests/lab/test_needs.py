@@ -79,8 +79,9 @@ def test_doctor_tells_and_does_not_judge(capsys):
 
 def test_check_cuda_checks_a_wrong_product(monkeypatch, capsys, tmp_path):
     """A device that computes wrongly is found out."""
-    import check_cuda
     import torch
+
+    import check_cuda
 
     right = torch.Tensor.__matmul__
     path = tmp_path / "machine.json"

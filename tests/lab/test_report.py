@@ -7,8 +7,8 @@ from html import unescape
 from pathlib import Path
 
 import pytest
-from browser import open_page
 
+from browser import open_page
 from distlab import record
 from distlab.lab import lessons, report, running
 from distlab.run import Run

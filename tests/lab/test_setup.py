@@ -14,9 +14,9 @@ import tempfile
 from pathlib import Path
 
 import pytest
-from tiny_repo import ROOT, TinyRepo, is_alive, stop, wait_until
 
 from distlab.environments import uv
+from tiny_repo import ROOT, TinyRepo, is_alive, stop, wait_until
 
 pytestmark = pytest.mark.slow  # each builds an environment
 

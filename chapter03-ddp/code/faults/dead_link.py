@@ -18,9 +18,9 @@ import time
 from argparse import Namespace
 from pathlib import Path
 
-from ddp import fault
 from torch.nn.functional import cross_entropy
 
+from ddp import fault
 from distlab import ranks, script
 from distlab.cluster import VirtualCluster, unavailable
 from distlab.errors import RunError, Skipped

@@ -20,10 +20,10 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
-from ddp import fault
 from torch.nn.functional import cross_entropy
 from torch.nn.parallel import DistributedDataParallel as DDP
 
+from ddp import fault
 from distlab import ranks, script
 from distlab.errors import Skipped
 from distlab.run import Run

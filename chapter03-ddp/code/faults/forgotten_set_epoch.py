@@ -15,10 +15,10 @@ You should see: as many different orders as epochs with --fix, and one without.
 from argparse import Namespace
 
 import torch
-from ddp import fault
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
+from ddp import fault
 from distlab import script
 from distlab.run import Run
 from distlab.runtime import Runtime

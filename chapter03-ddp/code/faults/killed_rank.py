@@ -15,9 +15,9 @@ import os
 import subprocess
 from argparse import Namespace
 
-from ddp import fault
 from torch.nn.functional import cross_entropy
 
+from ddp import fault
 from distlab import ranks, script
 from distlab.run import Run
 from distlab.runtime import Runtime

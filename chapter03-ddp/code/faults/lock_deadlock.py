@@ -22,10 +22,10 @@ from contextlib import nullcontext
 
 import torch
 import torch.distributed as dist
-from ddp import fault
 from torch import nn
 from torch.nn.functional import cross_entropy
 
+from ddp import fault
 from distlab import script
 from distlab.run import Run
 from distlab.runtime import Runtime

@@ -14,10 +14,10 @@ has a floor, and the loss stays finite.
 
 from argparse import Namespace
 
-from ddp import fault
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
+from ddp import fault
 from distlab import script
 from distlab.run import Run
 from distlab.runtime import Runtime

@@ -22,10 +22,10 @@ from functools import partial
 from typing import Any
 
 import torch
-from ddp import fault
 from torch.nn.functional import cross_entropy
 from torch.nn.parallel import DistributedDataParallel as DDP
 
+from ddp import fault
 from distlab import ranks, script
 from distlab.errors import Skipped
 from distlab.run import Run

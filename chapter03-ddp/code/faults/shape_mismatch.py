@@ -20,10 +20,10 @@ from argparse import Namespace
 
 import torch
 import torch.distributed as dist
-from ddp import fault
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
+from ddp import fault
 from distlab import script
 from distlab.run import Run
 from distlab.runtime import Runtime

@@ -17,9 +17,9 @@ import time
 from argparse import Namespace
 from statistics import median
 
-from ddp import fault
 from torch.nn.functional import cross_entropy
 
+from ddp import fault
 from distlab import ranks, script
 from distlab.run import Run
 from distlab.runtime import Runtime

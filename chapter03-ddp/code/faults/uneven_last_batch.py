@@ -18,11 +18,11 @@ from contextlib import nullcontext
 
 import torch
 import torch.distributed as dist
-from ddp import fault
 from torch.distributed.algorithms.join import Join
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, TensorDataset
 
+from ddp import fault
 from distlab import script
 from distlab.run import Run
 from distlab.runtime import Runtime

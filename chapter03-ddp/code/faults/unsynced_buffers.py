@@ -17,11 +17,11 @@ from argparse import Namespace
 from typing import Any
 
 import torch
-from ddp import fault
 from torch import nn
 from torch.nn.functional import cross_entropy
 from torch.nn.parallel import DistributedDataParallel as DDP
 
+from ddp import fault
 from distlab import ranks, script
 from distlab.run import Run
 from distlab.runtime import Runtime

@@ -18,10 +18,10 @@ from argparse import Namespace
 
 import torch
 import torch.distributed as dist
-from ddp import fault
 from torch.nn.functional import cross_entropy
 from torch.optim import SGD
 
+from ddp import fault
 from distlab import ranks, script
 from distlab.run import Run
 from distlab.runtime import Runtime

@@ -5,9 +5,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from paged_engine import kernels
-from paged_engine.config import EngineConfig
-from paged_engine.runner import ModelRunner
 from torch import Tensor
 
 from distlab import predict
@@ -15,6 +12,9 @@ from distlab.measure import LiveBytes
 from distlab.model import SIZES, Llama, ModelConfig, save
 from distlab.predict import Architecture
 from distlab.script import Run
+from paged_engine import kernels
+from paged_engine.config import EngineConfig
+from paged_engine.runner import ModelRunner
 
 BLOCK_SIZE = 16
 EPS = 1e-5

@@ -5,6 +5,7 @@ SAYS = "away from the attention"
 
 def paged_attention(queries, cache, table, start):
     import numpy as np
+
     from paged_attention import attend
 
     last = start + len(queries) - 1
