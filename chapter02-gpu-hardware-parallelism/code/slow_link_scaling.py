@@ -9,8 +9,7 @@ compute shrinks by K, the all-reduce does not, so the same link hurts K times as
 The prediction knows the link's rate, what the hosts add to 4 bytes, and how long one node computes;
 never the time of a step with communication. The nodes are namespaces of this machine. Four of them
 on two cores would compute at half speed, which real nodes do not; so each computes its gradient
-before the clock starts, and in its place sleeps as long as one node, alone, has computed (which
-the variable SLOW_LINK_COMPUTE_S tells it, in seconds).
+before the clock starts, and in its place sleeps as long as one node, alone, has computed.
 
 Run:
     python chapter02-gpu-hardware-parallelism/code/slow_link_scaling.py --figures build/figures
@@ -23,16 +22,17 @@ You should see: efficiency falls at once from one node to two, then less and les
 tenth of the rate the all-reduce takes ten times as long; the predicted curves lie on the measured.
 """
 
-import os
 from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from distlab import runtime, script
-from distlab.cluster import VirtualCluster, flags_for_nodes, record_of, unavailable
 from distlab.cluster.links import parse_rate
-from distlab.errors import Skipped, UsageError
+from distlab.cluster.sweep import Sweep, here_or_on_nodes, sleeps_s
+from distlab.display import side_by_side
+from distlab.errors import UsageError
+from distlab.figure import two_lines
 from distlab.model import add_model_flags, config_from_args, model_from_args
 from distlab.run import Run
 from distlab.runtime import Runtime
@@ -46,7 +46,6 @@ PRESETS = {
     "gpu": {"model": "laptop", "batch_size": 4, "seq_len": 64, "steps": 3,
             "rates": ["1gbit", "300mbit", "100mbit"], "nodes": [1, 2, 4], "tolerance": 0.15},
 }  # fmt: skip
-COMPUTE = "SLOW_LINK_COMPUTE_S"  # set for the nodes: so long a rank sleeps instead of computing
 FOR_THE_NODES = (
     "preset", "model", "hidden_size", "layers", "heads", "kv_heads", "vocab_size", "batch_size",
     "seq_len", "steps", "seed", "timeout",
@@ -54,19 +53,7 @@ FOR_THE_NODES = (
 
 
 def main(argv: list[str] | None = None) -> int:
-    args = parse_args(argv)
-    if "RANK" not in os.environ:
-        if why := unavailable():
-            raise Skipped(why)
-        with script.run(args) as run:
-            compare_links(run, args)
-        return run.status
-    with (
-        script.run(args) as run,
-        runtime.distributed(args.backend, args.timeout, args.seed, args.device) as job,
-    ):
-        measure_point(run, args, job)
-    return run.status
+    return here_or_on_nodes(parse_args(argv), measure_point, compare_links)
 
 
 def parse_args(argv: list[str] | None) -> Namespace:
@@ -103,31 +90,22 @@ def measure_point(run: Run, args: Namespace, job: Runtime) -> None:
     """One point of the curve: the ranks of this job, whatever link they have."""
     run.print(f"job: {job.world_size} rank(s), {job.backend} on {job.device.type}")
     link = known_link(args, message_latency(job))
-    asleep = float(os.environ[COMPUTE]) if COMPUTE in os.environ else None
-    measured = measure_steps(run, args, job, Replica(model_from_args(args, job.device)), asleep)
+    replica = Replica(model_from_args(args, job.device))
+    measured = measure_steps(run, args, job, replica, sleeps_s())
     report_point(run, job, measured, link)
 
 
 def compare_links(run: Run, args: Namespace) -> None:
     """The whole curve: a virtual cluster for each number of nodes, its links at each rate."""
+    sweep = Sweep(Path(__file__), args, FOR_THE_NODES)
     points: list[dict[str, Any]] = []
-    equal: list[bool] = []
     several = [(k, rate) for k in sorted(set(args.nodes) - {1}) for rate in args.rates]
     for nodes, rate in run.progress([(1, None), *several], "clusters"):
-        flags = node_flags(args, rate)
-        if points:
-            os.environ[COMPUTE] = str(points[0]["step"])  # one node's step is all compute
-        with VirtualCluster(nodes, rate) as cluster:
-            record = record_of(cluster, Path(__file__), flags, 3 * args.timeout)
-        points.append({"rate": rate, **record["point"]})
-        equal.append(all(check["ok"] for check in record["checks"]))
-    run.check_equal("in every job all ranks hold the same weights", equal, [True] * len(equal))
+        points.append({"rate": rate, **sweep.on_nodes(nodes, rate)["point"]})
+        sweep.computes_s = points[0]["step"]  # one node's step is all compute
+    sound = sweep.sound
+    run.check_equal("in every job all ranks hold the same weights", sound, [True] * len(sound))
     report_scaling(run, args, points)
-
-
-def node_flags(args: Namespace, rate: str | None) -> list[str]:
-    """This script's flags on a node: those given here, its link, and gloo on its CPU."""
-    return flags_for_nodes(args, FOR_THE_NODES) + (["--link-rate", rate] if rate else [])
 
 
 def report_point(run: Run, job: Runtime, measured: Measured, link: Link | None) -> None:
@@ -164,15 +142,8 @@ def report_scaling(run: Run, args: Namespace, points: Sequence[dict[str, Any]]) 
     series = []
     for rate in args.rates:
         own = [alone, *(row for row in rows if row[0] == rate)]
-        for label, column in (("measured", 8), ("predicted", 7)):
-            series.append(
-                {
-                    "label": f"{rate}, {label}",
-                    "dashed": label == "predicted",
-                    "x": [row[1] for row in own],
-                    "y": [row[column] for row in own],
-                }
-            )
+        nodes, predicted, measured = ([row[i] for row in own] for i in (1, 7, 8))
+        series += two_lines(rate, nodes, measured=measured, predicted=predicted)
     run.figure(
         "scaling", kind="line", title="Weak scaling on a slow link", x_label="nodes",
         y_label="efficiency (%)", series=series,
@@ -188,8 +159,8 @@ def row_of(point: dict[str, Any]) -> list[Any]:
     predicted, step = compute + all_reduce, point["step"]
     split = compute / nodes  # strong scaling: a K-th of the batch for each node
     return [
-        point["rate"] or "none", nodes, 1e3 * compute, 1e3 * all_reduce, 1e3 * predicted,
-        1e3 * step, 100 * (predicted - step) / step, 100 * compute / predicted,
+        point["rate"] or "none", nodes, 1e3 * compute, 1e3 * all_reduce,
+        *side_by_side(predicted, step, 1e3), 100 * compute / predicted,
         100 * compute / step, 100 * split / (split + all_reduce),
     ]  # fmt: skip
 

@@ -54,7 +54,9 @@ from ddp.step_times import (
 from distlab import host, runtime, script
 from distlab.cluster.links import parse_rate
 from distlab.cluster.sweep import Sweep, here_or_on_nodes
+from distlab.display import side_by_side
 from distlab.errors import UsageError
+from distlab.figure import two_lines
 from distlab.measure import Timing
 from distlab.model import add_model_flags, config_from_args, model_from_args
 from distlab.run import Run
@@ -181,9 +183,9 @@ def report_link(
         buckets = ddp_buckets(alone, bucket_limits(cap))
         expected.append([bucket.size for bucket in buckets])
         guess = predict_step(alone, wire, buckets)
-        seconds = [guess.latency, guess.sent, guess.sticks_out, guess.step, timing.median]
-        error = 100 * (guess.step - timing.median) / timing.median
-        rows.append([cap, len(buckets), *(1e3 * s for s in seconds), error])
+        parts = [1e3 * seconds for seconds in (guess.latency, guess.sent, guess.sticks_out)]
+        steps = side_by_side(guess.step, timing.median, 1e3)
+        rows.append([cap, len(buckets), *parts, *steps])
     run.table("buckets", COLUMNS, rows, caption=CAPTION)
     run.check_equal("DDP's buckets are those predicted", [list(m) for m in made], expected)
     run.extra(link={"rows": rows, "alone": vars(alone), "wire": vars(wire)})
@@ -265,10 +267,8 @@ def draw(run: Run, links: Mapping[str, Mapping[str, Any]]) -> None:
         most = sum(link["alone"]["sizes"]) / MIB
         sizes = [row for row in link["rows"] if row[BUCKET] is not None]
         x = [min(row[BUCKET], most) for row in sizes]
-        for label, column in (("measured", MEASURED), ("predicted", PREDICTED)):
-            y = [row[column] for row in sizes]
-            dashed = column == PREDICTED
-            series.append({"label": f"{rate}, {label}", "x": x, "y": y, "dashed": dashed})
+        measured, predicted = ([row[i] for row in sizes] for i in (MEASURED, PREDICTED))
+        series += two_lines(rate, x, measured=measured, predicted=predicted)
     run.figure(
         "buckets", kind="line", title="A step of DDP, by the size of its buckets",
         x_label="bucket (MiB); the last: one bucket for all", y_label="step (ms)",

@@ -27,7 +27,6 @@ the more so the more workers there are; with a straggler the asynchronous server
 faster, and ahead in the loss at the same time; at a high learning rate its loss suffers.
 """
 
-import os
 from argparse import Namespace
 
 import torch
@@ -42,10 +41,11 @@ from ddp.server_measurements import (
 )
 from ddp.server_training import ASYNCHRONOUS, SYNCHRONOUS, Log, Replica
 from distlab import data, runtime, script
-from distlab.cluster import unavailable
 from distlab.cluster.links import parse_rate
-from distlab.errors import Skipped, UsageError
+from distlab.cluster.sweep import here_or_on_nodes
+from distlab.errors import UsageError
 from distlab.model import add_model_flags, config_from_args
+from distlab.run import Run
 from distlab.runtime import Runtime
 
 PRESETS = {
@@ -64,24 +64,7 @@ GO, STOP = 1.0, 0.0  # what follows the parameters in the server's messages
 
 
 def main(argv: list[str] | None = None) -> int:
-    args = parse_args(argv)
-    if "RANK" not in os.environ:
-        if why := unavailable():
-            raise Skipped(why)
-        with script.run(args) as run:
-            compare_worlds(run, args)
-        return run.status
-    with (
-        script.run(args) as run,
-        runtime.distributed("gloo", args.timeout, args.seed, args.device) as job,
-    ):
-        if job.world_size < 2:
-            raise UsageError("a server alone has no worker; use --nproc_per_node=3")
-        run.print(f"job: a server and {job.world_size - 1} worker(s) on {job.device.type}")
-        group = dist.new_group(range(1, job.world_size))  # the workers, for all-reduce
-        for part in (prove_equality, measure_links, measure_training):
-            part(run, args, job, group, take_part)
-    return run.status
+    return here_or_on_nodes(parse_args(argv), measure_ranks, compare_worlds)
 
 
 def parse_args(argv: list[str] | None) -> Namespace:
@@ -99,7 +82,6 @@ def parse_args(argv: list[str] | None) -> Namespace:
         "--straggler", type=script.positive_float, metavar="S", help="the last worker's extra sleep"
     )
     add("--link-rate", metavar="RATE", help="with torchrun: every rank's link, 25gbit")
-    add("--compute", type=script.positive_float, metavar="S", help="sleep so long instead, seconds")
     add("--tolerance", type=script.fraction, help="of the checks of predictions, relative")
     add("--gain", type=float, help="least factor by which asynchrony beats a straggler")
     add("--harm", type=float, help="least loss that staleness costs at the high learning rate")
@@ -112,6 +94,7 @@ def parse_args(argv: list[str] | None) -> Namespace:
             "--backend nccl is wrong because NCCL cannot receive from whoever is first, and a "
             "server's parameters live in host memory; use --backend gloo"
         )
+    args.backend = "gloo"  # with GPUs too
     if args.link_steps < 3:
         raise UsageError(f"--link-steps {args.link_steps} gives no median; use 3 or more")
     if not 1 <= min(args.workers) <= max(args.workers) <= 8:
@@ -121,6 +104,16 @@ def parse_args(argv: list[str] | None) -> Namespace:
             parse_rate(rate, f"--{flag.replace('_', '-')} {rate}")
     config_from_args(args)  # a wrong shape is told before anything starts
     return args
+
+
+def measure_ranks(run: Run, args: Namespace, job: Runtime) -> None:
+    """All designs on the ranks of this job, of which rank 0 is the server."""
+    if job.world_size < 2:
+        raise UsageError("a server alone has no worker; use --nproc_per_node=3")
+    run.print(f"job: a server and {job.world_size - 1} worker(s) on {job.device.type}")
+    group = dist.new_group(range(1, job.world_size))  # the workers, for all-reduce
+    for part in (prove_equality, measure_links, measure_training):
+        part(run, args, job, group, take_part)
 
 
 def take_part(

@@ -73,6 +73,17 @@ def number(value: Any) -> str:
     return f"{value:.{2 - math.floor(math.log10(rounded))}f}"
 
 
+def side_by_side(
+    predicted: float | None, measured: float, scale: float = 1.0
+) -> list[float | None]:
+    """A prediction, its measurement (both times `scale`) and the prediction's error in percent:
+    three cells of a row. A prediction of None is unknown, and so is its error."""
+    if predicted is None:
+        return [None, scale * measured, None]
+    error = 100 * (predicted - measured) / measured if measured else None
+    return [scale * predicted, scale * measured, error]
+
+
 def text_table(columns: Sequence[str], rows: Sequence[Sequence[Any]], caption: str = "") -> str:
     """A table for the terminal: numbers to the right, words to the left."""
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)

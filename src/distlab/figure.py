@@ -29,6 +29,16 @@ MOST_NAMES = 24  # on an axis of a matrix
 MARKERS = ["o", "s", "^", "D", "v", "P", "X", "*"]
 
 
+def two_lines(
+    label: str, x: Sequence[float], *, measured: Sequence[float], predicted: Sequence[float]
+) -> list[dict[str, Any]]:
+    """The series of a measured line, and of its prediction dashed in the same colour."""
+    return [
+        {"label": f"{label}, measured", "x": [*x], "y": [*measured], "dashed": False},
+        {"label": f"{label}, predicted", "x": [*x], "y": [*predicted], "dashed": True},
+    ]
+
+
 def draw_all(record: Mapping[str, Any], folder: Path, prefix: str = "") -> list[Path]:
     """Draw every figure of `record` into `folder` as PREFIXNAME.png; the paths written."""
     paths = []

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from distlab.display import markdown_table, number, quantity, text_table
+from distlab.display import markdown_table, number, quantity, side_by_side, text_table
 
 
 @pytest.mark.parametrize(
@@ -161,3 +161,10 @@ def test_markdown_table():
         "| a\\|b | 4,096 | 0.500 |",
         "| c | — | 2.00 |",
     ]
+
+
+def test_a_prediction_stands_beside_its_measurement_and_error():
+    assert side_by_side(0.11, 0.10, 1e3) == pytest.approx([110, 100, 10])
+    assert side_by_side(1, 2) == [1, 2, -50]
+    assert side_by_side(None, 0.1, 1e3) == [None, 100, None]
+    assert side_by_side(1, 0) == [1, 0, None]

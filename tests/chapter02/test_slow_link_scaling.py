@@ -7,6 +7,7 @@ import torch.distributed as dist
 
 import slow_link_scaling
 from distlab import script
+from distlab.cluster import sweep
 from distlab.errors import UsageError
 from distlab.spawning import spawn
 
@@ -45,7 +46,7 @@ def run_point(job, argv, change=lambda: None):
 
 
 def sleep_instead():
-    os.environ[slow_link_scaling.COMPUTE] = "0.2"
+    os.environ[sweep.SLEEPS] = "0.2"
 
 
 def without_all_reduce():
@@ -79,6 +80,6 @@ def test_a_wrong_flag_is_one_line(flags, words):
 
 def test_a_machine_without_virtual_clusters_skips(monkeypatch):
     monkeypatch.delenv("RANK", raising=False)
-    monkeypatch.setattr(slow_link_scaling, "unavailable", lambda: "no namespaces here")
+    monkeypatch.setattr(sweep, "unavailable", lambda: "no namespaces here")
     with pytest.raises(script.Skipped, match="no namespaces here"):
         slow_link_scaling.main(["--preset", "smoke"])

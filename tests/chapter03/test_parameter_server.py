@@ -5,6 +5,7 @@ import torch
 import torch.distributed as dist
 
 from distlab import script
+from distlab.cluster import sweep
 from distlab.errors import RunError, UsageError
 from distlab.spawning import spawn
 
@@ -152,6 +153,6 @@ def test_a_machine_without_virtual_clusters_skips(monkeypatch):
     import parameter_server
 
     monkeypatch.delenv("RANK", raising=False)
-    monkeypatch.setattr(parameter_server, "unavailable", lambda: "no namespaces here")
+    monkeypatch.setattr(sweep, "unavailable", lambda: "no namespaces here")
     with pytest.raises(script.Skipped, match="no namespaces here"):
         parameter_server.main(SMOKE)

@@ -19,6 +19,7 @@ from torch.futures import Future
 from torch.nn.parallel import DistributedDataParallel as DDP
 
 from distlab import data, predict
+from distlab.display import side_by_side
 from distlab.measure import LiveBytes, tensor_bytes
 from distlab.model import Llama
 from distlab.ranks import digest, gathered
@@ -92,7 +93,7 @@ def report_memory(run: Run, lab: Lab, trainees: Mapping[str, Trainee]) -> None:
         predicted = predicted_bytes(lab, "fp32" if name == "float32" else "autocast")
         measured = measured_bytes(lab, trainees[name])
         rows += [
-            [name, part, p / 1e6, m / 1e6, 100 * (p - m) / m]
+            [name, part, *side_by_side(p, m, 1e-6)]
             for part, p, m in zip(PARTS, predicted, measured, strict=True)
         ]
         run.check_equal(f"{name}: weights, gradients and moments", measured[:3], predicted[:3])

@@ -30,9 +30,10 @@ from ddp.server_training import (
     train_by_rpc,
 )
 from distlab import data, predict
-from distlab.cluster import VirtualCluster, flags_for_nodes, record_of
 from distlab.cluster.links import parse_rate
+from distlab.cluster.sweep import Sweep, sleeps_s
 from distlab.data.loader import Loader
+from distlab.display import side_by_side
 from distlab.model import SIZES, Llama, config_from_args, model_from_args
 from distlab.run import Run
 from distlab.runtime import Runtime
@@ -99,13 +100,13 @@ def train_by_ddp(
 def measure_links(
     run: Run, args: Namespace, job: Runtime, group: dist.ProcessGroup, take_part: TakePart
 ) -> None:
-    """The designs on a model whose gradient is long to send; emulated compute with --compute."""
+    """The designs on a model whose gradient is long to send; the nodes of a sweep only sleep."""
     model = model_from_args(args, job.device)
     batches = batches_of(args, job, config_from_args(args).vocab_size)
     outcomes = {}
     for design in DESIGNS:
-        pace = args.compute or 0.0
-        replica = Replica(copy.deepcopy(model), batches, pace, once=bool(args.compute))
+        pace = sleeps_s() or 0.0
+        replica = Replica(copy.deepcopy(model), batches, pace, once=sleeps_s() is not None)
         log = Log(args.link_steps, learning_rate=0.0)
         outcomes[design] = train(take_part, design, job, group, replica, log)
     report_links(run, args, job, outcomes)
@@ -205,11 +206,10 @@ def report_links(run: Run, args: Namespace, job: Runtime, outcomes: dict[str, Ou
         n = FLOAT * len(outcome.parameters)
         step = seconds_per_step(outcome, workers)
         predicted = None if beta is None else predicted_step(design, n, outcome.compute, beta)
-        error = None if predicted is None else 100 * (predicted - step) / step
         several_nodes = job.world_size > job.local_world_size
         moved = max(sum(pair) for pair in outcome.wire) if several_nodes else None
         rows.append([
-            workers, design, None if predicted is None else 1e3 * predicted, 1e3 * step, error,
+            workers, design, *side_by_side(predicted, step, 1e3),
             workers * args.batch_size / step, payload(design, n, args.link_steps, workers) / 1e6,
             None if moved is None else moved / 1e6,
         ])  # fmt: skip
@@ -244,8 +244,8 @@ def report_training(
         # the same time: until the first of the three designs is ready
         until = min(outcomes[straggler, other].log.times[-1] for other in DESIGNS)
         rows.append([
-            workers, "yes" if straggler else "no", design, predicted, measured,
-            100 * (predicted - measured) / measured, *staleness(outcome),
+            workers, "yes" if straggler else "no", design, *side_by_side(predicted, measured),
+            *staleness(outcome),
             outcome.log.curve[-1][2], loss_at(outcome, until),
         ])  # fmt: skip
     run.table(
@@ -324,11 +324,9 @@ def compare_worlds(run: Run, args: Namespace) -> None:
     """One job for each number of workers; what they measured in one table each."""
     compute = one_node_computes(args)
     run.metric("compute", compute, "s", "of a gradient, on one node alone: the nodes sleep so long")
-    records = []
-    for workers in run.progress(args.workers, "clusters"):
-        flags = [*node_flags(args), "--compute", str(compute)]
-        with VirtualCluster(workers + 1, args.rate) as cluster:
-            records.append(record_of(cluster, SCRIPT, flags, 4 * args.timeout))
+    sweep = Sweep(SCRIPT, args, FOR_THE_NODES, compute)
+    clusters = run.progress(args.workers, "clusters")
+    records = [sweep.on_nodes(workers + 1, args.rate) for workers in clusters]
     for name, columns in (
         ("links", LINK_COLUMNS), ("training", TRAINING_COLUMNS), ("rates", RATE_COLUMNS)
     ):  # fmt: skip
@@ -338,7 +336,7 @@ def compare_worlds(run: Run, args: Namespace) -> None:
     for name, pair in records[-1]["comparisons"].items():
         run.compare(name, pair["predicted"], pair["measured"], pair["unit"])
     draw(run, args, records)
-    check(run, args, records)
+    check(run, args, sweep.sound, records)
 
 
 def one_node_computes(args: Namespace) -> float:
@@ -351,11 +349,6 @@ def one_node_computes(args: Namespace) -> float:
         replica.gradient()
     torch.set_num_threads(threads)
     return median(replica.seconds[1:])
-
-
-def node_flags(args: Namespace) -> list[str]:
-    """This script's flags on a node: those given here, its link, and gloo on its CPU."""
-    return [*flags_for_nodes(args, FOR_THE_NODES), "--link-rate", args.rate]
 
 
 def draw(run: Run, args: Namespace, records: Sequence[dict[str, Any]]) -> None:
@@ -375,9 +368,8 @@ def draw(run: Run, args: Namespace, records: Sequence[dict[str, Any]]) -> None:
     )  # fmt: skip
 
 
-def check(run: Run, args: Namespace, records: Sequence[dict[str, Any]]) -> None:
-    equal = [all(item["ok"] for item in record["checks"]) for record in records]
-    run.check_equal("in every job losses and parameters equal DDP's", equal, [True] * len(equal))
+def check(run: Run, args: Namespace, sound: list[bool], records: Sequence[dict[str, Any]]) -> None:
+    run.check_equal("in every job losses and parameters equal DDP's", sound, [True] * len(sound))
     links, training, rates = (
         [row for record in records for row in as_dicts(record["tables"][name])]
         for name in ("links", "training", "rates")

@@ -10,6 +10,10 @@
 
 The nodes run the same script by the same flags, gloo on their CPU, and --link-rate tells it their
 link; so a reader with several machines runs it there by torchrun, and gets one point of the curve.
+
+Nodes that share this machine's cores would compute more slowly than real ones. A sweep that is told
+how long one node computes has them sleep that long instead (`sleeps_s` says so to the node): by a
+variable, since no reader should set it.
 """
 
 import os
@@ -27,7 +31,8 @@ from distlab.errors import Skipped
 from distlab.run import Run
 from distlab.runtime import Runtime
 
-TIMEOUTS = 3  # of a process group, that a job on the nodes may take
+TIMEOUTS = 4  # of a process group, that a job on the nodes may take
+SLEEPS = "LAB_NODE_SLEEPS_S"
 
 
 def here_or_on_nodes(
@@ -53,13 +58,19 @@ def here_or_on_nodes(
     return run.status
 
 
-@dataclass(frozen=True)
+def sleeps_s() -> float | None:
+    """Seconds that a rank sleeps in place of computing a step; None: it computes."""
+    return float(os.environ[SLEEPS]) if SLEEPS in os.environ else None
+
+
+@dataclass
 class Sweep:
     """Runs of `script` on the nodes of clusters, a rank on each, with `args`' values of `names`."""
 
     script: Path
     args: Namespace
     names: Sequence[str]
+    computes_s: float | None = None  # of one node alone: once known, the nodes sleep so long
     sound: list[bool] = field(default_factory=list)  # of each run: whether all its checks held
 
     def on_nodes(self, nodes: int, rate: str | None, *flags: str) -> dict[str, Any]:
@@ -72,6 +83,7 @@ class Sweep:
         told = [*flags_for_nodes(self.args, self.names), *flags]
         if rate is not None:
             told += ["--link-rate", rate]
-        record = record_of(cluster, self.script, told, TIMEOUTS * self.args.timeout)
+        env = {} if self.computes_s is None else {SLEEPS: str(self.computes_s)}
+        record = record_of(cluster, self.script, told, TIMEOUTS * self.args.timeout, env=env)
         self.sound.append(all(check["ok"] for check in record["checks"]))
         return record
