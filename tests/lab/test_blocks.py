@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from distlab import record
+from distlab.errors import RunError
 from distlab.lab import blocks, lessons
 from distlab.lab.blocks import command_line, judge, run_block, unmet_need
 from distlab.lab.lessons import Block
@@ -161,6 +162,19 @@ def test_a_block_past_its_limit_fails_and_is_ended(checkout):
 def test_core_is_the_python_that_runs_the_lab():
     assert blocks.environment_python("core") == Path(sys.executable)
     assert os.access(blocks.environment_python("core"), os.X_OK)
+
+
+def test_an_environment_that_cannot_be_had_is_tried_once(checkout, monkeypatch):
+    """Each test that needs it would wait for minutes."""
+    lab = "import sys; open('tried', 'a').write(sys.argv[2]); sys.exit(1)"
+    (checkout / "scripts").mkdir(exist_ok=True)
+    (checkout / "scripts" / "lab.py").write_text(lab)
+    monkeypatch.chdir(checkout)
+    blocks.unavailable_environments.cache_clear()
+    for _ in range(2):
+        with pytest.raises(RunError, match="environment absent could not be set up"):
+            blocks.environment_python("absent")
+    assert (checkout / "tried").read_text() == "absent"
 
 
 def test_several_ranks_have_a_thread_each_unless_the_reader_says_otherwise(monkeypatch, tmp_path):

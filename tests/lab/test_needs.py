@@ -57,6 +57,19 @@ def test_rows_name_what_can_be_mended():
     assert needs.remedies(wanted, found) == [["slurm", "2-3, 5", "mend it"]]
 
 
+def test_an_environment_names_the_system_packages_that_its_recipe_asks_for(
+    debian_as_root, monkeypatch
+):
+    recipe = {"minutes": 1, "gigabytes": 2, "system": ["libnuma1"]}
+    project = {"tool": {"lab": {"environments": {"some": recipe}}}}
+    monkeypatch.setattr(needs, "pyproject", lambda: project)
+    monkeypatch.setattr(needs, "ENVIRONMENTS", [("some", (6,), "an engine")])
+    (found,) = [one for one in needs.needs() if one.what == "environment some"]
+    assert found.packages == ("libnuma1",)
+    line = f"{needs.install_line(['libnuma1'])} && python3 scripts/lab.py env some"
+    assert found.remedy == line
+
+
 def test_an_environment_is_found_when_it_is_finished(tmp_path, monkeypatch):
     monkeypatch.setenv("LAB_VENV_DIR", str(tmp_path))
     assert needs._environment("vllm") is None

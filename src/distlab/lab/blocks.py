@@ -144,12 +144,24 @@ def block_environment(block: Block, preset: str, records: Path, backend: str) ->
 
 
 @functools.cache
+@functools.cache
+def unavailable_environments() -> set[str]:
+    """Those that could not be set up by this process: they are not tried again."""
+    return set()
+
+
 def environment_python(env: str) -> Path:
-    """The Python of environment `env`, which is set up first where it is not there."""
+    """The Python of environment `env`, which is set up first where it is not there.
+
+    Raises `RunError` where it cannot be; the second time at once.
+    """
     if env == "core":
         return Path(sys.executable)
+    if env in unavailable_environments():
+        raise RunError(f"the environment {env} could not be set up before")
     script = repo_root() / "scripts" / "lab.py"
     done = subprocess.run([sys.executable, script, "env", env], stdout=subprocess.PIPE, text=True)
     if done.returncode:
+        unavailable_environments().add(env)
         raise RunError(f"the environment {env} could not be set up; see the lines above")
     return Path(done.stdout.strip().splitlines()[-1])

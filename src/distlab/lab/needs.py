@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from distlab import hardware
 from distlab.cluster import slurm
@@ -32,7 +33,6 @@ COMPILED = "torch.compile, DeepSpeed, the paged engine's operators"
 ENVIRONMENTS = (  # beside core: name, chapters, what for
     ("vllm", (6, 9), "the vLLM engine"),
     ("triton", (6,), "tests of the engine's CUDA kernel without a GPU"),
-    ("sglang", (7, 9), "the SGLang engine and router"),
     ("tracing", (9,), "Phoenix, which shows traces"),
     ("bench", (6, 10), "genai-bench and LoadGen"),
     ("flower", (11,), "Flower's simulation and deployment"),
@@ -75,7 +75,8 @@ def needs() -> list[Need]:
                 f"environment {name}",
                 why + cost(name),
                 partial(_environment, name),
-                _env(name),
+                with_packages(name),
+                tuple(recipe(name).get("system", [])),
             )
             for name, who, why in ENVIRONMENTS
         ),
@@ -159,10 +160,20 @@ def _core_packages() -> str | None:
     return f"all {len(wanted)}"
 
 
+def recipe(name: str) -> dict[str, Any]:
+    """The environment's row of pyproject.toml."""
+    return pyproject()["tool"]["lab"]["environments"][name]
+
+
 def cost(name: str) -> str:
-    """What building and keeping the environment takes, where it has a recipe."""
-    recipe = pyproject()["tool"]["lab"]["environments"].get(name)
-    return f" ({recipe['minutes']:g} min, {recipe['gigabytes']:g} GB)" if recipe else ""
+    """What building and keeping the environment takes."""
+    return f" ({recipe(name)['minutes']:g} min, {recipe(name)['gigabytes']:g} GB)"
+
+
+def with_packages(name: str) -> str:
+    """The line that sets the environment up, after the system packages that it needs."""
+    packages = recipe(name).get("system", [])
+    return " && ".join([*([install_line(packages)] if packages else []), _env(name)])
 
 
 def _environment(name: str) -> str | None:
