@@ -115,7 +115,7 @@ def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
     wanted = {ENVIRONMENT_OF.get(name) for name in getattr(item, "fixturenames", ())}
     if block := getattr(getattr(item, "callspec", None), "params", {}).get("block"):
         wanted.add(getattr(block, "env", None))
-    for name in wanted.intersection(os.environ.get("LAB_TEST_ENVIRONMENTS", "").split()):
+    for name in set(os.environ.get("LAB_TEST_ENVIRONMENTS", "").split()) & wanted:
         with suppress(RunError):  # the test says why it cannot be had
             environment_python(name)
     return (yield)

@@ -321,7 +321,7 @@ def _over(link: str) -> str:
 def draw_matrix(run: Run, matrix: Matrix) -> None:
     run.figure(
         "topology_links", kind="matrix",
-        title="The links between this machine's GPUs and NICs",
+        title="The links between the GPUs and NICs",
         x_label="to", y_label="from",
         series=[
             {"label": a, "x": list(matrix.names),
