@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 UNJUDGED = "not judged at this size: "  # what a smoke run says of a time, which shows no speed
+ONE_RUN = ", one run"  # of a time whose noise nobody knows
 CONFIDENCE = 0.95  # of the interval by which a noisy quantity is judged
 
 
@@ -81,77 +82,149 @@ def equal(name: str, actual: Any, expected: Any) -> Check:
     return Check(name, not wrong, detail)
 
 
-def below(name: str, value: float, limit: float, unit: str = "", judged: bool = True) -> Check:
-    """`value <= limit`; with `judged` false the numbers are told and never fail."""
+def below(
+    name: str,
+    value: float,
+    limit: float,
+    unit: str = "",
+    judged: bool = True,
+    one_run: bool = False,
+) -> Check:
+    """`value <= limit`; with `judged` false the numbers are told and never fail.
+
+    `one_run`: a time or rate that was measured once, so that nobody knows its noise: it is said.
+    """
     suffix = f" {unit}" if unit else ""
-    told = f"{value:.4g}{suffix}, limit {limit:.4g}{suffix}"
+    told = f"{value:.4g}{suffix}, limit {limit:.4g}{suffix}" + ONE_RUN * one_run
     return Check(name, bool(value <= limit), told) if judged else Check(name, True, UNJUDGED + told)
 
 
-def above(name: str, value: float, limit: float, unit: str = "", judged: bool = True) -> Check:
-    """`value >= limit`; with `judged` false the numbers are told and never fail."""
+def above(
+    name: str,
+    value: float,
+    limit: float,
+    unit: str = "",
+    judged: bool = True,
+    one_run: bool = False,
+) -> Check:
+    """`value >= limit`; `judged` and `one_run` as in `below`."""
     suffix = f" {unit}" if unit else ""
-    told = f"{value:.4g}{suffix}, at least {limit:.4g}{suffix} wanted"
+    told = f"{value:.4g}{suffix}, at least {limit:.4g}{suffix} wanted" + ONE_RUN * one_run
     return Check(name, bool(value >= limit), told) if judged else Check(name, True, UNJUDGED + told)
 
 
 def within(
     name: str,
-    samples: Sequence[float],
+    samples: Sequence[float] | Mapping[str, Sequence[float]],
     limit: float = math.inf,
     at_least: float = -math.inf,
     unit: str = "",
     more: str = "--repeats",
     judged: bool = True,
+    quantile: float = 0.5,
 ) -> Check:
     """The median of a noisy quantity is between `at_least` and `limit`; noise alone fails nothing.
 
     For times and ratios. `samples` are independent measurements of it; of two things compared,
     each sample is the ratio of a pair measured one right after the other (`Timing.ratios`). The
-    claim is judged by `median_interval`: it fails only when the whole interval is outside, and
+    claim is judged by `quantile_interval`: it fails only when the whole interval is outside, and
     when a limit lies within the interval the detail says that it cannot tell, and that `more` of
     them could. With `judged` false the numbers are told and never fail, as at smoke size.
+
+    A mapping holds the samples of several quantities, of all of which the claim is made: one that
+    fails fails it, and the worst one is told. Of m intervals each misses with a chance of 5 % / m,
+    so that any does with 5 % at most (Bonferroni). `quantile` 0.25 judges the lower quartile
+    instead of the median, where what disturbs a measurement can only add to it.
     """
-    if not len(samples):
+    family = samples if isinstance(samples, Mapping) else {"": samples}
+    if not family or not all(len(own) for own in family.values()):
         return Check(name, False, "there is no sample")
-    if np.isnan(samples).any():
+    if any(np.isnan(own).any() for own in family.values()):
         return Check(name, False, "a sample is not a number")
-    suffix = f" {unit}" if unit else ""
-    low, high = median_interval(samples)
-    limits = [f"at least {at_least:.4g}{suffix} wanted"] if at_least > -math.inf else []
-    limits += [f"limit {limit:.4g}{suffix}"] if limit < math.inf else []
-    where = f"{100 * CONFIDENCE:g} % interval {low:.4g} to {high:.4g}{suffix} of {len(samples)}"
-    why = "the interval covers the limit"
-    if math.isinf(low):
-        where, why = f"{len(samples)} samples", "too few samples for an interval"
-    told = f"median {float(np.median(samples)):.4g}{suffix}, {where}, {', '.join(limits)}"
+    confidence = 1 - (1 - CONFIDENCE) / len(family)
+    judgements = [
+        _Judgement(of, own, limit, at_least, quantile, confidence) for of, own in family.items()
+    ]
+    worst = max(judgements, key=lambda one: (one.failed, one.unknown, one.beyond))
+    told = worst.told(unit, len(family))
     if not judged:
         return Check(name, True, UNJUDGED + told)
-    if low > limit or high < at_least:
-        return Check(name, False, told)
-    if low < at_least or high > limit:
-        return Check(name, True, f"cannot tell: {why}: {told}; take more {more}")
-    return Check(name, True, told)
+    if worst.unknown:
+        return Check(name, True, f"cannot tell: {worst.why}: {told}; take more {more}")
+    return Check(name, not worst.failed, told)
 
 
-def median_interval(
-    samples: Sequence[float], confidence: float = CONFIDENCE
+class _Judgement:
+    """One quantity's samples beside the limits: outside, inside, or not to be told."""
+
+    def __init__(
+        self,
+        of: str,
+        samples: Sequence[float],
+        limit: float,
+        at_least: float,
+        quantile: float,
+        confidence: float,
+    ) -> None:
+        self.of, self.count, self.limit, self.at_least = of, len(samples), limit, at_least
+        self.quantile, self.confidence = quantile, confidence
+        self.low, self.high = quantile_interval(samples, quantile, confidence)
+        self.value = float(np.quantile(samples, quantile))
+        self.failed = self.low > limit or self.high < at_least
+        self.unknown = not self.failed and (self.low < at_least or self.high > limit)
+        self.beyond = max(self.value - limit, at_least - self.value)  # below 0 where it is inside
+        few = math.isinf(self.low) or math.isinf(self.high)
+        self.why = "too few samples for an interval" if few else "the interval covers the limit"
+
+    def told(self, unit: str, family: int) -> str:
+        suffix = f" {unit}" if unit else ""
+        what = {0.5: "median", 0.25: "lower quartile"}.get(self.quantile, f"{self.quantile:g}")
+        where = f"{self.count} samples"
+        if not (math.isinf(self.low) and math.isinf(self.high)):
+            percent = f"{100 * self.confidence:.3g} %"
+            where = f"{percent} interval {self.low:.4g} to {self.high:.4g}{suffix} of {self.count}"
+        limits = []
+        if self.at_least > -math.inf:
+            limits.append(f"at least {self.at_least:.4g}{suffix} wanted")
+        if self.limit < math.inf:
+            limits.append(f"limit {self.limit:.4g}{suffix}")
+        worst = [f"the worst of {family} is {self.of}"] if self.of else []
+        told = [f"{what} {self.value:.4g}{suffix}", where, *limits, *worst]
+        return ", ".join(told)
+
+
+def quantile_interval(
+    samples: Sequence[float], quantile: float = 0.5, confidence: float = CONFIDENCE
 ) -> tuple[float, float]:
-    """Where the median of what was sampled lies, whatever its distribution.
+    """Where the `quantile` of what was sampled lies (the median), whatever its distribution.
 
-    The k-th smallest and the k-th largest sample. A sample is below the median with probability
-    1/2, so the median is outside when fewer than k of n tosses of a coin are heads, or tails; k is
-    the largest for which that is rarer than 1 - `confidence`. (-inf, inf) when there are too few
-    samples for any: 95 % needs 6. Source: David and Nagaraja, Order Statistics, section 7.1.
+    Two of the samples in order. One is below the quantile with the probability `quantile`, so the
+    number of those below it is binomial. The lower end is the k-th smallest, with the largest k for
+    which fewer than k below are rarer than (1 - `confidence`) / 2; the upper end likewise from
+    above. An end is infinite where there are too few samples for it: the median's 95 % needs 6.
+    Source: David and Nagaraja, Order Statistics, section 7.1.
     """
-    count, outside, k = len(samples), 0, 0
-    while k < count // 2:
-        outside += math.comb(count, k)
-        if 2 * outside / 2**count > 1 - confidence:
+    below, above = (
+        _rank_beyond(len(samples), chance, (1 - confidence) / 2)
+        for chance in (quantile, 1 - quantile)
+    )
+    ordered = sorted(float(value) for value in samples)
+    return (
+        ordered[below - 1] if below else -math.inf,
+        ordered[len(ordered) - above] if above else math.inf,
+    )
+
+
+def _rank_beyond(count: int, chance: float, rare: float) -> int:
+    """The largest k for which fewer than k of `count` successes are no likelier than `rare`."""
+    fewer, k = 0.0, 0
+    while k < count:
+        ways = math.lgamma(count + 1) - math.lgamma(k + 1) - math.lgamma(count - k + 1)
+        fewer += math.exp(ways + k * math.log(chance) + (count - k) * math.log(1 - chance))
+        if fewer > rare:
             break
         k += 1
-    ordered = sorted(float(value) for value in samples)
-    return (ordered[k - 1], ordered[count - k]) if k else (-math.inf, math.inf)
+    return k
 
 
 def true(name: str, ok: bool, detail: str) -> Check:

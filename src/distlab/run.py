@@ -5,7 +5,7 @@ import math
 import os
 import sys
 import time
-from collections.abc import Iterable, Iterator, Sequence, Sized
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, TypeVar
@@ -178,29 +178,33 @@ class Run:
     def check_below(
         self, name: str, value: float, limit: float, unit: str = "", of_time: bool = False
     ) -> bool:
-        """See `distlab.check.below`; `of_time`: at smoke size, which shows no speed, not judged."""
+        """See `distlab.check.below`; `of_time`: of one run, and not judged at smoke size, which
+        shows no speed. Where there are repeats use `check_within`."""
         judged = not of_time or self.args.preset != "smoke"
-        return self._checked(check.below(name, value, limit, unit, judged))
+        return self._checked(check.below(name, value, limit, unit, judged, one_run=of_time))
 
     def check_above(
         self, name: str, value: float, limit: float, unit: str = "", of_time: bool = False
     ) -> bool:
-        """See `distlab.check.above`; `of_time`: at smoke size, which shows no speed, not judged."""
+        """See `distlab.check.above`; `of_time`: as in `check_below`."""
         judged = not of_time or self.args.preset != "smoke"
-        return self._checked(check.above(name, value, limit, unit, judged))
+        return self._checked(check.above(name, value, limit, unit, judged, one_run=of_time))
 
     def check_within(
         self,
         name: str,
-        samples: Sequence[float],
+        samples: Sequence[float] | Mapping[str, Sequence[float]],
         limit: float = math.inf,
         at_least: float = -math.inf,
         unit: str = "",
         more: str = "--repeats",
+        quantile: float = 0.5,
     ) -> bool:
         """See `distlab.check.within`; at smoke size, which shows no speed, it is not judged."""
         judged = self.args.preset != "smoke"
-        return self._checked(check.within(name, samples, limit, at_least, unit, more, judged))
+        return self._checked(
+            check.within(name, samples, limit, at_least, unit, more, judged, quantile)
+        )
 
     def check_true(self, name: str, ok: bool, detail: str) -> bool:
         """See `distlab.check.true`."""

@@ -210,7 +210,7 @@ NOISES = {
 def test_the_interval_covers_the_true_median_as_often_as_it_says(noise, count):
     runs = 4000
     drawn = NOISES[noise](np.random.default_rng(count), (runs, count))
-    intervals = [check.median_interval(samples) for samples in drawn]
+    intervals = [check.quantile_interval(samples) for samples in drawn]
     covered = sum(low <= 0 <= high for low, high in intervals) / runs
     assert covered >= check.CONFIDENCE - 3 * math.sqrt(0.05 * 0.95 / runs)
     assert covered < 0.99  # and is hardly longer than it must be: of 10, a shorter one covers 89 %
@@ -219,9 +219,31 @@ def test_the_interval_covers_the_true_median_as_often_as_it_says(noise, count):
 def test_the_interval_is_the_one_of_the_books():
     """Ranks of the 95 % interval as tables of order statistics have them."""
     for count, k in ((6, 1), (8, 1), (9, 2), (10, 2), (25, 8), (50, 18), (100, 40), (2000, 956)):
-        assert check.median_interval(range(1, count + 1)) == (k, count + 1 - k)
-    assert check.median_interval([3.0, 1.0, 2.0, 5.0, 4.0]) == (-math.inf, math.inf)
-    assert check.median_interval([2.0] * 9) == (2.0, 2.0)
+        assert check.quantile_interval(range(1, count + 1)) == (k, count + 1 - k)
+    assert check.quantile_interval([3.0, 1.0, 2.0, 5.0, 4.0]) == (-math.inf, math.inf)
+    assert check.quantile_interval([2.0] * 9) == (2.0, 2.0)
+
+
+@pytest.mark.parametrize("quantile", [0.25, 0.5, 0.8])
+@pytest.mark.parametrize("confidence", [0.95, 0.998])
+def test_any_quantile_is_covered_as_often_as_said(quantile, confidence):
+    runs = 4000
+    drawn = np.random.default_rng(0).random((runs, 40))  # uniform: its quantiles are themselves
+    intervals = [check.quantile_interval(samples, quantile, confidence) for samples in drawn]
+    covered = sum(low <= quantile <= high for low, high in intervals) / runs
+    assert covered >= confidence - 3 * math.sqrt(confidence * (1 - confidence) / runs)
+
+
+def test_a_quartile_has_one_end_sooner_than_the_other():
+    assert check.quantile_interval([1.0, 2.0], 0.25) == (-math.inf, math.inf)
+    assert check.quantile_interval([1.0, 2.0, 3.0], 0.25) == (-math.inf, 3.0)  # 0.25^3: 1.6 %
+    low, high = check.quantile_interval(range(1, 14), 0.25)  # 0.75^13: 2.4 %
+    assert (low, high) == (1, 7)  # seven or more of 13 below the quartile: 2.4 %
+    assert check.within("time", [1.0, 1.0, 1.0], 2.0, quantile=0.25).detail == (
+        "lower quartile 1, 95 % interval -inf to 1 of 3, limit 2"
+    )
+    slow = check.within("time", [3.0, 3.0, 3.0], 2.0, quantile=0.25)
+    assert slow.ok and slow.detail.startswith("cannot tell: too few samples for an interval: ")
 
 
 def verdicts(median, noise, limit, runs=1000, count=25):
@@ -265,6 +287,46 @@ def test_within_tells_its_interval_and_what_could_tell_more():
     assert small.ok and small.detail.startswith("not judged at this size: median 9, ")
     both = check.within("ratio", [1.0] * 6, limit=1.1, at_least=0.9)
     assert both.ok and both.detail.endswith("at least 0.9 wanted, limit 1.1")
+
+
+def test_one_claim_of_several_quantities_is_decided_by_the_worst():
+    good, bad, wide = [1.0] * 12, [5.0] * 12, [float(i) for i in range(12)]
+    held = check.within("ratio", {"a": [0.5] * 12, "b": good}, 3.0)
+    assert (held.ok, held.detail) == (
+        True, "median 1, 97.5 % interval 1 to 1 of 12, limit 3, the worst of 2 is b"
+    )  # fmt: skip
+    failed = check.within("ratio", {"a": wide, "b": bad, "c": good}, 3.0)
+    assert not failed.ok and failed.detail.endswith("limit 3, the worst of 3 is b")
+    unknown = check.within("ratio", {"a": wide, "c": good}, 3.0)
+    assert unknown.ok and unknown.detail.startswith("cannot tell: the interval covers the limit: ")
+    assert "the worst of 2 is a; take more" in unknown.detail
+    assert not check.within("ratio", {}, 3.0).ok
+    assert not check.within("ratio", {"a": good, "b": []}, 3.0).ok
+
+
+def test_many_true_claims_together_fail_no_more_often_than_one():
+    """Twenty quantities that are just true: of 95 % intervals one of them would miss in 40 %."""
+    draw = np.random.default_rng(0)
+    failed = 0
+    for _ in range(500):
+        family = {str(i): list(draw.normal(size=15)) for i in range(20)}
+        failed += not check.within("x", family, 0.0).ok
+    assert failed <= 500 * 0.05
+
+
+def test_within_judges_the_quartile_that_it_is_asked_for():
+    disturbed = [1.0] * 12 + [9.0] * 12  # every second call was interrupted
+    assert check.within("time", disturbed, 2.0, quantile=0.25).detail == (
+        "lower quartile 1, 95 % interval 1 to 1 of 24, limit 2"
+    )
+    assert "cannot tell" in check.within("time", disturbed, 2.0).detail
+    assert not check.within("time", [9.0] * 24, 2.0, quantile=0.25).ok
+
+
+def test_one_run_is_said():
+    assert check.below("x", 1.0, 2.0, "s", one_run=True).detail == "1 s, limit 2 s, one run"
+    assert check.above("x", 3.0, 2.0, one_run=True).detail == "3, at least 2 wanted, one run"
+    assert not check.below("x", 3.0, 2.0, one_run=True).ok
 
 
 @pytest.mark.parametrize("samples", [[], [1.0] * 9 + [math.nan], np.full(9, math.nan)])
