@@ -94,7 +94,9 @@ def compare_links(run: Run, args: Namespace) -> None:
     run.check_equal("no wrong element", sum(row[3] for row in rows), 0)
     worst = max(abs(row[-1]) for row in rows)
     if args.tolerance is not None:
-        run.check_below("the worst error of a prediction", worst, 100 * args.tolerance, "%")
+        run.check_below(
+            "the worst error of a prediction", worst, 100 * args.tolerance, "%", of_time=True
+        )
 
 
 def undisturbed(link: str, nodes: int, args: Namespace) -> list[list[list[Any]]]:

@@ -21,13 +21,13 @@ import json
 import math
 import sys
 from dataclasses import asdict
-from statistics import median
 from typing import Any
 
 from distlab import predict, script
 from distlab.cluster import VirtualCluster, unavailable
 from distlab.cluster.links import parse_rate
 from distlab.display import quantity
+from distlab.measure import Timing
 from distlab.model import ModelConfig
 from distlab.predict import TrainingPlan
 from distlab.run import Run
@@ -47,11 +47,11 @@ PRESETS = {
         "rates": ["1gbit"], "repeats": 1, "seq_len": 16, "device_gflops": 1.0,
     },
     "laptop": {
-        "rates": ["1gbit", "100mbit", "30mbit"], "repeats": 3, "seq_len": 64,
+        "rates": ["1gbit", "100mbit", "30mbit"], "repeats": 8, "seq_len": 64,
         "device_gflops": 1.0, "within": 0.1,
     },
     "gpu": {
-        "rates": ["1gbit", "100mbit", "30mbit"], "repeats": 3, "seq_len": 64,
+        "rates": ["1gbit", "100mbit", "30mbit"], "repeats": 8, "seq_len": 64,
         "device_gflops": 1.0, "within": 0.1,
     },
 }  # fmt: skip
@@ -186,7 +186,8 @@ class AtSpeed:
         self.link = quantity(rate, "bit/s")
         self.plans = plans
         self.times = [step_time(a, plan, cluster) for plan in plans]
-        self.measured = [median(samples) for samples in answer["seconds"]]
+        self.timings = [Timing(tuple(samples)) for samples in answer["seconds"]]
+        self.measured = [timing.median for timing in self.timings]
         self.late = answer["late"]
         order = ranked(
             Candidate(plan, predict.training_memory(a, plan), time)
@@ -217,10 +218,15 @@ def report(run: Run, speeds: list[AtSpeed], within: float | None) -> None:
     if within is None:
         return
     for at in speeds:
-        run.check_below(
+        first = at.timings[at.first]
+        run.check_within(
             f"at {at.link} the plan predicted first, relative to the fastest",
-            at.measured[at.first] / at.measured[at.fastest],
+            {
+                f"that to {name(plan)}": first.ratios(timing)
+                for plan, timing in zip(at.plans, at.timings, strict=True)
+            },
             1 + within,
+            any_size=True,
         )
 
 

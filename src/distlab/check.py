@@ -178,7 +178,9 @@ class _Judgement:
 
     def told(self, unit: str, family: int) -> str:
         suffix = f" {unit}" if unit else ""
-        what = {0.5: "median", 0.25: "lower quartile"}.get(self.quantile, f"{self.quantile:g}")
+        what = {0.25: "lower quartile", 0.5: "median", 0.75: "upper quartile"}.get(
+            self.quantile, f"quantile {self.quantile:g}"
+        )
         where = f"{self.count} samples"
         if not (math.isinf(self.low) and math.isinf(self.high)):
             percent = f"{100 * self.confidence:.3g} %"

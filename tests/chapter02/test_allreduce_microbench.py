@@ -5,6 +5,7 @@ import heapq
 import itertools
 import os
 import signal
+from dataclasses import replace
 from itertools import pairwise
 from types import SimpleNamespace
 
@@ -221,10 +222,15 @@ def test_the_links_check_looks_at_1_to_16_mib_only():
     args = argparse.Namespace(preset="smoke", json=None, figures=None)
     run = script.Run(args)
     sizes = [2**18, 2**20, 2**24, 2**26]
-    check_link(run, sizes, [1.0, 1.0, 1.0, 1.0], [9.0, 1.05, 0.92, 9.0], 0.1)
-    check_link(run, sizes, [1.0, 1.0, 1.0, 1.0], [1.0, 1.0, 1.2, 1.0], 0.1)
-    check_link(run, sizes[:1], [1.0], [9.0], 0.1)
+    second = Timing((1.0,) * 20)
+    rows = [Row("all_reduce", size, size // 4, "float32", second, 0) for size in sizes]
+    check_link(run, rows, [9.0, 1.05, 0.92, 9.0], 0.1)
+    check_link(run, rows, [1.0, 1.0, 1.2, 1.0], 0.1)
+    check_link(run, rows[:1], [9.0], 0.1)
     assert [check.ok for check in run.checks] == [True, False]
+    rows[2] = replace(rows[2], timing=Timing((1.0,) * 3))  # a slow link's: three calls tell nothing
+    check_link(run, rows, [9.0, 1.05, 0.92, 9.0], 0.1)
+    assert run.checks[-1].ok and "too few samples" in run.checks[-1].detail
 
 
 def test_ctrl_c_prints_the_sizes_that_are_measured(monkeypatch, capsys):

@@ -44,7 +44,8 @@ def test_the_sweep_is_exact_and_counts_its_bytes(monkeypatch, threads):
     monkeypatch.setattr(bandwidth, "_together", lambda workers: [w.run() for w in workers] and 2.0)
     point = bandwidth.sweep(16 * 100, threads, traffic=24 * 100 * 7, repeats=3)
     assert point.exact and point.working_set == 1600
-    assert point.bandwidth == point.fastest == threads * 8 * 100 * (2 + 3 * 6) / 2.0
+    assert point.samples == (threads * 8 * 100 * (2 + 3 * 6) / 2.0,) * 3
+    assert point.bandwidth == point.samples[0]
 
 
 def test_threads_run_together():
@@ -111,8 +112,7 @@ def test_a_smoke_run(tmp_path):
     path = tmp_path / "run.json"
     bandwidth_test.main([*flags, "--specified-memory", "1e6", "--json", str(path)])
     record = json.loads(path.read_text())
-    timing = "one core's first cache is faster than memory"
-    assert all(check["ok"] for check in record["checks"] if check["name"] != timing)
+    assert all(check["ok"] for check in record["checks"])
     assert record["tables"]["specification"]["rows"][0][2] == "1.00 PB/s"
     assert set(record["figures"]) == {"bandwidth_sweep", "bandwidth_copies"}
     assert len(record["comparisons"]) == 1

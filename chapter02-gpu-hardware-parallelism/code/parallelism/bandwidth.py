@@ -90,17 +90,17 @@ def torch_threads(count: int) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class SweepPoint:
-    """The bandwidth of all threads together, each with a working set of its own.
-
-    `bandwidth` is that of the median time, `fastest` that of the shortest: interference only ever
-    adds time.
-    """
+    """The bytes/s of all threads together, each with a working set of its own, every time."""
 
     working_set: int  # bytes of one thread
     threads: int
-    bandwidth: float
-    fastest: float
+    samples: tuple[float, ...]
     exact: bool
+
+    @property
+    def bandwidth(self) -> float:
+        """The median."""
+        return float(np.median(self.samples))
 
 
 def sweep(working_set: int, threads: int, traffic: int, repeats: int) -> SweepPoint:
@@ -118,8 +118,8 @@ def sweep(working_set: int, threads: int, traffic: int, repeats: int) -> SweepPo
     seconds = [_together(workers) for _ in range(repeats)]
     moved = threads * ELEMENT * count * (2 + 3 * (passes - 1))
     exact = all(bool((worker.total == passes).all()) for worker in workers)
-    median, shortest = float(np.median(seconds)), min(seconds)
-    return SweepPoint(2 * ELEMENT * count, threads, moved / median, moved / shortest, exact)
+    samples = tuple(moved / taken for taken in seconds)
+    return SweepPoint(2 * ELEMENT * count, threads, samples, exact)
 
 
 class _Adder:

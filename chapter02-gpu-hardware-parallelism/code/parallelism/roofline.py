@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from distlab.display import quantity
-from distlab.measure import tensors_in
+from distlab.measure import Timing, tensors_in
 from distlab.script import Run
 
 
@@ -163,8 +163,13 @@ class Point:
     """A measured kernel below its roof."""
 
     kernel: Kernel
-    seconds: float
+    timing: Timing
     roof: Roof
+
+    @property
+    def seconds(self) -> float:
+        """The median."""
+        return self.timing.median
 
     @property
     def flop_rate(self) -> float:
@@ -182,6 +187,11 @@ class Point:
     @property
     def share(self) -> float:
         return self.flop_rate / self.ceiling
+
+    @property
+    def shares(self) -> list[float]:
+        """Of each time."""
+        return [self.kernel.flops / taken / self.ceiling for taken in self.timing.samples]
 
     @property
     def limit(self) -> str:
