@@ -326,7 +326,7 @@ def report_links(run: Run, args: Namespace, measured: Sequence[Measured]) -> Non
     if args.tolerance is None:  # steps so small are noise: nothing to judge
         run.metric(name, typical)
     else:
-        run.check_below(name, typical, args.tolerance)
+        run.check_below(name, typical, args.tolerance, of_time=True)
 
 
 def verdict(rate: str, measured: Sequence[Measured]) -> str:

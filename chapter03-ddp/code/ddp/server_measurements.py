@@ -379,9 +379,10 @@ def check(run: Run, args: Namespace, sound: list[bool], records: Sequence[dict[s
     run.check_above("and nothing less", min(excess), -0.01)
     limit = 100 * args.tolerance
     worst = max(abs(row["error %"]) for row in links if row["design"] != ASYNCHRONOUS)
-    run.check_below("the worst error of a predicted step", worst, limit, "%")
+    run.check_below("the worst error of a predicted step", worst, limit, "%", of_time=True)
     worst = max(abs(row["error %"]) for row in training if row["straggler"] == "yes")
-    run.check_below("the worst error of a straggler's predicted throughput", worst, limit, "%")
+    throughput = "the worst error of a straggler's predicted throughput"
+    run.check_below(throughput, worst, limit, "%", of_time=True)
 
     most = args.workers[-1]
     speed = {
@@ -390,7 +391,7 @@ def check(run: Run, args: Namespace, sound: list[bool], records: Sequence[dict[s
         if row["K"] == most and row["straggler"] == "yes"
     }
     gain = speed[ASYNCHRONOUS] / max(speed[design] for design in DESIGNS[:2])
-    run.check_above("with a straggler, asynchrony's factor", gain, args.gain)
+    run.check_above("with a straggler, asynchrony's factor", gain, args.gain, of_time=True)
     loss = {(row["design"], row["a gradient's share"]): row["loss"] for row in rates[-4:]}
     harm = loss[ASYNCHRONOUS, "full"] - loss[SYNCHRONOUS, "mean"]
     run.check_above("what staleness costs at the high rate, in loss", harm, args.harm)

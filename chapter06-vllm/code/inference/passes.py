@@ -11,6 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from distlab import predict
 from distlab.display import quantity
+from distlab.measure import Timing
 from distlab.model import KVCache, Llama
 from distlab.predict import Architecture
 from distlab.script import Run
@@ -22,7 +23,7 @@ SQUARE = {"cpu": 512, "cuda": 8192}  # width of the product that the roof is mad
 
 @dataclass
 class Pass:
-    """One forward pass: what it computes and moves, and once measured its median seconds."""
+    """One forward pass: what it computes and moves, and once measured its times."""
 
     name: str
     size: int  # sequences of a decode step, tokens of a prefill
@@ -30,7 +31,12 @@ class Pass:
     attention: float  # FLOPs of scores and weighted values, the masked half left out
     bytes_moved: float
     run: Callable[[], object]
-    seconds: float = 0.0
+    timing: Timing = Timing(())
+
+    @property
+    def seconds(self) -> float:
+        """The median."""
+        return self.timing.median
 
     @property
     def flops(self) -> float:
