@@ -5,6 +5,7 @@ from types import SimpleNamespace
 import torch
 
 from distlab import script
+from distlab.model import ModelConfig
 from parallelism.problem import parser
 
 SMOKE = ["--preset", "smoke", "--device", "cpu"]
@@ -36,3 +37,33 @@ def run_scripts(job, comparisons, change=lambda: None):
 
 def failed(run):
     return [check.name for check in run.checks if not check.ok]
+
+
+def most_rounding(config: ModelConfig, tokens: int) -> float:
+    """How far two float32 gradients may be apart that add the same terms in different orders.
+
+    In units of the largest element of their tensor. A sum of n terms, in whatever order, rounds by
+    n * eps / 2 of its terms' magnitudes (Higham, Accuracy and Stability of Numerical Algorithms,
+    section 4.2), so two orders differ by twice that. To first order the sums on the longest way
+    from the tokens to a weight's gradient add up, and here they do it all to one side; what is a
+    sum of both signs rounds by more of itself, but not its tensor's largest element, and roundings
+    of both signs leave the root of n. A mechanism that loses a rank, a token or a head is off by a
+    part of the gradient: a hundredth, not a thousandth.
+    """
+    heads = config.hidden_size // config.num_attention_heads  # a score's products
+    attention = 2 * config.hidden_size + heads + tokens  # to q, k and v, scores, values, and out
+    mlp = config.hidden_size + config.intermediate_size
+    forward = config.num_hidden_layers * (attention + mlp) + config.hidden_size
+    loss = 2 * config.vocab_size  # the softmax's sum, and the way back through the head
+    additions = 2 * forward + loss + tokens  # a weight's gradient is a sum over the tokens
+    return additions * torch.finfo(torch.float32).eps
+
+
+def assert_same_sums(found, expected, most):
+    """The gradients are equal but for `most_rounding`, each in units of its largest element."""
+    assert found.keys() == expected.keys()
+    for name, gradient in found.items():
+        largest = expected[name].abs().max().item()
+        torch.testing.assert_close(
+            gradient, expected[name], rtol=0, atol=most * largest, msg=lambda m, n=name: f"{n}: {m}"
+        )

@@ -10,7 +10,9 @@ import pipeline_parallel
 import torch_pipeline_parallel as library
 from distlab import predict, script
 from distlab.errors import RunError, UsageError
+from distlab.model import config_from_args
 from distlab.spawning import spawn
+from parallel_runs import most_rounding
 from parallelism.pipeline import (
     SCHEDULES,
     Direction,
@@ -94,7 +96,9 @@ def test_from_scratch_equals_the_library_equals_one_process(ranks):
         assert len(sent) == 6
         assert all(c["predicted"] == c["measured"] > 0 for c in sent.values())
         assert len(differences) > 9
-        assert max(differences.values()) < 1e-6
+        args = pipeline_parallel.parse_args(SMOKE)
+        tokens = args.batch_size * args.seq_len
+        assert max(differences.values()) < most_rounding(config_from_args(args), tokens)
 
 
 @pytest.mark.slow
