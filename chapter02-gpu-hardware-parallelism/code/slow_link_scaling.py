@@ -150,7 +150,8 @@ def report_scaling(run: Run, args: Namespace, points: Sequence[dict[str, Any]]) 
     )  # fmt: skip
     worst = max(abs(row[6]) for row in rows)
     if args.tolerance is not None:
-        run.check_below("the worst error of a predicted step", worst, 100 * args.tolerance, "%")
+        limit = 100 * args.tolerance
+        run.check_below("the worst error of a predicted step", worst, limit, "%", of_time=True)
 
 
 def row_of(point: dict[str, Any]) -> list[Any]:

@@ -236,11 +236,11 @@ def report_tuning(run: Run, args: Namespace, links: Mapping[str, Mapping[str, An
     if args.tolerance is None:  # steps so small are noise: nothing to judge
         return
     most = 1 + args.tolerance
-    run.check_below("the worst error of a predicted step", worst, 100 * args.tolerance, "%")
-    run.check_below(
-        "a step with the predicted best bucket, over the best measured", max(chosen), most
-    )
-    run.check_above("that slowdown", measured, predicted / most)
+    limit = 100 * args.tolerance
+    run.check_below("the worst error of a predicted step", worst, limit, "%", of_time=True)
+    name = "a step with the predicted best bucket, over the best measured"
+    run.check_below(name, max(chosen), most, of_time=True)
+    run.check_above("that slowdown", measured, predicted / most, of_time=True)
 
 
 def known(link: Mapping[str, Any]) -> list[float]:

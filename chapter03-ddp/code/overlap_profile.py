@@ -140,7 +140,7 @@ def predict_then_measure(run: Run, args: Namespace) -> None:
     sound = all(sweep.sound)
     run.check_true("all three give the mean of the ranks' own gradients", sound, "on every rank")
     if args.least_speedup is not None and not args.rate:  # elsewhere there may be little to gain
-        run.check_above("speed-up by overlap", speed_up, args.least_speedup)
+        run.check_above("speed-up by overlap", speed_up, args.least_speedup, of_time=True)
 
 
 def measure_ranks(run: Run, args: Namespace, job: Runtime) -> None:
