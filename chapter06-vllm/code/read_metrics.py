@@ -28,7 +28,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from distlab import script
 from distlab.errors import RunError
 from distlab.run import Run
-from inference.clients import Answer, add_server_flags, connected
+from inference.clients import Answer, add_server_flags, connected, counted_tokens
 
 PRESETS = {
     "smoke": {"requests": 24, "max_tokens": 24},
@@ -95,7 +95,7 @@ async def watch(run: Run, args: Namespace) -> None:
         after = await settled(before, answers, args)
     run.print(f"job: {len(answers)} requests at once to {server.model}, {before.prefix} metrics")
     report(run, before, during, after)
-    run.metric("output_tokens", sum(a.tokens for a in answers) / seconds, "tok/s")
+    run.metric("output_tokens", counted_tokens(answers) / seconds, "tok/s")
     check(run, before, after, answers)
     say_verdict(run, before, during, after)
 
@@ -111,7 +111,7 @@ async def sample(load: asyncio.Task, args: Namespace) -> list[Metrics]:
 
 async def settled(before: Metrics, answers: list[Answer], args: Namespace) -> Metrics:
     """The metrics once the server has counted what it sent, or SETTLE_S later."""
-    sent = sum(answer.tokens for answer in answers)
+    sent = counted_tokens(answers)
     for _ in range(int(SETTLE_S / POLL_S)):
         now = await read(args)
         counted = now.grown("generation_tokens_total", before)
@@ -173,7 +173,7 @@ def report(run: Run, before: Metrics, during: list[Metrics], after: Metrics) -> 
 def check(run: Run, before: Metrics, after: Metrics, answers: list[Answer]) -> None:
     """What the server counted, against what came over the wire."""
     counted = after.grown("generation_tokens_total", before)
-    run.check_equal("output tokens counted and received", counted, sum(a.tokens for a in answers))
+    run.check_equal("output tokens counted and received", counted, counted_tokens(answers))
     ended = after.grown("request_success_total", before)
     run.check_equal("requests counted and answered", ended, len(answers))
     idle = after["num_requests_running"] + after["num_requests_waiting"]

@@ -12,7 +12,7 @@ from scipy.stats import chisquare
 
 from paged_engine import sampler
 from paged_engine.request import Request
-from paged_engine.sampler import Filters, draw, relative_weights, sample, thresholds
+from paged_engine.sampler import Filters, draw, keep, relative_weights, sample
 from paged_engine.sampling_params import SamplingParams
 
 EOS = 5
@@ -43,15 +43,16 @@ def reference(logits, temperature, top_k, top_p, min_p):
 
 
 def before_top_p(logits, temperature, top_k, min_p):
-    """Each token's probability after min-p and top-k, and that of all likelier ones together."""
+    """Each token's probability after min-p and top-k, and that of all that come before it."""
     weights = np.exp((logits.astype(np.float64) - logits.max()) / temperature)
     weights[weights < min_p] = 0
     if 0 < top_k < len(weights):
         weights[weights < np.sort(weights)[-top_k]] = 0
     probabilities = weights / weights.sum()
-    rising = np.sort(probabilities)
-    above = np.append(rising[::-1].cumsum()[::-1], 0)
-    return probabilities, above[np.searchsorted(rising, probabilities, side="right")]
+    order = np.argsort(-probabilities, kind="stable")  # of equal ones, those with small ids first
+    likelier = np.empty_like(probabilities)
+    likelier[order] = probabilities[order].cumsum() - probabilities[order]
+    return probabilities, likelier
 
 
 def is_clear(logits, temperature, top_k, top_p, min_p):
@@ -70,8 +71,8 @@ def filtered(logits, cases):
     weights = relative_weights(logits, column("temperature"))
     top_k = column("top_k", torch.int64)
     top_k = top_k.where((top_k > 0) & (top_k < vocabulary), vocabulary)
-    cut = thresholds(weights, Filters(top_k, column("top_p"), column("min_p")), vocabulary)
-    kept = (weights * (weights >= cut)).double()
+    keep(weights, Filters(top_k, column("top_p"), column("min_p")), vocabulary)
+    kept = weights.double()
     return (kept / kept.sum(-1, keepdim=True))[:, :vocabulary].numpy()
 
 
@@ -245,3 +246,12 @@ def test_logprobs_are_the_models_own():
     assert penalised.top[2] == pytest.approx(math.log(5 / 8))
     assert (unasked.logprob, unasked.top) == (None, None)
     assert own.logprob == pytest.approx(math.log(5 / 8)) and own.top == {}
+
+
+@pytest.mark.parametrize(("top_p", "fewest"), [(0.45, 4), (0.5, 4), (0.51, 5), (1e-9, 1), (1.0, 8)])
+@pytest.mark.parametrize("top_k", [0, 6])
+def test_of_equal_tokens_top_p_keeps_the_fewest(top_p, fewest, top_k):
+    """Eight equal tokens: with top-p 0.45 four of them, not all, and always the same four."""
+    case = {"temperature": 1.0, "top_k": top_k, "top_p": top_p, "min_p": 0.0}
+    (found,) = filtered(torch.zeros(1, 8), [case])
+    assert np.flatnonzero(found).tolist() == list(range(fewest))

@@ -17,6 +17,7 @@ from distlab.model import SIZES, Llama, load, save
 from distlab.process import run_command
 from distlab.service import service
 from fake_engine import tiny_tokenizer
+from paged_engine.detokenizer import TokenTexts
 
 pytestmark = pytest.mark.slow
 START_S, BENCH_S, END_S = 120, 240, 60
@@ -60,7 +61,11 @@ def test_it_serves_what_the_model_computes(server):
         for _ in range(12):
             ids.append(int(plain(torch.tensor([ids]))[0, -1].argmax()))
     tokenizer = tiny_tokenizer()
-    texts = [tokenizer.decode([token]) for token in ids[len(prompt) :]]
+    place = TokenTexts(tokenizer, prompt)
+    texts = []
+    for token in ids[len(prompt) :]:
+        texts.append(place.read(token)[0])
+        place.take(token)
     assert answer["choices"][0]["logprobs"]["tokens"] == texts
 
 

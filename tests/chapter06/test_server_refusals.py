@@ -1,6 +1,7 @@
 """What the server refuses: each mistake with its status, in the OpenAI API's shape."""
 
 import asyncio
+import json
 import socket
 from collections.abc import Iterator
 
@@ -20,7 +21,7 @@ def client() -> Iterator[httpx.Client]:
 
 BAD = [
     ({"foo": 1}, "foo", "Unrecognized request argument supplied: foo"),
-    ({"best_of": 2}, "best_of", "Unrecognized"),
+    ({"best_of": 2}, "best_of", "best_of is not supported here; leave it out"),
     ({"temperature": -0.1}, "temperature", "greater than or equal to 0"),
     ({"temperature": "hot"}, "temperature", "valid number"),
     ({"top_p": 0}, "top_p", "greater than 0"),
@@ -32,7 +33,11 @@ BAD = [
     ({"min_tokens": 20}, "min_tokens", "between 0 and max_tokens"),
     ({"logprobs": 21}, "logprobs", "less than or equal to 20"),
     ({"echo": True}, "echo", "not supported"),
-    ({"stop": ""}, "stop", "at least 1 character"),
+    ({"stop": [""]}, "stop", "at least 1 character"),
+    ({"foo": 0}, "foo", "Unrecognized"),
+    ({"best_of": True}, "best_of", "not supported"),
+    ({"logit_bias": {"5": 1}}, "logit_bias", "not supported"),
+    ({"suffix": "x"}, "suffix", "not supported"),
     ({"stream_options": {"include_usage": True}}, "stream_options", "needs stream"),
     ({"prompt": ""}, "prompt", "at least 1 character"),
     ({"prompt": []}, "prompt", "at least 1 item"),
@@ -60,11 +65,17 @@ def test_a_wrong_field_is_named(client, change, param, message):
         ([], "at least 1 item"),
         ([{"role": "robot", "content": "x"}], "'user'"),
         ([{"role": "user", "content": [{"type": "image_url", "text": "x"}]}], "'text'"),
-        ([{"role": "user", "content": "x", "tool_calls": []}], "Unrecognized"),
+        ([{"role": "user", "content": "x", "tool_calls": [{}]}], "tool_calls is not supported"),
+        ([{"role": "user", "content": "x", "foo": 1}], "Unrecognized"),
+        ([{"role": "assistant", "content": "x", "refusal": "no"}], "refusal is not supported"),
+        ([{"role": "user", "content": None}], "valid"),
+        ([{"role": "user", "content": "\ud800"}], "surrogate"),
+        ([{"role": "user", "content": [{"type": "text", "text": "a\udfff"}]}], "surrogate"),
     ],
 )
 def test_a_wrong_message_is_refused(client, messages, message):
-    answer = client.post(CHAT, json={"messages": messages})
+    body = json.dumps({"messages": messages})  # in ASCII: half of a surrogate pair can be sent
+    answer = client.post(CHAT, content=body, headers={"content-type": "application/json"})
     assert answer.status_code == 400
     assert message in answer.json()["error"]["message"]
 

@@ -24,18 +24,28 @@ def add_server_flags(parser: script.Parser) -> None:
 
 @dataclass(frozen=True)
 class Answer:
-    """One answered request. Times are seconds; `tokens` are those that the server counted."""
+    """One answered request. Times are seconds; `tokens` are those that the server counted, None
+    where it tells no usage."""
 
     text: str
-    tokens: int
+    tokens: int | None
     ttft: float
     seconds: float
     finish_reason: str | None
 
     @property
     def tpot(self) -> float | None:
-        """Seconds per output token after the first one; None for an answer of one."""
-        return (self.seconds - self.ttft) / (self.tokens - 1) if self.tokens > 1 else None
+        """Seconds per output token after the first one; None for an answer of one, or uncounted."""
+        after_first = (self.tokens or 0) - 1
+        return (self.seconds - self.ttft) / after_first if after_first > 0 else None
+
+
+def counted_tokens(answers: Sequence[Answer]) -> int:
+    """Of all answers. Raises `RunError` where the server does not tell: unknown is not 0."""
+    counts = [answer.tokens for answer in answers if answer.tokens is not None]
+    if len(counts) < len(answers):
+        raise RunError("the server tells no usage, so its tokens cannot be counted")
+    return sum(counts)
 
 
 @dataclass(frozen=True)
@@ -48,7 +58,8 @@ class Server:
     async def ask(self, prompt: str, max_tokens: int) -> Answer:
         """A greedy completion of `prompt`, streamed."""
         started = time.perf_counter()
-        first, pieces, tokens, reason = None, [], 0, None
+        first, tokens, reason = None, None, None
+        pieces: list[str] = []
         stream = await self.client.completions.create(
             **self._question(prompt, max_tokens),
             stream=True,
@@ -60,16 +71,16 @@ class Server:
             for choice in chunk.choices:
                 if first is None:
                     first = time.perf_counter()
-                pieces.append(choice.text)
+                pieces.append(choice.text or "")  # some servers' last one has null
                 reason = choice.finish_reason or reason
         ended = time.perf_counter()
         ttft = (first or ended) - started
         return Answer("".join(pieces), tokens, ttft, ended - started, reason)
 
-    async def ask_whole(self, prompt: str, max_tokens: int) -> tuple[str, int]:
-        """The same completion in one piece: its text and its number of tokens."""
+    async def ask_whole(self, prompt: str, max_tokens: int) -> tuple[str, int | None]:
+        """The same completion in one piece: its text and its number of tokens, if it is told."""
         made = await self.client.completions.create(**self._question(prompt, max_tokens))
-        return made.choices[0].text, made.usage.completion_tokens if made.usage else 0
+        return made.choices[0].text or "", made.usage.completion_tokens if made.usage else None
 
     async def ask_all(
         self, prompts: Sequence[str], max_tokens: int, concurrency: int

@@ -18,6 +18,7 @@ from functools import lru_cache
 from typing import Any
 
 INCOMPLETE = "\ufffd"  # what a decoder makes of bytes that are no character
+MOST_BYTES = 8  # tokens of single bytes before a token that are enough to read it
 
 
 class IncrementalDetokenizer:
@@ -79,6 +80,56 @@ class IncrementalDetokenizer:
         return text[:certain]
 
 
+class TokenTexts:
+    """What the tokens of one output add to its text, each in its place.
+
+    A token is not its lone decoding: SentencePiece's " the" would lose its space, and a part of a
+    character would become U+FFFD. So a token is read after those before it. The bytes of all tokens
+    that were `taken`, joined, are the output's text in UTF-8 (where that text is valid: a decoder
+    writes U+FFFD for bytes that are no character).
+    """
+
+    def __init__(self, tokenizer: Any, prompt_ids: List[int] = ()) -> None:
+        self._vocabulary = _vocabulary(tokenizer)
+        self._before = _WindowDecoder(self._vocabulary, prompt_ids).context
+        self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        self.characters = 0  # of the tokens taken so far
+
+    def read(self, token_id: int) -> tuple[str, bytes | None]:
+        """How the token reads, were it the next one, and its bytes.
+
+        A special token has its name and no bytes; for a part of a character the API's reading is
+        `bytes:` and the bytes in hexadecimal digits, as `bytes:\\xe2\\x82`.
+        """
+        made = self._bytes_of(token_id)
+        if made is None:
+            return self._vocabulary.decode([token_id]), None
+        try:
+            return made.decode(), made
+        except UnicodeDecodeError:
+            return "bytes:" + "".join(f"\\x{byte:02x}" for byte in made), made
+
+    def take(self, token_id: int) -> None:
+        """The output has this token now."""
+        made = self._bytes_of(token_id)
+        if made is None:
+            return
+        whole = made and token_id not in self._vocabulary.byte_tokens
+        self._before = [token_id] if whole else [*self._before[-MOST_BYTES:], token_id]
+        self.characters += len(self._utf8.decode(made))
+
+    def _bytes_of(self, token_id: int) -> bytes | None:
+        vocabulary = self._vocabulary
+        if token_id in vocabulary.special:
+            return None
+        if vocabulary.byte_level:
+            return vocabulary.bytes_of(token_id)
+        if token_id in vocabulary.byte_tokens:
+            return bytes([vocabulary.byte_tokens[token_id]])
+        known = vocabulary.decode(self._before)
+        return vocabulary.decode([*self._before, token_id])[len(known) :].encode()
+
+
 def _overlap(text: str, stop: str) -> int:
     """How many characters at the end of `text` may be the beginning of `stop`."""
     longest = min(len(text), len(stop) - 1)
@@ -95,7 +146,7 @@ class _Vocabulary:
         kinds = _decoder_kinds(self.backend.decoder) if self.is_fast else set()
         self.byte_level = "ByteLevel" in kinds and kinds <= {"ByteLevel", "Fuse"}
         self.special = self._special_ids()
-        self.byte_tokens = self._byte_tokens() if "ByteFallback" in kinds else frozenset()
+        self.byte_tokens = self._byte_tokens() if "ByteFallback" in kinds else {}
         self._bytes: dict[int, bytes] = {}
 
     def bytes_of(self, token_id: int) -> bytes:
@@ -125,9 +176,10 @@ class _Vocabulary:
         added = self.backend.get_added_tokens_decoder()
         return frozenset(token_id for token_id, token in added.items() if token.special)
 
-    def _byte_tokens(self) -> frozenset[int]:
-        found = (self.backend.token_to_id(f"<0x{byte:02X}>") for byte in range(256))
-        return frozenset(token_id for token_id in found if token_id is not None)
+    def _byte_tokens(self) -> dict[int, int]:
+        """Token id -> its byte."""
+        found = {self.backend.token_to_id(f"<0x{byte:02X}>"): byte for byte in range(256)}
+        return {token_id: byte for token_id, byte in found.items() if token_id is not None}
 
 
 @lru_cache(maxsize=4)
@@ -174,7 +226,7 @@ class _WindowDecoder:
         self._vocabulary = vocabulary
         self._pending: list[int] = []
         last = next((i for i in reversed(prompt_ids) if i not in vocabulary.special), None)
-        self._context = [] if last is None or last in vocabulary.byte_tokens else [last]
+        self.context = [] if last is None or last in vocabulary.byte_tokens else [last]
 
     def push(self, token_id: int) -> str:
         if token_id in self._vocabulary.special:
@@ -189,10 +241,10 @@ class _WindowDecoder:
         return self._release(self._text_of_pending())
 
     def _text_of_pending(self) -> str:
-        known = self._vocabulary.decode(self._context)
-        return self._vocabulary.decode(self._context + self._pending)[len(known) :]
+        known = self._vocabulary.decode(self.context)
+        return self._vocabulary.decode(self.context + self._pending)[len(known) :]
 
     def _release(self, text: str) -> str:
         if text:
-            self._context, self._pending = [self._pending[-1]], []
+            self.context, self._pending = [self._pending[-1]], []
         return text

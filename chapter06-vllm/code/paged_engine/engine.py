@@ -12,6 +12,7 @@ One thread at a time may use it; `paged_engine.async_engine` lets many clients s
 import time
 from collections.abc import Sequence as List
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any, Protocol
 
 from torch import Tensor
@@ -22,7 +23,7 @@ from paged_engine.batch import Batch
 from paged_engine.block_manager import BlockManager
 from paged_engine.config import EngineConfig
 from paged_engine.detokenizer import IncrementalDetokenizer
-from paged_engine.loading import chat_ids, load_tokenizer
+from paged_engine.loading import chat_ids, load_tokenizer, plain_ids, text_ids
 from paged_engine.request import FinishReason, Request, Sequence
 from paged_engine.sampler import SampledToken, sample
 from paged_engine.sampling_params import SamplingParams
@@ -129,10 +130,10 @@ class Engine:
             UsageError: it could never be answered; the engine goes on as if it had not come.
         """
         prompt_ids = self.encode(prompt)
+        params = self._with_special_stops(params or SamplingParams())
         self._added += 1
         name = f"request-{self._added}" if request_id is None else request_id
-        ends = self.runner.eos_token_ids
-        request = Request(name, prompt_ids, params or SamplingParams(), time.monotonic(), ends)
+        request = Request(name, prompt_ids, params, time.monotonic(), self.eos_token_ids)
         self.scheduler.add(request)
         self._requests[name] = request
         return name
@@ -142,12 +143,31 @@ class Engine:
         if isinstance(prompt, str):
             if self.tokenizer is None:
                 raise UsageError(f"{self.config.model} has no tokenizer; give token ids")
-            return self.tokenizer.encode(prompt)
+            return text_ids(self.tokenizer, prompt)
+        ids = plain_ids(prompt)
         vocabulary = self.runner.config.vocab_size
-        if prompt and not 0 <= min(prompt) <= max(prompt) < vocabulary:
-            wrong = next(token for token in prompt if not 0 <= token < vocabulary)
+        if ids and not 0 <= min(ids) <= max(ids) < vocabulary:
+            wrong = next(token for token in ids if not 0 <= token < vocabulary)
             raise UsageError(f"token id {wrong} is not in the vocabulary of {vocabulary} tokens")
-        return list(prompt)
+        return ids
+
+    @cached_property
+    def eos_token_ids(self) -> frozenset[int]:
+        """What ends an answer: the model's configuration may name one, its tokenizer another."""
+        own = getattr(self.tokenizer, "eos_token_id", None)
+        return self.runner.eos_token_ids | ({own} if own is not None else set())
+
+    @cached_property
+    def _special_tokens(self) -> frozenset[str]:
+        return frozenset(getattr(self.tokenizer, "all_special_tokens", ()))
+
+    def _with_special_stops(self, params: SamplingParams) -> SamplingParams:
+        """A stop string that is a special token's name never is in a text: its id stops instead."""
+        special = [stop for stop in params.stop if stop in self._special_tokens]
+        if not special:
+            return params
+        ids = self.tokenizer.convert_tokens_to_ids(special)
+        return replace(params, stop_token_ids=(*params.stop_token_ids, *ids))
 
     def encode_chat(self, messages: List[dict[str, Any]]) -> list[int]:
         """The token ids of `[{"role": ..., "content": ...}, ...]`, ready for the answer.
@@ -155,7 +175,7 @@ class Engine:
         Raises:
             UsageError: the model has no chat template, or it refuses the messages.
         """
-        if getattr(self.tokenizer, "chat_template", None) is None:
+        if not getattr(self.tokenizer, "chat_template", None):
             raise UsageError(
                 f"{self.config.model} has no chat template; use generate with a prompt instead"
             )

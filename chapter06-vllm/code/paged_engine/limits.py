@@ -12,10 +12,11 @@ import logging
 import re
 import time
 import uuid
-from collections.abc import MutableMapping
+from collections.abc import MutableMapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from paged_engine.async_engine import AsyncEngine, Generation
@@ -93,8 +94,24 @@ class Gate:
         self.limits = limits
         self.engine = engine
         self.api_key = api_key
+        self._entry: ASGIApp = self._guarded
+
+    def allow_origins(self, origins: Sequence[str]) -> None:
+        """Let pages of these origins ask: browsers want CORS headers, and ask for them first, which
+        they do without the API key."""
+        if origins:
+            self._entry = CORSMiddleware(
+                self._guarded,
+                allow_origins=origins,
+                allow_methods=["GET", "POST"],
+                allow_headers=["*"],
+                expose_headers=["x-request-id", "retry-after"],
+            )
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        await self._entry(scope, receive, send)
+
+    async def _guarded(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":  # the application's start and end
             return await self.app(scope, receive, send)
         call = Call(scope)

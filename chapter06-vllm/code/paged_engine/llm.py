@@ -9,6 +9,7 @@ from collections.abc import Iterable
 from collections.abc import Sequence as List
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from numbers import Integral
 from pathlib import Path
 from typing import Any, cast
 
@@ -147,7 +148,7 @@ class LLM:
 
 
 def _as_list(prompts: Prompt | List[Prompt]) -> list[Prompt]:
-    single = isinstance(prompts, str) or (bool(prompts) and isinstance(prompts[0], int))
+    single = isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], Integral))
     return cast(list[Prompt], [prompts] if single else list(prompts))
 
 

@@ -10,6 +10,8 @@ part alone: whole heads, a slice of the feed-forward columns, a slice of the voc
 """
 
 import json
+import logging
+import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,7 +32,11 @@ ARCHITECTURES = {
 }
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
 HARMLESS = ("rotary_emb.inv_freq", "attn.masked_bias", "attn.bias")  # old files repeat constants
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+log = logging.getLogger("paged_engine.loading")
 
 
 @dataclass(frozen=True)
@@ -95,7 +101,9 @@ def _shape(fields: Mapping[str, Any], path: Path) -> Shape:
 
 def _max_length(fields: Mapping[str, Any], config: ModelConfig) -> int:
     """Up to its sliding window, a model with one is a model without."""
-    window = fields.get("sliding_window") if fields.get("use_sliding_window", True) else None
+    # Mistral has no such switch; a Qwen's is off where its file does not speak of it.
+    switched_on = fields.get("use_sliding_window", fields["model_type"] == "mistral")
+    window = fields.get("sliding_window") if switched_on else None
     return min(config.max_position_embeddings, window or config.max_position_embeddings)
 
 
@@ -148,10 +156,11 @@ def chat_ids(
 ) -> list[int]:
     """The token ids of a conversation, up to the answer's beginning.
 
-    The template is the model's own without a `template`.
+    The template is the model's own without a `template`: of several, the one named default.
 
     Raises:
-        UsageError: the template refuses the messages, or is none; its cause is Jinja's error.
+        UsageError: the template refuses the messages, or is none; its cause is Jinja's error. Or a
+            message is no text.
     """
     from jinja2 import TemplateError
 
@@ -159,9 +168,47 @@ def chat_ids(
         text = tokenizer.apply_chat_template(
             messages, chat_template=template, tokenize=False, add_generation_prompt=True
         )
-    except (TemplateError, TypeError, KeyError) as error:
+    except (TemplateError, TypeError, KeyError, ValueError) as error:
         raise UsageError(f"The chat template refuses these messages: {error}") from error
-    return tokenizer.encode(text, add_special_tokens=False)  # the template has written them
+    return text_ids(tokenizer, text, add_special_tokens=False)  # the template has written them
+
+
+def text_ids(tokenizer: Any, text: str, add_special_tokens: bool = True) -> list[int]:
+    """The token ids of a text. Raises `UsageError` for half of a surrogate pair, which is none."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise UsageError(
+            f"the text has half of a surrogate pair, U+{ord(text[error.start]):04X}, as its "
+            f"character {error.start}: no UTF-8 can say that; send a whole character"
+        ) from None
+    return tokenizer.encode(text, add_special_tokens=add_special_tokens)
+
+
+def plain_ids(prompt: Any) -> list[int]:
+    """Token ids as Python's integers: of a list, a tuple, or an array of integers of one dimension.
+
+    Raises `UsageError` for what is no integer; a number like 1.5 is not cut.
+    """
+    try:
+        ids = list(prompt)
+    except TypeError:
+        raise UsageError(f"prompt {prompt!r} is no text and no list of token ids") from None
+    try:
+        if not any(isinstance(token, bool) for token in ids):
+            return [operator.index(token) for token in ids]
+    except TypeError:
+        pass
+    wrong = next(token for token in ids if isinstance(token, bool) or not _is_index(token))
+    raise UsageError(f"token id {wrong!r} is no integer; give a list of integers, such as [1, 5]")
+
+
+def _is_index(value: Any) -> bool:
+    try:
+        operator.index(value)
+    except TypeError:
+        return False
+    return True
 
 
 @dataclass(frozen=True)
@@ -216,9 +263,12 @@ def load_weights(
     shape than config.json says, or is unknown to the architecture.
     """
     expected = _expected(shape)
-    tensors = {}
+    tensors, untied = {}, None
     for name, tensor in read_tensors(directory):
-        if name.endswith(HARMLESS) or (name == "lm_head.weight" and name not in expected):
+        if name.endswith(HARMLESS):
+            continue
+        if name == HEAD and name not in expected:
+            untied = tensor  # a copy of the embedding, or a matrix of its own
             continue
         if name not in expected:
             raise RunError(f"{directory}: {name} has no place in a {shape.architecture}")
@@ -231,6 +281,13 @@ def load_weights(
     missing = next((name for name in expected if name not in tensors), None)
     if missing is not None:
         raise RunError(f"{directory}: {missing} is missing from its safetensors files")
+    if untied is not None and not torch.equal(untied, tensors[EMBEDDING]):
+        log.warning(
+            "%s: config.json ties the output matrix to the embedding, but the file has two "
+            "different ones; both are used, as transformers does",
+            directory,
+        )
+        tensors[HEAD] = untied
     return _Joiner(tensors, shape, dtype, device, part or Part()).weights()
 
 
@@ -251,7 +308,7 @@ def _expected(shape: Shape) -> dict[str, tuple[int, ...]]:
     vectors = {"input_layernorm": hidden, "post_attention_layernorm": hidden}
     if shape.head_norms:
         vectors |= {"self_attn.q_norm": head, "self_attn.k_norm": head}
-    found: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (config.vocab_size, hidden)}
+    found: dict[str, tuple[int, ...]] = {EMBEDDING: (config.vocab_size, hidden)}
     for layer in range(config.num_hidden_layers):
         prefix = f"model.layers.{layer}."
         for name, (rows, columns, bias) in matrices.items():
@@ -261,7 +318,7 @@ def _expected(shape: Shape) -> dict[str, tuple[int, ...]]:
         found |= {f"{prefix}{name}.weight": (size,) for name, size in vectors.items()}
     found["model.norm.weight"] = (hidden,)
     if not config.tie_word_embeddings:
-        found["lm_head.weight"] = (config.vocab_size, hidden)
+        found[HEAD] = (config.vocab_size, hidden)
     return found
 
 
@@ -281,9 +338,8 @@ class _Joiner:
 
     def weights(self) -> Weights:
         config = self.shape.config
-        embedding = self.whole("model.embed_tokens.weight")
-        tied = config.tie_word_embeddings
-        head = embedding if tied else self.whole("lm_head.weight")
+        embedding = self.whole(EMBEDDING)
+        head = self.whole(HEAD) if HEAD in self.tensors else embedding
         layers = [self.layer(index) for index in range(config.num_hidden_layers)]
         return Weights(embedding, layers, self.whole("model.norm.weight"), self.vocabulary(head))
 

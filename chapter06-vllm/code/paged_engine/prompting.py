@@ -9,10 +9,23 @@ from typing import Any, TypeVar
 from jinja2 import TemplateSyntaxError
 
 from distlab.errors import UsageError
-from paged_engine.loading import chat_ids
+from paged_engine.detokenizer import TokenTexts
+from paged_engine.loading import chat_ids, text_ids
 from paged_engine.protocol import ChatRequest, CompletionRequest, RequestError
 
 Result = TypeVar("Result")
+
+
+class NoTexts:
+    """Instead of `TokenTexts` where there is no tokenizer: tokens as vLLM writes them, no text."""
+
+    characters = 0
+
+    def read(self, token_id: int) -> tuple[str, bytes | None]:
+        return f"token_id:{token_id}", None
+
+    def take(self, token_id: int) -> None:
+        pass
 
 
 class Prompts:
@@ -23,7 +36,8 @@ class Prompts:
 
     def __init__(self, tokenizer: Any, chat_template: str | None = None) -> None:
         self.tokenizer = copy.deepcopy(tokenizer)
-        self.chat_template = chat_template or getattr(tokenizer, "chat_template", None)
+        self.chat_template = chat_template  # None: the tokenizer's own, which may be several
+        self.has_template = bool(chat_template or getattr(tokenizer, "chat_template", None))
         if chat_template and tokenizer is not None:
             self._check_template()
         self._thread = ThreadPoolExecutor(1, "tokenizer")
@@ -33,7 +47,7 @@ class Prompts:
 
     async def of_chat(self, body: ChatRequest) -> list[list[int]]:
         """Raises RequestError without a template, and where the template refuses the messages."""
-        if self.tokenizer is None or self.chat_template is None:
+        if self.tokenizer is None or not self.has_template:
             raise RequestError(
                 "This model has no chat template; use /v1/completions, or start the server with "
                 "--chat-template FILE",
@@ -41,11 +55,9 @@ class Prompts:
             )
         return await self._in_thread(lambda: [self._chat_ids(body)])
 
-    def texts(self, token_ids: Sequence[int]) -> list[str]:
-        """Each token by itself; a part of a character reads as U+FFFD."""
-        if self.tokenizer is None:
-            return [f"token_id:{token}" for token in token_ids]  # as vLLM writes it
-        return [self.tokenizer.decode([token]) for token in token_ids]
+    def token_texts(self, prompt_ids: Sequence[int]) -> "TokenTexts | NoTexts":
+        """What the tokens of an output add to its text after this prompt."""
+        return TokenTexts(self.tokenizer, prompt_ids) if self.tokenizer is not None else NoTexts()
 
     def close(self) -> None:
         self._thread.shutdown(wait=False, cancel_futures=True)
@@ -63,7 +75,7 @@ class Prompts:
     def _ids(self, prompt: str | list[int]) -> list[int]:
         if isinstance(prompt, str) and self.tokenizer is None:
             raise RequestError("This model has no tokenizer; send token ids", "prompt")
-        ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
+        ids = text_ids(self.tokenizer, prompt) if isinstance(prompt, str) else prompt
         if not ids:
             raise RequestError("The prompt has no tokens", "prompt")
         return ids

@@ -67,7 +67,7 @@ class Completion(Answer):
 class TopLogprob(BaseModel):
     token: str
     logprob: float
-    bytes: list[int]
+    bytes: list[int] | None  # in the text; None for a special token, which is not in it
 
 
 class TokenLogprob(TopLogprob):

@@ -72,6 +72,7 @@ class Service:
         params = body.sampling(self.limit - longest if chat else DEFAULT_MAX_TOKENS)
         generation = request.state.call.generation
         request.state.call.tally = answer.tally
+        answer.prompt_ids = prompts
         await generation.start(prompts, params, answer.name)
         if body.stream:
             events = answer.events(generation)

@@ -82,7 +82,7 @@ def _draw_rows(logits: Tensor, sequences: List[Sequence]) -> list[int]:
         filters = Filters(
             _column(top_k, device, torch.int64), _column(top_p, device), _column(min_p, device)
         )
-        weights.mul_(weights >= thresholds(weights, filters, vocabulary))
+        keep(weights, filters, vocabulary)
     uniform = _column([_uniform(sequence) for sequence in sequences], device, torch.float64)
     return draw(weights, uniform).tolist()
 
@@ -198,28 +198,41 @@ def relative_weights(logits: Tensor, temperature: Tensor) -> Tensor:
     return weights
 
 
-def thresholds(weights: Tensor, filters: Filters, vocabulary: int) -> Tensor:
-    """The smallest weight [rows, 1] that each row keeps; equal weights stay or go together.
+def keep(weights: Tensor, filters: Filters, vocabulary: int) -> None:
+    """Make all weights 0 in place that a filter cuts off.
 
-    The tokens that min-p and top-k leave share the whole probability; of it, top-p keeps the fewest
-    likeliest tokens that have `top_p` together (Holtzman et al. 2020, section 3.1).
+    Equal weights stay or go together by min-p and top-k, as in vLLM. The tokens that those two
+    leave share the whole probability; of it, top-p keeps the fewest likeliest tokens that have
+    `top_p` together (Holtzman et al. 2020, section 3.1): of equal ones those with small ids.
     """
+    cut, spare = _thresholds(weights, filters, vocabulary)
+    weights.mul_(weights >= cut)
+    for row in spare.nonzero()[:, 0].tolist():
+        equal = (weights[row] == cut[row]).nonzero()[:, 0]
+        weights[row, equal[len(equal) - int(spare[row]) :]] = 0
+
+
+def _thresholds(weights: Tensor, filters: Filters, vocabulary: int) -> tuple[Tensor, Tensor]:
+    """The smallest weight [rows, 1] that each row keeps; how many of those equal to it go [rows]"""
     result = filters.min_p.clone()
+    spare = torch.zeros(len(weights), dtype=torch.int64, device=weights.device)
     limited = filters.top_k < vocabulary
     rows = torch.nonzero(limited | (filters.top_p < 1))[:, 0]
     count = max(FIRST_LOOK, int(filters.top_k.where(limited, 0).max()) + 1)
     while len(rows):
         part = weights[rows]
         whole = count >= vocabulary
-        found, cut = _cut(_largest(part, min(count, vocabulary)), _sum(part), filters.of(rows))
+        largest = _largest(part, min(count, vocabulary))
+        found, cut, ties = _cut(largest, _sum(part), filters.of(rows))
         found |= whole
-        result[rows[found]] = cut[found]
+        result[rows[found]], spare[rows[found]] = cut[found], ties[found]
         rows, count = rows[~found], count * 16
-    return result
+    return result, spare
 
 
-def _cut(largest: Tensor, total: Tensor, filters: Filters) -> tuple[Tensor, Tensor]:
-    """Whether the `largest` weights [rows, count], in falling order, are enough; the threshold."""
+def _cut(largest: Tensor, total: Tensor, filters: Filters) -> tuple[Tensor, Tensor, Tensor]:
+    """Whether the `largest` weights [rows, count], in falling order, are enough; the threshold; how
+    many that equal it top-p does not need [rows]."""
     count, last = largest.shape[1], largest[:, -1:]
     kth = largest.gather(1, filters.top_k.clamp(max=count) - 1)
     floor = torch.where(filters.top_k <= count, kth.maximum(filters.min_p), filters.min_p)
@@ -227,8 +240,11 @@ def _cut(largest: Tensor, total: Tensor, filters: Filters) -> tuple[Tensor, Tens
     mass = torch.where(floor > last, together[:, -1:], total)
     crossing = (together < filters.top_p * mass).sum(-1, keepdim=True).clamp(max=count - 1)
     cut = torch.where(filters.top_p < 1, largest.gather(1, crossing).maximum(floor), floor)
+    kept = largest >= cut
+    by_mass = (filters.top_p < 1) & (cut == largest.gather(1, crossing))
+    ties = (kept.sum(-1, keepdim=True) - crossing - 1).where(by_mass, 0)[:, 0]
     mass_is_known = (floor > last) | (floor == 0)
-    return (mass_is_known & (cut > last))[:, 0], cut
+    return (mass_is_known & (cut > last))[:, 0], cut, ties
 
 
 def _largest(weights: Tensor, count: int) -> Tensor:

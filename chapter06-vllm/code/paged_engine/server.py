@@ -87,6 +87,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             max_queue=args.max_queue,
             request_seconds=args.request_seconds,
             limits=Limits(body_bytes=args.max_body_bytes),
+            cors_origins=args.cors_origin,
         )
         if args.host not in LOCAL_HOSTS and not api_key:
             log.warning("whoever reaches %s may use this server; set %s", args.host, API_KEY)
@@ -104,6 +105,10 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--chat-template", type=Path, metavar="FILE", help="Jinja, for all chats")
     parser.add_argument("--host", default="127.0.0.1", help="default: 127.0.0.1")
     parser.add_argument("--port", type=int, default=8000, help="default: 8000; 0: a free one")
+    parser.add_argument(
+        "--cors-origin", action="append", default=[], metavar="ORIGIN",
+        help="whose pages may ask, https://host, or * for all; again for more",
+    )  # fmt: skip
     parser.add_argument("--log-level", choices=["debug", "info", "warning"], default="info")
     _add_engine_flags(parser.add_argument_group("the engine"))
     limits = parser.add_argument_group("limits")
@@ -146,12 +151,15 @@ def serve_engine(
     max_queue: int = 256,
     request_seconds: float = 600.0,
     limits: Limits | None = None,
+    cors_origins: Sequence[str] = (),
 ) -> Gate:
     """The ASGI application for an engine, which it closes at its end."""
     asynchronous = AsyncEngine(engine, max_queue, request_seconds, Metrics(name))
     prompts = Prompts(engine.tokenizer, chat_template)
     service = Service(name, asynchronous, prompts, created=int(time.time()))
-    return Gate(build_app(service), limits or Limits(), asynchronous, api_key)
+    gate = Gate(build_app(service), limits or Limits(), asynchronous, api_key)
+    gate.allow_origins(cors_origins)
+    return gate
 
 
 def read_api_key() -> str | None:

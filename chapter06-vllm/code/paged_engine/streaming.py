@@ -9,8 +9,9 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 from paged_engine.async_engine import Generation, Unavailable
+from paged_engine.detokenizer import TokenTexts
 from paged_engine.engine import Output
-from paged_engine.prompting import Prompts
+from paged_engine.prompting import NoTexts, Prompts
 from paged_engine.protocol import GenerationRequest
 from paged_engine.responses import (
     CachedTokens,
@@ -67,6 +68,8 @@ class Answer:
         self.body = body
         self.prompts = prompts
         self.tally = Tally()
+        self.prompt_ids: list[list[int]] = []  # set before the engine is asked
+        self._places: dict[int, TokenTexts | NoTexts] = {}  # choice -> its tokens so far
 
     async def whole(self, generation: Generation) -> Completion | ChatCompletion:
         """Wait for all outputs. Raises Unavailable."""
@@ -91,11 +94,12 @@ class Answer:
         """All samples of the first prompt, then all of the second, and so on."""
         return generation.prompt_of[output.request_id] * self.body.samples + output.index
 
-    def texts(self, sampled: SampledToken) -> tuple[str, list[tuple[str, float]]]:
-        """A token's text, and those of the likeliest tokens with their log probabilities."""
-        top = sampled.top or {}
-        text, *others = self.prompts.texts([sampled.token, *top])
-        return text, list(zip(others, top.values(), strict=True))
+    def place(self, index: int) -> TokenTexts | NoTexts:
+        """Where the next token of a choice stands."""
+        if index not in self._places:
+            prompt = self.prompt_ids[index // self.body.samples]
+            self._places[index] = self.prompts.token_texts(prompt)
+        return self._places[index]
 
     def choice(self, index: int, outputs: list[Output]) -> Any:
         raise NotImplementedError
@@ -111,10 +115,6 @@ class Answer:
 
 
 class CompletionAnswer(Answer):
-    def __init__(self, *args: Any) -> None:
-        super().__init__(*args)
-        self.offsets: dict[int, int] = {}  # choice -> characters of its tokens so far
-
     def choice(self, index: int, outputs: list[Output]) -> CompletionChoice:
         return CompletionChoice(
             index=index,
@@ -136,15 +136,15 @@ class CompletionAnswer(Answer):
         if self.body.wanted_logprobs is None:
             return None
         written = CompletionLogprobs(text_offset=[], token_logprobs=[], tokens=[], top_logprobs=[])
-        offset = self.offsets.get(index, 0)
+        place = self.place(index)
         for one in _sampled(outputs):
-            text, likely = self.texts(one)
-            written.text_offset.append(offset)
+            begin, text = place.characters, place.read(one.token)[0]
             written.tokens.append(text)
             written.token_logprobs.append(one.logprob)
-            written.top_logprobs.append({**dict(likely), text: one.logprob or 0.0})
-            offset += len(text)
-        self.offsets[index] = offset
+            written.top_logprobs.append(_by_text(one, place))
+            place.take(one.token)
+            # it may also end a character that never came to its end, which reads as U+FFFD
+            written.text_offset.append(max(begin, place.characters - len(text)))
         return written
 
 
@@ -157,7 +157,7 @@ class ChatAnswer(Answer):
         return ChatChoice(
             index=index,
             message=ChatMessage(content="".join(output.text for output in outputs)),
-            logprobs=self.logprobs(outputs),
+            logprobs=self.logprobs(index, outputs),
             finish_reason=outputs[-1].finish_reason,
         )
 
@@ -167,7 +167,7 @@ class ChatAnswer(Answer):
         return ChatChunkChoice(
             index=index,
             delta=Delta(role="assistant" if first else None, content=output.text),
-            logprobs=self.logprobs([output]),
+            logprobs=self.logprobs(index, [output]),
             finish_reason=output.finish_reason,
         )
 
@@ -178,14 +178,15 @@ class ChatAnswer(Answer):
     def chunk(self, choices: list[Any], usage: Usage | None = None) -> ChatChunk:
         return ChatChunk(id=self.name, model=self.model, choices=choices, usage=usage)
 
-    def logprobs(self, outputs: list[Output]) -> ChatLogprobs | None:
+    def logprobs(self, index: int, outputs: list[Output]) -> ChatLogprobs | None:
         if self.body.wanted_logprobs is None:
             return None
-        content = []
+        content, place = [], self.place(index)
         for one in _sampled(outputs):
-            text, likely = self.texts(one)
-            top = [TopLogprob(**_token(*pair)) for pair in likely]
-            content.append(TokenLogprob(**_token(text, one.logprob), top_logprobs=top))
+            likely = (one.top or {}).items()
+            top = [TopLogprob(**_token(token, logprob, place)) for token, logprob in likely]
+            content.append(TokenLogprob(**_token(one.token, one.logprob, place), top_logprobs=top))
+            place.take(one.token)
         return ChatLogprobs(content=content)
 
 
@@ -193,8 +194,24 @@ def _sampled(outputs: list[Output]) -> list[SampledToken]:
     return [one for output in outputs for one in output.logprobs or ()]
 
 
-def _token(text: str, logprob: float | None) -> dict[str, Any]:
-    return {"token": text, "logprob": logprob, "bytes": list(text.encode())}
+def _by_text(sampled: SampledToken, place: TokenTexts | NoTexts) -> dict[str, float]:
+    """The likeliest tokens' log probabilities and the sampled one's, by how the tokens read.
+
+    Two tokens may read alike, as an added one and one of the vocabulary: the first has the text,
+    and the sampled one is always the first; another is written as vLLM writes ids.
+    """
+    names = {sampled.token: place.read(sampled.token)[0]}
+    for token in sampled.top or {}:
+        text = place.read(token)[0]
+        names.setdefault(token, text if text not in names.values() else f"token_id:{token}")
+    written = {names[token]: logprob for token, logprob in (sampled.top or {}).items()}
+    written.setdefault(names[sampled.token], sampled.logprob or 0.0)
+    return written
+
+
+def _token(token: int, logprob: float | None, place: TokenTexts | NoTexts) -> dict[str, Any]:
+    text, made = place.read(token)
+    return {"token": text, "logprob": logprob, "bytes": None if made is None else list(made)}
 
 
 def _event(chunk: Completion | ChatChunk) -> bytes:
