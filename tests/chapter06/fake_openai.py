@@ -24,6 +24,8 @@ class Fake:
     models: list[str] = field(default_factory=lambda: ["fake"])
     metrics: str | None = None  # instead of the true ones
     miscounted: int = 0
+    tells_usage: bool = True
+    last_text_is_null: bool = False
     waiting: int = 0
     tokens: int = 0
     answers: int = 0
@@ -104,7 +106,8 @@ def _handler(fake: Fake) -> type[BaseHTTPRequestHandler]:
 
         def complete(self, asked: dict) -> None:
             pieces = fake.streamed_text if asked.get("stream") else TEXT
-            usage = {"prompt_tokens": 3, "completion_tokens": len(pieces), "total_tokens": 8}
+            told = {"prompt_tokens": 3, "completion_tokens": len(pieces), "total_tokens": 8}
+            usage = told if fake.tells_usage else None
             with fake.lock:
                 fake.tokens += len(pieces)
                 fake.answers += 1
@@ -116,7 +119,11 @@ def _handler(fake: Fake) -> type[BaseHTTPRequestHandler]:
             self.end_headers()
             last = len(pieces) - 1
             chunks = [_chunk(p, "length" if i == last else None) for i, p in enumerate(pieces)]
-            for chunk in [*chunks, {**_chunk("", None), "choices": [], "usage": usage}]:
+            if fake.last_text_is_null:
+                chunks.append(_chunk(None, None))
+            if usage:
+                chunks.append({**_chunk("", None), "choices": [], "usage": usage})
+            for chunk in chunks:
                 self.wfile.write(f"data: {json.dumps(chunk)}\n\n".encode())
             self.wfile.write(b"data: [DONE]\n\n")
 
@@ -130,7 +137,7 @@ def _handler(fake: Fake) -> type[BaseHTTPRequestHandler]:
     return Handler
 
 
-def _chunk(text: str, reason: str | None) -> dict:
+def _chunk(text: str | None, reason: str | None) -> dict:
     choice = {"index": 0, "text": text, "finish_reason": reason, "logprobs": None}
     return {
         "id": "x", "object": "text_completion", "created": 0, "model": "fake", "choices": [choice],

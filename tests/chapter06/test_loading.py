@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 
 from distlab.errors import RunError, UsageError
 from paged_engine.loading import Part, check_split, eos_token_ids, load_weights, read_shape
-from small_models import runner_of, save_random_model
+from small_models import Greedy, greedy_reference, load_reference, runner_of, save_random_model
 
 CPU = torch.device("cpu")
 
@@ -133,6 +133,48 @@ def test_end_tokens_of_both_files(directory: Path) -> None:
 def test_a_sliding_window_limits_the_length(tmp_path: Path) -> None:
     directory = save_random_model(tmp_path / "model", "mistral", sliding_window=100)
     assert read_shape(directory).max_length == 100
+
+
+@pytest.mark.parametrize(
+    ("architecture", "fields", "length"),
+    [
+        ("qwen2", {"sliding_window": 100}, 256),  # off where the file does not switch it on
+        ("qwen2", {"sliding_window": 100, "use_sliding_window": False}, 256),
+        ("qwen2", {"sliding_window": 100, "use_sliding_window": True}, 100),
+        ("qwen3", {"sliding_window": 100}, 256),
+        ("mistral", {"sliding_window": None}, 256),
+    ],
+)
+def test_a_window_that_is_not_used_limits_nothing(
+    tmp_path: Path, architecture: str, fields: dict, length: int
+) -> None:
+    directory = save_random_model(tmp_path / "model", architecture)
+    change_config(directory, **fields)
+    if "use_sliding_window" not in fields:
+        config = json.loads((directory / "config.json").read_text())
+        config.pop("use_sliding_window", None)
+        (directory / "config.json").write_text(json.dumps(config))
+    assert read_shape(directory).max_length == length
+
+
+def test_two_different_matrices_of_a_tied_configuration_are_both_used(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As transformers does, which says it as well."""
+    directory = save_random_model(tmp_path / "model")
+    change_config(directory, tie_word_embeddings=True)
+    prompt = [3, 1, 4, 1, 5]
+    expected = greedy_reference(load_reference(directory), prompt, 12)
+    runner = runner_of(directory)
+    assert "two different ones; both are used" in caplog.text
+    (tokens,) = Greedy(runner, 32, False, 64).generate([prompt], 12)
+    assert tokens == expected
+    tensors = load_file(directory / "model.safetensors")
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+    save_file(tensors, directory / "model.safetensors", {"format": "pt"})
+    caplog.clear()
+    load(directory)  # a copy of the embedding is nothing to tell
+    assert not caplog.text
 
 
 @pytest.mark.parametrize(

@@ -30,6 +30,11 @@ def test_a_queue_is_told(capsys):
     assert "verdict: up to 5 requests waited" in capsys.readouterr().out
 
 
+def test_a_server_that_tells_no_usage_cannot_be_checked():
+    with fake_openai(tells_usage=False) as fake, pytest.raises(RunError, match="tells no usage"):
+        read_metrics.main([*SMOKE, "--base-url", fake.url])
+
+
 def test_a_server_that_loses_tokens_fails(monkeypatch, capsys):
     with fake_openai() as fake:
         monkeypatch.setattr(Fake, "counted", _losing(Fake.counted))

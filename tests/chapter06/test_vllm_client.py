@@ -1,5 +1,7 @@
 """The client against a server that does as it is told: the load, the check, and every refusal."""
 
+import json
+
 import pytest
 
 import vllm_client
@@ -32,6 +34,18 @@ def test_every_answer_is_in_the_table(tmp_path, capsys):
 def test_a_stream_that_says_something_else_fails(stream):
     with fake_openai(streamed_text=stream) as fake:
         assert vllm_client.main([*SMOKE, "--base-url", fake.url]) == 1
+
+
+def test_a_server_that_tells_no_usage_has_no_throughput(tmp_path, capsys):
+    """Unknown, not 0 tok/s; and a last piece of text that is null is no text."""
+    file = tmp_path / "record.json"
+    with fake_openai(tells_usage=False, last_text_is_null=True) as fake:
+        flags = ["--base-url", fake.url, "--concurrency", "2", "--json", str(file)]
+        assert vllm_client.main([*SMOKE, *flags]) == 0
+    printed = capsys.readouterr().out
+    assert "output tokens at 2: unknown" in printed
+    assert "this server tells no usage" in printed and "0 tok/s" not in printed
+    assert json.loads(file.read_text())["metrics"]["output_tokens_at_2"]["value"] is None
 
 
 def test_no_server_is_one_line(capsys):
