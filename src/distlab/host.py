@@ -3,8 +3,10 @@
 import os
 import platform
 import re
+import socket
 import subprocess
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path, PurePosixPath
 
 
@@ -21,6 +23,19 @@ def cpu_name() -> str:
         asked = ["sysctl", "-n", "machdep.cpu.brand_string"]
         return subprocess.run(asked, capture_output=True, text=True, timeout=5).stdout.strip()
     return platform.processor() or platform.machine()
+
+
+@cache
+def own_address() -> str | None:
+    """What this machine's name stands for; None where it cannot be resolved.
+
+    Containers and laptops away from their network often have such a name. torchrun asks for it, and
+    tries for five minutes.
+    """
+    try:
+        return str(socket.getaddrinfo(socket.gethostname(), None)[0][4][0])
+    except OSError:
+        return None
 
 
 def usable_cores() -> int:

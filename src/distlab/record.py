@@ -14,6 +14,7 @@ from typing import Any
 
 from distlab.errors import RunError
 from distlab.files import repo_root, write_text
+from distlab.launch import world_size
 
 SCHEMA = 1
 RECORDED_PACKAGES = ("torch", "numpy", "transformers", "deepspeed", "vllm", "sglang", "flwr")
@@ -27,7 +28,7 @@ def describe_run(preset: str) -> dict[str, Any]:
         "schema": SCHEMA,
         "command": command_line(),
         "preset": preset,
-        "world_size": _world_size(),
+        "world_size": world_size(),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "commit": commit(),
         "machine": dataclasses.asdict(machine()),
@@ -36,7 +37,7 @@ def describe_run(preset: str) -> dict[str, Any]:
 
 
 def command_line() -> str:
-    """The line that started this process: `python …`, `torchrun …` or `srun … python …`.
+    """The line that started this process: `python …`, by torchrun, srun or mpirun.
 
     On the virtual cluster (`lab cluster` says so in $LAB_CLUSTER) with the line that made it.
     """
@@ -50,9 +51,7 @@ def _typed() -> str:
     shown = script.relative_to(root) if script.is_relative_to(root) else Path(script.name)
     words = [str(shown), *sys.argv[1:]]
     if "TORCHELASTIC_RUN_ID" not in os.environ:
-        tasks = _world_size()
-        launcher = ["srun", f"--ntasks={tasks}"] if tasks > 1 and _in_slurm_step() else []
-        return shlex.join([*launcher, "python", *words])
+        return shlex.join([*_launcher(), "python", *words])
     world, local = int(os.environ["WORLD_SIZE"]), int(os.environ["LOCAL_WORLD_SIZE"])
     nodes = [f"--nnodes={world // local}"] if world > local else []
     return shlex.join(["torchrun", *nodes, f"--nproc_per_node={local}", *words])
@@ -70,15 +69,13 @@ def commit() -> str | None:
     return result.stdout.strip() or None
 
 
-def _world_size() -> int:
-    if "WORLD_SIZE" not in os.environ and _in_slurm_step():
-        return int(os.environ.get("SLURM_NTASKS", 1))
-    return int(os.environ.get("WORLD_SIZE", 1))
-
-
-def _in_slurm_step() -> bool:
-    """Whether `srun` started this process; a batch script has Slurm's other variables too."""
-    return "SLURM_STEP_ID" in os.environ
+def _launcher() -> list[str]:
+    """What was typed before `python`, where it was no torchrun: srun, mpirun, or nothing."""
+    tasks = world_size()
+    if tasks == 1 or "WORLD_SIZE" in os.environ:
+        return []
+    by_slurm = "SLURM_STEP_ID" in os.environ
+    return ["srun", f"--ntasks={tasks}"] if by_slurm else ["mpirun", "-n", str(tasks)]
 
 
 def installed_versions() -> dict[str, str]:

@@ -1,16 +1,19 @@
 """Who am I in this job: rank, world size, device, back end, and a process group that ends cleanly.
 
-The same script runs alone (`python x.py`), under torchrun, and under Slurm (`srun python x.py`).
+The same script runs alone (`python x.py`), under torchrun and its like, under Slurm (`srun python
+x.py`) and under mpirun.
 """
 
 import argparse
+import json
 import os
 import random
 import re
 import socket
 import time
 import traceback
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -40,6 +43,7 @@ class Runtime:
     local_world_size: int
     device: torch.device
     backend: str
+    gpus: int = 0  # different ones that the ranks of the job have
 
     @property
     def is_main(self) -> bool:
@@ -89,14 +93,19 @@ def distributed(
     is gone or did not come in time.
     """
     launch = detect_launch()
-    place = _choose_device(launch, backend, device)
-    chosen = _choose_backend(backend, place)
+    kind = _choose_kind(backend, device)
+    chosen = _choose_backend(backend, kind)
     seed_everything(seed)
-    if place.type == "cuda":
-        torch.cuda.set_device(place)
-    _join(launch, chosen, timeout_s, place)
+    with _meeting(launch, timeout_s):
+        store = _meet(launch, timeout_s)
+        everyone = _introduce(store, launch, _visible_gpus() if kind == "cuda" else [])
+        local_rank, local_world_size = _among_neighbours(launch, everyone)
+        place, gpus = _choose_device(launch, everyone, kind, backend)
+        if kind == "cuda":
+            torch.cuda.set_device(place)
+        _join(store, launch, chosen, timeout_s, place)
     runtime = Runtime(
-        launch.rank, launch.world_size, launch.local_rank, launch.local_world_size, place, chosen
+        launch.rank, launch.world_size, local_rank, local_world_size, place, chosen, gpus
     )
     try:
         yield runtime
@@ -115,51 +124,98 @@ def seed_everything(seed: int) -> None:
     torch.manual_seed(seed)
 
 
-def _choose_device(launch: Launch, backend: str, device: str) -> torch.device:
+def _choose_kind(backend: str, device: str) -> str:
+    """cpu or cuda, by the flags and what is here."""
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if device == "cpu" or (device == "auto" and gpus == 0):
         if backend == "nccl":
             raise UsageError("--backend nccl needs GPUs and none is used here; use --backend gloo")
-        return torch.device("cpu")
+        return "cpu"
     if gpus == 0:
         raise UsageError("--device cuda: there is no CUDA device here; use --device cpu")
-    if launch.local_world_size > gpus and backend != "gloo":
-        raise UsageError(
-            f"{launch.local_world_size} ranks on {gpus} GPU(s): NCCL wants a GPU for each rank; "
-            f"use --nproc_per_node={gpus}, or --backend gloo to share, or --device cpu"
-        )
-    return torch.device("cuda", launch.local_rank % gpus)
+    return "cuda"
 
 
-def _choose_backend(backend: str, device: torch.device) -> str:
+def _choose_backend(backend: str, kind: str) -> str:
     if backend != "auto":
         return backend
-    return "nccl" if device.type == "cuda" and dist.is_nccl_available() else "gloo"
+    return "nccl" if kind == "cuda" and dist.is_nccl_available() else "gloo"
 
 
-def _join(launch: Launch, backend: str, timeout_s: float, device: torch.device) -> None:
-    global has_joined
-    has_joined = True
-    timeout = timedelta(seconds=timeout_s)
-    device_id = device if backend == "nccl" else None
-    if launch.master_addr is None:  # alone: no port, no network
-        alone = dist.HashStore()
-        dist.init_process_group(
-            backend, store=alone, rank=0, world_size=1, timeout=timeout, device_id=device_id
+@dataclass(frozen=True)
+class _Rank:
+    """What a rank tells the others of itself: its host, and the ids of the GPUs that it can see."""
+
+    host: str
+    gpus: tuple[str, ...]
+
+
+def _visible_gpus() -> list[str]:
+    count = torch.cuda.device_count()
+    return [str(torch.cuda.get_device_properties(index).uuid) for index in range(count)]
+
+
+def _introduce(store: dist.Store, launch: Launch, gpus: Sequence[str]) -> list[_Rank]:
+    """Everybody's `_Rank`, by rank."""
+    own = {"host": socket.gethostname(), "gpus": list(gpus)}
+    store.set(f"distlab/rank{launch.rank}", json.dumps(own))
+    told = [json.loads(store.get(f"distlab/rank{rank}")) for rank in range(launch.world_size)]
+    return [_Rank(one["host"], tuple(one["gpus"])) for one in told]
+
+
+def _among_neighbours(launch: Launch, everyone: Sequence[_Rank]) -> tuple[int, int]:
+    """Local rank and local world size: what the launcher says, else by the ranks' own hosts."""
+    here = everyone[launch.rank].host
+    neighbours = [rank for rank, one in enumerate(everyone) if one.host == here]
+    local_rank, size = launch.local_rank, launch.local_world_size
+    return (
+        neighbours.index(launch.rank) if local_rank is None else local_rank,
+        len(neighbours) if size is None else size,
+    )
+
+
+def _choose_device(
+    launch: Launch,
+    everyone: Sequence[_Rank],
+    kind: str,
+    backend: str,
+) -> tuple[torch.device, int]:
+    """This rank's device, and how many different GPUs the job has.
+
+    A launcher may show every rank all GPUs of the node, or each its own (`srun --gpus-per-task=1`):
+    in the order of ranks, each takes the first that it can see and nobody has; where all are
+    taken, gloo's ranks share them.
+    """
+    if kind == "cpu":
+        return torch.device("cpu"), 0
+    chosen: list[tuple[str, str]] = []  # of each rank: host and GPU
+    index = 0
+    for rank, one in enumerate(everyone):
+        before = sum(host == one.host for host, _ in chosen)
+        free = (i for i, gpu in enumerate(one.gpus) if (one.host, gpu) not in chosen)
+        place = next(free, before % max(1, len(one.gpus)))
+        chosen.append((one.host, one.gpus[place] if one.gpus else ""))
+        index = place if rank == launch.rank else index
+    per_gpu = Counter(chosen)
+    if backend != "gloo" and (crowded := next((h for (h, _), n in per_gpu.items() if n > 1), "")):
+        ranks = sum(one.host == crowded for one in everyone)  # all ranks see it, and all end here
+        gpus = sum(host == crowded for host, _ in per_gpu)
+        raise UsageError(
+            f"{ranks} ranks on {gpus} GPU(s): NCCL wants a GPU for each rank; "
+            f"use --nproc_per_node={gpus}, or --backend gloo to share, or --device cpu"
         )
-        return
-    os.environ["MASTER_ADDR"] = launch.master_addr
-    os.environ["MASTER_PORT"] = str(launch.master_port)
+    return torch.device("cuda", index), len(set(chosen))
+
+
+@contextmanager
+def _meeting(launch: Launch, timeout_s: float) -> Iterator[None]:
+    """Turn what goes wrong when ranks meet into one line."""
     started = time.monotonic()
     try:
-        dist.init_process_group(
-            backend,
-            rank=launch.rank,
-            world_size=launch.world_size,
-            timeout=timeout,
-            device_id=device_id,
-        )
+        yield
     except (RuntimeError, socket.gaierror) as error:  # the store's and gloo's are RuntimeErrors
+        if isinstance(error, UsageError):
+            raise
         first_line = str(error).splitlines()[0] if str(error) else type(error).__name__
         waited = time.monotonic() - started  # gloo's may be five timeouts, for a silent address
         raise RunError(
@@ -167,6 +223,34 @@ def _join(launch: Launch, backend: str, timeout_s: float, device: torch.device) 
             f"{launch.master_addr}:{launch.master_port} in {waited:.1f} s "
             f"(timeout {timeout_s:g} s): {first_line}"
         ) from error
+
+
+def _meet(launch: Launch, timeout_s: float) -> dist.Store:
+    """The store that all ranks of the job have in common; alone, without a port or a network."""
+    global has_joined
+    has_joined = True
+    if launch.master_addr is None:
+        return dist.HashStore()
+    os.environ["MASTER_ADDR"] = launch.master_addr
+    os.environ["MASTER_PORT"] = str(launch.master_port)
+    ranks = {"rank": launch.rank, "world_size": launch.world_size}
+    timeout = timedelta(seconds=timeout_s)
+    store, _, _ = next(dist.rendezvous("env://", **ranks, timeout=timeout))
+    store.set_timeout(timeout)
+    return store
+
+
+def _join(
+    store: dist.Store, launch: Launch, backend: str, timeout_s: float, device: torch.device
+) -> None:
+    dist.init_process_group(
+        backend,
+        store=dist.PrefixStore("default_pg", store),
+        rank=launch.rank,
+        world_size=launch.world_size,
+        timeout=timedelta(seconds=timeout_s),
+        device_id=device if backend == "nccl" else None,
+    )
 
 
 def _leave(backend: str, failed: bool) -> None:

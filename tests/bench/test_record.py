@@ -17,7 +17,9 @@ from distlab import record
 from distlab.errors import RunError
 from distlab.files import repo_root
 
-LAUNCHERS = ("RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "TORCHELASTIC_RUN_ID", "SLURM_")
+LAUNCHERS = (
+    "RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "TORCHELASTIC_RUN_ID", "SLURM_", "OMPI_", "PMI_",
+)  # fmt: skip
 
 
 @pytest.fixture(autouse=True)
@@ -207,3 +209,10 @@ def test_load_of_a_missing_file_or_a_folder_names_it(tmp_path):
     for path in (tmp_path / "none.json", tmp_path):
         with pytest.raises(RunError, match=path.name):
             record.load(path)
+
+
+def test_command_line_of_mpirun(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["train.py"])
+    for name, value in {"RANK": "1", "SIZE": "4", "LOCAL_RANK": "1", "LOCAL_SIZE": "4"}.items():
+        monkeypatch.setenv(f"OMPI_COMM_WORLD_{name}", value)
+    assert record.command_line() == "mpirun -n 4 python train.py"

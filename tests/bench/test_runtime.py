@@ -76,6 +76,84 @@ def test_slurm_takes_an_address_and_a_port_that_the_batch_script_chose():
     assert (launch.rank, launch.master_addr, launch.master_port) == (4, "10.0.0.9", 29501)
 
 
+def test_each_slurm_node_has_its_own_number_of_tasks():
+    uneven = SLURM | {"SLURM_STEP_TASKS_PER_NODE": "2(x2),1", "SLURM_NTASKS": "5"}
+    assert [detect_launch(uneven | {"SLURM_NODEID": node}).local_world_size for node in "012"] == [
+        2,
+        2,
+        1,
+    ]
+    unknown = {name: value for name, value in SLURM.items() if "TASKS_PER_NODE" not in name}
+    assert detect_launch(unknown).local_world_size is None
+
+
+@pytest.mark.parametrize(
+    "shell",
+    [
+        {"SLURM_STEP_ID": "4294967290"},  # salloc's own shell, where Slurm runs it as a step
+        {"SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "1"},  # srun --ntasks=1 --pty bash
+    ],
+)
+def test_python_in_an_interactive_allocation_is_alone(shell):
+    assert detect_launch(SLURM | shell) == Launch(0, 1, 0, 1)
+
+
+def test_a_launcher_that_does_not_say_leaves_the_local_size_unknown():
+    torch_operator = {k: v for k, v in TORCHRUN.items() if not k.startswith("LOCAL")}
+    assert detect_launch(torch_operator) == Launch(5, 8, None, None, "10.0.0.1", 29500)
+    deepspeed = torch_operator | {"LOCAL_RANK": "1", "LOCAL_SIZE": "4"}
+    assert detect_launch(deepspeed) == Launch(5, 8, 1, 4, "10.0.0.1", 29500)
+
+
+OPEN_MPI = {
+    "OMPI_COMM_WORLD_RANK": "2", "OMPI_COMM_WORLD_SIZE": "4", "OMPI_COMM_WORLD_LOCAL_RANK": "2",
+    "OMPI_COMM_WORLD_LOCAL_SIZE": "4", "PMIX_NAMESPACE": "prterun-host-1@1",
+}  # fmt: skip
+
+
+def test_mpiruns_ranks_are_one_job():
+    launch = detect_launch(OPEN_MPI)
+    assert (launch.rank, launch.world_size, launch.local_rank) == (2, 4, 2)
+    assert launch.master_addr == "127.0.0.1" and 20000 <= launch.master_port < 32000
+    other = detect_launch(OPEN_MPI | {"PMIX_NAMESPACE": "prterun-host-2@1"})
+    assert other.master_port != launch.master_port  # two jobs do not meet
+    intel = {"PMI_RANK": "1", "PMI_SIZE": "2", "MASTER_ADDR": "h", "MASTER_PORT": "5"}
+    assert detect_launch(intel) == Launch(1, 2, None, None, "h", 5)
+    assert detect_launch({"OMPI_COMM_WORLD_RANK": "0", "OMPI_COMM_WORLD_SIZE": "1"}).world_size == 1
+
+
+def test_mpirun_on_several_nodes_asks_for_rank_0s_address():
+    several = OPEN_MPI | {"OMPI_COMM_WORLD_LOCAL_SIZE": "2"}
+    with pytest.raises(UsageError, match="mpirun -x MASTER_ADDR=HOST -x MASTER_PORT=29500"):
+        detect_launch(several)
+    assert detect_launch(several | {"MASTER_ADDR": "h", "MASTER_PORT": "5"}).master_addr == "h"
+
+
+def of_mpirun(rank):
+    job = {"RANK": rank, "SIZE": 2, "LOCAL_RANK": rank, "LOCAL_SIZE": 2}
+    return {f"OMPI_COMM_WORLD_{name}": str(value) for name, value in job.items()} | {
+        "PMIX_NAMESPACE": f"test-{os.getpid()}"
+    }
+
+
+def of_an_operator(rank):
+    """Kubernetes' for torch: no local variables; the ranks find out themselves."""
+    port = 20000 + os.getpid() % 12000
+    job = {"RANK": rank, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    return {name: str(value) for name, value in job.items()}
+
+
+@pytest.mark.parametrize("variables", [of_mpirun, of_an_operator])
+def test_other_launchers_variables_start_the_ranks(variables):
+    processes = []
+    for rank in range(2):
+        env = os.environ | variables(rank) | {"OMP_NUM_THREADS": "1"}
+        command = [sys.executable, "-c", ALL_REDUCE]
+        processes.append(subprocess.Popen(command, env=env, stdout=subprocess.PIPE, text=True))
+    outputs = [process.communicate(timeout=100)[0] for process in processes]
+    assert outputs == [f"rank {r} of 2, local {r}: 3\n" for r in range(2)]
+
+
 def test_nothing_set_is_alone():
     assert detect_launch({"PATH": "/bin", "MASTER_PORT": "29500"}) == Launch(0, 1, 0, 1)
 
@@ -147,31 +225,54 @@ def test_the_group_is_gone_after_an_exception(error):
     assert not dist.is_initialized()
 
 
-def test_more_ranks_than_gpus_is_refused_with_the_three_ways_out(monkeypatch):
-    two_gpus(monkeypatch)
-    for name, value in TORCHRUN.items():
-        monkeypatch.setenv(name, value)
-    with (
-        pytest.raises(UsageError, match="4 ranks on 2 GPU.*--nproc_per_node=2.*gloo.*--device cpu"),
-        runtime.distributed(),
+NODE = ("a", "b")  # the ids of its GPUs
+
+
+def places(gpus_of_ranks, backend="auto", hosts=None):
+    """The device of each rank and the job's GPUs, where the ranks see these GPUs on their hosts."""
+    hosts = hosts or ["node0"] * len(gpus_of_ranks)
+    everyone = [runtime._Rank(h, tuple(g)) for h, g in zip(hosts, gpus_of_ranks, strict=True)]
+    chosen = [
+        runtime._choose_device(Launch(rank, len(everyone), None, None), everyone, "cuda", backend)
+        for rank in range(len(everyone))
+    ]
+    assert len({gpus for _, gpus in chosen}) == 1
+    return [device.index for device, _ in chosen], chosen[0][1]
+
+
+def test_more_ranks_than_gpus_is_refused_with_the_three_ways_out():
+    with pytest.raises(
+        UsageError, match="4 ranks on 2 GPU.*--nproc_per_node=2.*gloo.*--device cpu"
     ):
-        pytest.fail("it began")
+        places([NODE] * 4)
+    with pytest.raises(UsageError, match="3 ranks on 2 GPU"):  # on the second of two nodes
+        places([NODE] * 5, hosts=["n0"] * 2 + ["n1"] * 3)
 
 
 @pytest.mark.parametrize(
-    ("local_rank", "local_world_size", "backend", "device", "place"),
+    ("seen", "hosts", "backend", "expected"),
     [
-        (1, 2, "auto", "auto", "cuda:1"),
-        (1, 2, "nccl", "cuda", "cuda:1"),
-        (3, 4, "gloo", "auto", "cuda:1"),
-        (3, 4, "gloo", "cuda", "cuda:1"),
-        (3, 4, "auto", "cpu", "cpu"),
+        ([NODE] * 2, None, "auto", ([0, 1], 2)),
+        ([NODE] * 4, None, "gloo", ([0, 1, 0, 1], 2)),
+        ([["a"], ["b"], ["c"], ["d"]], None, "auto", ([0, 0, 0, 0], 4)),  # --gpus-per-task=1
+        ([["a", "b"], ["c", "d"]], None, "nccl", ([0, 0], 4 - 2)),
+        ([["b", "a"], ["a", "b"]], None, "nccl", ([0, 0], 2)),
+        ([NODE] * 4, ["n0", "n1", "n0", "n1"], "nccl", ([0, 0, 1, 1], 4)),
+        ([["a"]] * 2, ["n0", "n1"], "nccl", ([0, 0], 2)),  # ids of two nodes may be equal
     ],
 )
-def test_device_of_a_rank(local_rank, local_world_size, backend, device, place, monkeypatch):
-    two_gpus(monkeypatch)
-    launch = Launch(local_rank, local_world_size, local_rank, local_world_size)
-    assert runtime._choose_device(launch, backend, device) == torch.device(place)
+def test_each_rank_takes_the_first_gpu_that_it_sees_and_nobody_has(seen, hosts, backend, expected):
+    assert places(seen, backend, hosts) == expected
+
+
+def test_the_ranks_themselves_say_who_is_on_their_host():
+    """Where the launcher does not: DeepSpeed's and others set no LOCAL_WORLD_SIZE."""
+    everyone = [runtime._Rank(host, ()) for host in ("n0", "n1", "n0", "n1", "n1")]
+    among = runtime._among_neighbours
+    assert among(Launch(3, 5, None, None), everyone) == (1, 3)
+    assert among(Launch(2, 5, None, None), everyone) == (1, 2)
+    assert among(Launch(2, 5, 7, None), everyone) == (7, 2)
+    assert among(Launch(2, 5, 0, 1), everyone) == (0, 1)
 
 
 @pytest.mark.parametrize(
@@ -189,11 +290,6 @@ def test_a_gpu_that_is_not_there_is_refused(backend, device, message, monkeypatc
         runtime.distributed(backend=backend, device=device),
     ):
         pytest.fail("it began")
-
-
-def two_gpus(monkeypatch) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 4])

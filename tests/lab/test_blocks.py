@@ -190,3 +190,13 @@ def test_several_ranks_have_a_thread_each_unless_the_reader_says_otherwise(monke
     assert threads(f"python {SCRIPT}") is None
     monkeypatch.setenv("OMP_NUM_THREADS", "3")
     assert threads(f"torchrun --nproc_per_node=2 {SCRIPT}") == "3"
+
+
+def test_torchrun_finds_a_host_whose_name_cannot_be_resolved(monkeypatch, tmp_path):
+    """By its name it looks for itself for five minutes; PET_LOCAL_ADDR is its --local-addr."""
+    several = block(f"torchrun --nproc_per_node=2 {SCRIPT}")
+    monkeypatch.delenv("PET_LOCAL_ADDR", raising=False)
+    for address, told in (("10.0.0.5", None), (None, "127.0.0.1")):
+        monkeypatch.setattr(blocks, "own_address", lambda address=address: address)
+        found = blocks.block_environment(several, "smoke", tmp_path, "gloo")
+        assert found.get("PET_LOCAL_ADDR") == told

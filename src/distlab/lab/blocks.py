@@ -11,6 +11,7 @@ from typing import Any
 from distlab import cluster, record
 from distlab.errors import RunError
 from distlab.files import repo_root
+from distlab.host import own_address
 from distlab.lab.lessons import Block
 from distlab.lab.warm import VARIABLE as WARM
 from distlab.process import Completed, run_command
@@ -140,10 +141,11 @@ def block_environment(block: Block, preset: str, records: Path, backend: str) ->
         # What torchrun sets for several ranks, for as many threads in each as there are cores would
         # wait for each other; it opens the output with five lines of warning where it has to.
         env.setdefault("OMP_NUM_THREADS", "1")
+        if own_address() is None:  # torchrun would look for itself under its name, for minutes
+            env.setdefault("PET_LOCAL_ADDR", "127.0.0.1")
     return env
 
 
-@functools.cache
 @functools.cache
 def unavailable_environments() -> set[str]:
     """Those that could not be set up by this process: they are not tried again."""

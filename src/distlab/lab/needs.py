@@ -6,6 +6,7 @@ import os
 import platform
 import re
 import shutil
+import socket
 import sysconfig
 import tomllib
 from collections.abc import Callable, Iterable
@@ -24,6 +25,7 @@ from distlab.cluster.availability import (
 )
 from distlab.environments.recipes import pyproject
 from distlab.files import repo_root
+from distlab.host import own_address
 from distlab.lab.lessons import chapters
 
 ALL = tuple(range(1, 12))
@@ -61,6 +63,7 @@ def needs() -> list[Need]:
     return [
         Need(ALL, "Python packages", "every script", _core_packages, _env("core")),
         Need(ALL, "NVIDIA driver", "GPUs; without one all runs on the CPU", _driver, _get_driver()),
+        Need(ALL, "the host's name", "torchrun, without the lab", own_address, _name_itself()),
         *_system_needs(),
         Need(
             (2, 3, 4, 5, 6, 7, 8, 10),
@@ -146,6 +149,11 @@ def missing_system_packages() -> list[str]:
 
 def _env(name: str) -> str:
     return f"python3 scripts/lab.py env {name}"
+
+
+def _name_itself() -> str:
+    root = "" if os.geteuid() == 0 else "sudo "
+    return f"echo 127.0.1.1 {socket.gethostname()} | {root}tee -a /etc/hosts"
 
 
 def _core_packages() -> str | None:

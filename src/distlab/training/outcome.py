@@ -95,9 +95,8 @@ def peak_of_all(job: Runtime, dtype: str, limit_s: float) -> float | None:
     """
     arithmetic = DTYPES[dtype]
     if job.device.type == "cuda":
-        gpus = min(job.local_world_size, torch.cuda.device_count())  # ranks may share one
         one = hardware.peak_flops(job.device, arithmetic)
-        return None if one is None else one * gpus * job.world_size / job.local_world_size
+        return None if one is None else one * job.gpus  # ranks may share one
     job.barrier()  # the ranks' cores are busy at the same time, as they are in a step
     own = hardware.measured_peak_flops(job.device, arithmetic, limit_s)
     peak = torch.tensor(own, dtype=torch.float64)
