@@ -11,6 +11,7 @@ Grade strangers' work in a container.
 
 import argparse
 import json
+import secrets
 import sys
 import tempfile
 import tomllib
@@ -21,9 +22,10 @@ from typing import Any
 from distlab.errors import UsageError
 from distlab.files import refuse_unwritable_file, repo_root, write_text
 from distlab.lab.grade_process import Limits, run_tests
-from distlab.script import OneLineParser, positive_float, positive_int
+from distlab.script import OneLineParser, non_negative_int, positive_float, positive_int
 
 FULL_MARKS, POINTS_MISSING = 0, 1
+LARGEST_SEED = 10**6  # short enough to be copied by hand
 
 
 @dataclass(frozen=True)
@@ -68,11 +70,13 @@ def grade(argv: list[str]) -> int:
     tasks = chosen_tasks(read_tasks(exercises), args.task)
     student = checked_directory(args.directory, exercises)
     limits = Limits(args.time_limit, args.memory_limit * 2**20)
-    grades = [grade_task(task, exercises, student, limits) for task in tasks]
+    seed = secrets.randbelow(LARGEST_SEED) if args.seed is None else args.seed
+    grades = [grade_task(task, exercises, student, limits, seed) for task in tasks]
 
     record = {
         "chapter": args.chapter,
         "directory": args.directory,
+        "seed": seed,
         "points": sum(task.points for task in grades),
         "max_points": sum(task.max_points for task in grades),
         "tasks": [asdict(task) for task in grades],
@@ -98,6 +102,9 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     )
     parser.add_argument(
         "--memory-limit", metavar="MB", type=positive_int, default=4096, help="MiB per task"
+    )
+    parser.add_argument(
+        "--seed", metavar="N", type=non_negative_int, help="draw the random cases from N again"
     )
     args = parser.parse_args(argv)
     if args.json and args.json != "-":
@@ -151,10 +158,10 @@ def checked_directory(directory: str, exercises: Path) -> Path:
     return student
 
 
-def grade_task(task: Task, exercises: Path, student: Path, limits: Limits) -> TaskGrade:
-    """Run the tests of one task and count what they give."""
+def grade_task(task: Task, exercises: Path, student: Path, limits: Limits, seed: int) -> TaskGrade:
+    """Run the tests of one task, their random cases drawn from `seed`, and count what they give."""
     with tempfile.TemporaryDirectory(prefix="lab-grade-") as scratch:
-        report = run_tests(exercises, task.tests, student, Path(scratch), limits)
+        report = run_tests(exercises, task.tests, student, Path(scratch), limits, seed)
     tests = [
         mark_of(name, points, report.outcomes.get(name), report.failure)
         for name, points in task.points.items()
@@ -192,4 +199,5 @@ def as_text(record: dict[str, Any]) -> str:
         lines.append(f"{task['name']:<{width}}  {points:>5}  {task['title']}")
         lines += [f"    {line}" for line in task["message"].splitlines()]
     total = f"{record['points']}/{record['max_points']} points"
-    return "\n".join([*lines, f"chapter {record['chapter']}, {record['directory']}: {total}"])
+    place = f"chapter {record['chapter']}, {record['directory']}, --seed {record['seed']}"
+    return "\n".join([*lines, f"{place}: {total}"])

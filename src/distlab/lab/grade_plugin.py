@@ -2,7 +2,7 @@
 
 With it a student can debug a task under plain pytest:
 
-    python -m pytest -p distlab.lab.grade_plugin --student DIR TEST_FILE
+    python -m pytest -p distlab.lab.grade_plugin --student DIR --seed N TEST_FILE
 """
 
 import importlib
@@ -10,11 +10,13 @@ import sys
 from pathlib import Path
 from types import ModuleType
 
+import numpy as np
 import pytest
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--student", required=True, help="the directory that holds adapters.py")
+    parser.addoption("--seed", type=int, default=0, help="what the random cases are drawn from")
 
 
 @pytest.fixture(scope="session")
@@ -23,3 +25,10 @@ def student(request: pytest.FixtureRequest) -> ModuleType:
     directory = str(Path(request.config.getoption("--student")).resolve())
     sys.path.insert(0, directory)
     return importlib.import_module("adapters")
+
+
+@pytest.fixture
+def chance(request: pytest.FixtureRequest) -> np.random.Generator:
+    """Draws a test's random cases: others with each seed, and in each test; the same on a rerun."""
+    name = request.node.name.encode()
+    return np.random.default_rng([request.config.getoption("--seed"), *name])

@@ -37,8 +37,12 @@ class Report:
     failure: str = ""
 
 
-def run_tests(exercises: Path, tests: str, student: Path, scratch: Path, limits: Limits) -> Report:
+def run_tests(
+    exercises: Path, tests: str, student: Path, scratch: Path, limits: Limits, seed: int
+) -> Report:
     """Run the test file `tests` against `student`, in the working directory `scratch`.
+
+    `seed` is what the tests draw their random cases from.
 
     The process gets a secret by its standard input and repeats it in its report, so that a report
     counts only when the grader itself wrote it, at the very end.
@@ -53,6 +57,7 @@ def run_tests(exercises: Path, tests: str, student: Path, scratch: Path, limits:
         "report": str(report_path),
         "tests": str(exercises / "tests" / tests),
         "student": str(student),
+        "seed": seed,
         "hidden": str(exercises / "solution"),
     }
     stopped = _run_limited(json.dumps(order), work, limits)

@@ -1,8 +1,8 @@
 """The process in which a task's tests meet the student's code (started by `lab grade`).
 
-It reads its order (JSON: token, seconds, report, tests, student, hidden) from standard input,
-runs the tests and the canaries (tests that must fail) with pytest, and writes the report: the
-token, and the outcome of each test.
+It reads its order (JSON: token, seconds, report, tests, student, seed, hidden) from standard
+input, runs the tests and the canaries (tests that must fail) with pytest, and writes the report:
+the token, and the outcome of each test.
 """
 
 import json
@@ -35,6 +35,7 @@ def main() -> None:
             order["tests"],
             str(CANARIES),
             f"--student={order['student']}",
+            f"--seed={order['seed']}",
             f"--rootdir={Path(order['tests']).parent}",
             f"--config-file={os.devnull}",
             "--assert=plain",
