@@ -175,8 +175,8 @@ def _bounded(device: torch.device, limit: int) -> Iterator[None]:
 def _settle(job: Runtime) -> None:
     """Do first what costs memory once: a step's threads and imports, and the libraries' own pools.
 
-    glibc is told to give every larger block back as soon as it is freed, as a GPU's allocator could:
-    by default it keeps more and more for itself, and the bound would be its, not the tensors'.
+    glibc is told to give every larger block back as soon as it is freed: by default it keeps more
+    and more for itself, and the bound would be its, not the tensors'.
     """
     with suppress(OSError, AttributeError):
         libc = ctypes.CDLL(None)
