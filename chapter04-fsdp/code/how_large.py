@@ -1,52 +1,207 @@
 """The largest model that a device of a given size trains: predicted, then found.
 
 Every rank gets a memory of --memory-mb that the system enforces (distlab.training.memory). For each
-way to spread the state the largest number of layers is predicted by a walk through the step
-(fsdp/capacity.py), and then found by bisection: each probe starts ranks that train two steps, and
-either they do, or one of them ends with the line that says what held the bytes.
+way to spread the state the largest number of layers is predicted by walking through a step
+(fsdp/capacity.py), and then found: each probe starts ranks that train two steps, and either they
+do, or one of them ends with the line that says what held the bytes.
 
 Run:
     python chapter04-fsdp/code/how_large.py
     python chapter04-fsdp/code/how_large.py --ranks 2 --memory-mb 96
 
-You should see: a table of the largest models, predicted and found, within 10 % of each other, and
-what a rank said that had one layer too many.
+You should see: a table of the largest models, predicted and found, within 10 % of each other; what
+a rank said that had a layer too many; and that sharding over K ranks trains a model up to K times
+as large.
 """
 
 from argparse import Namespace
-from dataclasses import replace
 from typing import Any
 
 import torch
-from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper  # noqa
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel as DDP
 
-from distlab import script
+from distlab import runtime, script
 from distlab.errors import RunError, UsageError
 from distlab.model import Llama, ModelConfig, num_parameters
 from distlab.run import Run
 from distlab.runtime import Runtime
 from distlab.spawning import spawn
-from distlab.training.memory import MB, bytes_of, device_memory
+from distlab.training.memory import MB, DeviceMemory, bytes_of, device_memory
 from fsdp.capacity import MODES, Mode, largest, peak
 
 PRESETS: dict[str, dict[str, object]] = {
-    "smoke": {"ranks": 2, "memory_mb": 24.0, "hidden_size": 64, "batch_size": 1, "seq_len": 64},
+    "smoke": {"ranks": 2, "memory_mb": 32.0, "hidden_size": 128, "batch_size": 1, "seq_len": 64},
     "laptop": {"ranks": 4, "memory_mb": 192.0, "hidden_size": 256, "batch_size": 2, "seq_len": 128},
     "gpu": {"ranks": 2, "memory_mb": 4000.0, "hidden_size": 1024, "batch_size": 4, "seq_len": 512},
 }  # fmt: skip
-VOCABULARY = 512
+VOCABULARY, HEAD = 512, 32
 STEPS = 2  # the second has the optimizer's state from its beginning
 WORST = 10.0  # per cent
+TOO_SMALL = "are used up"  # what a rank says whose memory does not suffice
 
 
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
     with script.run(args) as run:
-        rows, said = [], ""
-        for mode in run.progress(MODES, "modes"):
-            row, said = report_mode(run, args, mode)
-            rows.append(row)
-        report(run, args, rows, said)
+        found = [Search(args, mode).run() for mode in run.progress(MODES, "modes")]
+        report(run, args, found)
     return run.status
+
+
+def parse_args(argv: list[str] | None) -> Namespace:
+    parser = script.Parser(__doc__, PRESETS)
+    runtime.add_runtime_flags(parser)
+    add = parser.add_argument
+    add("--ranks", type=script.positive_int, help="processes, each with a memory of its own")
+    add("--memory-mb", type=script.positive_float, metavar="MB", help="of a rank, in 10^6 bytes")
+    add("--hidden-size", type=script.positive_int, help="of every model; layers are what varies")
+    add("--batch-size", type=script.positive_int, help="sequences of a rank")
+    add("--seq-len", type=script.positive_int)
+    args = parser.parse_args(argv)
+    if args.hidden_size % HEAD:
+        raise UsageError(f"--hidden-size {args.hidden_size} is not a multiple of {HEAD}")
+    smallest = peak(config_of(args, 1), MODES[0], args.ranks, args.batch_size, args.seq_len)
+    if smallest.bytes > args.memory_mb * MB:
+        raise UsageError(
+            f"--memory-mb {args.memory_mb:g} is too small for a single layer under DDP, which "
+            f"needs {smallest.bytes / MB:.1f} MB in {smallest.name}; use more, or a smaller "
+            "--hidden-size"
+        )
+    return args
+
+
+def config_of(args: Namespace, layers: int) -> ModelConfig:
+    hidden = args.hidden_size
+    inner = 8 * hidden // 3 // HEAD * HEAD
+    return ModelConfig(VOCABULARY, hidden, inner, layers, hidden // HEAD, hidden // HEAD)
+
+
+class Search:
+    """For one mode: the largest number of layers predicted, and the one found."""
+
+    def __init__(self, args: Namespace, mode: Mode) -> None:
+        self.args, self.mode = args, mode
+        self.failures: dict[int, str] = {}  # by layers: what a rank said that had too little
+        self.probes = 0
+
+    def run(self) -> "Search":
+        self.predicted = largest(self.should_fit, 8)
+        self.found = largest(self.fits, self.predicted)
+        return self
+
+    def should_fit(self, layers: int) -> bool:
+        moment = self.moment(layers)
+        return moment.bytes <= self.args.memory_mb * MB
+
+    def moment(self, layers: int) -> Any:
+        config = config_of(self.args, layers)
+        return peak(config, self.mode, self.args.ranks, self.args.batch_size, self.args.seq_len)
+
+    def fits(self, layers: int) -> bool:
+        """Whether ranks with this memory train a model of so many layers. Another failure raises."""
+        self.probes += 1
+        device = "cuda" if self.args.device == "cuda" else "cpu"
+        try:
+            spawn(
+                train, self.args.ranks, self.args, self.mode, layers,
+                timeout_s=self.args.timeout, device=device,
+            )  # fmt: skip
+        except RunError as error:
+            said = next((line for line in str(error).splitlines() if TOO_SMALL in line), None)
+            if said is None:
+                raise
+            self.failures[layers] = said.partition("RunError: ")[2] or said
+            return False
+        return True
+
+    def parameters(self, layers: int) -> int:
+        return num_parameters(config_of(self.args, layers)) if layers else 0
+
+
+def train(job: Runtime, args: Namespace, mode: Mode, layers: int) -> None:
+    """Two steps on random tokens, in a memory of --memory-mb."""
+    config = config_of(args, layers)
+    with device_memory(job, args.memory_mb) as memory:
+        memory.phase = "building the model"
+        model, wrapped = build(config, mode, job)
+        optimizer = torch.optim.AdamW(wrapped.parameters(), fused=True)
+        fits = f"{mode.name} was predicted to need {predicted_mb(args, mode, layers):.1f} MB"
+        memory.watch(fits, **bytes_of(wrapped, optimizer))
+        for _ in range(STEPS):
+            step(memory, wrapped, optimizer, batch_of(args, job))
+
+
+def predicted_mb(args: Namespace, mode: Mode, layers: int) -> float:
+    config = config_of(args, layers)
+    return peak(config, mode, args.ranks, args.batch_size, args.seq_len).bytes / MB
+
+
+def build(config: ModelConfig, mode: Mode, job: Runtime) -> tuple[Llama, Any]:
+    """The model in its wrapper. A sharded one is never whole: it begins without memory."""
+    with torch.device("meta" if mode.sharded else job.device):
+        model = Llama(config)
+    model.gradient_checkpointing = mode.recomputes
+    if not mode.sharded:
+        return model, DDP(model, gradient_as_bucket_view=True)
+    for layer in model.model.layers:
+        fully_shard(layer, reshard_after_forward=mode.reshards)
+    fully_shard(model)
+    model.to_empty(device=job.device)
+    model.tie_weights()
+    for parameter in model.parameters():  # any values will do: nothing is learnt here
+        torch.nn.init.normal_(parameter.to_local(), std=0.02)  # type: ignore[attr-defined]
+    return model, model
+
+
+def batch_of(args: Namespace, job: Runtime) -> torch.Tensor:
+    shape = (args.batch_size, args.seq_len + 1)
+    return torch.randint(VOCABULARY, shape, device=job.device)
+
+
+def step(
+    memory: DeviceMemory, model: Any, optimizer: torch.optim.Optimizer, tokens: torch.Tensor
+) -> None:
+    memory.phase = "forward"
+    loss = model(tokens[:, :-1], targets=tokens[:, 1:])
+    memory.phase = "backward"
+    loss.backward()
+    memory.phase = "the optimizer's step"
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+def report(run: Run, args: Namespace, searches: list[Search]) -> None:
+    first = searches[0]
+    rows: list[list[Any]] = []
+    for one in searches:
+        predicted, found = one.parameters(one.predicted), one.parameters(one.found)
+        error = 100 * (predicted - found) / found if found else float("inf")
+        cause = one.moment(one.predicted + 1).name
+        times = found / first.parameters(first.found)
+        rows.append([one.mode.name, predicted / 1e6, found / 1e6, error, times, cause])
+    run.table(
+        "largest",
+        ["mode", "predicted (M)", "found (M)", "error (%)", "times DDP's", "what ends it"], rows,
+        caption=f"parameters of the largest model, {args.ranks} ranks of {args.memory_mb:g} MB each",
+    )  # fmt: skip
+    names = [one.mode.name for one in searches]
+    run.figure(
+        "largest", kind="bar", title="What a device of this size can train",
+        x_label="", y_label="million parameters",
+        series=[
+            {"label": "predicted", "x": names, "y": [row[1] for row in rows]},
+            {"label": "found", "x": names, "y": [row[2] for row in rows]},
+        ],
+    )  # fmt: skip
+    for one in (searches[0], searches[-1]):
+        layers = one.found + 1
+        if layers in one.failures:
+            run.print(f"with a layer more: {one.failures[layers]}")
+    run.metric("probes", sum(one.probes for one in searches), "", "each a job of its own")
+    worst = max(abs(row[3]) for row in rows)
+    run.check_below("the largest error of a prediction", worst, WORST, "%")
+
+
+if __name__ == "__main__":
+    script.exit(main)

@@ -54,7 +54,7 @@ class Moment:
 
 def peak(config: ModelConfig, mode: Mode, ranks: int, batch: int, seq_len: int) -> Moment:
     """The moment at which a rank of `ranks` holds most, with `batch` sequences of its own."""
-    moments = (sharded_moments if mode.sharded else replicated_moments)
+    moments = sharded_moments if mode.sharded else replicated_moments
     return max(moments(config, mode, ranks, batch, seq_len), key=lambda moment: moment.bytes)
 
 
