@@ -99,7 +99,7 @@ class Search:
         return peak(config, self.mode, self.args.ranks, self.args.batch_size, self.args.seq_len)
 
     def fits(self, layers: int) -> bool:
-        """Whether ranks with this memory train a model of so many layers. Another failure raises."""
+        """Whether ranks with this memory train so many layers; raises for any other failure."""
         self.probes += 1
         device = "cuda" if self.args.device == "cuda" else "cpu"
         try:
@@ -183,7 +183,7 @@ def report(run: Run, args: Namespace, searches: list[Search]) -> None:
     run.table(
         "largest",
         ["mode", "predicted (M)", "found (M)", "error (%)", "times DDP's", "what ends it"], rows,
-        caption=f"parameters of the largest model, {args.ranks} ranks of {args.memory_mb:g} MB each",
+        caption=f"parameters of the largest model on {args.ranks} ranks of {args.memory_mb:g} MB",
     )  # fmt: skip
     names = [one.mode.name for one in searches]
     run.figure(
