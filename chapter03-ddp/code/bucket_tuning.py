@@ -45,7 +45,6 @@ from ddp.step_times import (
     bucket_limits,
     check_gradients,
     ddp_buckets,
-    in_turns,
     measure_wire,
     own_batch,
     predict_step,
@@ -59,6 +58,7 @@ from distlab.errors import UsageError
 from distlab.figure import two_lines
 from distlab.measure import Timing
 from distlab.model import add_model_flags, config_from_args, model_from_args
+from distlab.ranks import in_turns
 from distlab.run import Run
 from distlab.runtime import Runtime
 

@@ -30,10 +30,11 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 
 from ddp.data_parallel import MIB, Bucket, DataParallel
 from ddp.parity import check_shares, prove_equal
-from ddp.step_times import Trainee, in_turns, own_batch
+from ddp.step_times import Trainee, own_batch
 from distlab import predict, runtime, script
 from distlab.errors import UsageError
 from distlab.model import add_model_flags, config_from_args, model_from_args, num_parameters
+from distlab.ranks import in_turns
 from distlab.run import Run
 from distlab.runtime import Runtime
 

@@ -51,7 +51,6 @@ from ddp.step_times import (
     Wire,
     balancing_rate,
     check_gradients,
-    in_turns,
     measure_wire,
     own_batch,
     refuse_one_rank,
@@ -63,6 +62,7 @@ from distlab.cluster.links import parse_rate
 from distlab.cluster.sweep import Sweep, here_or_on_nodes
 from distlab.errors import UsageError
 from distlab.model import add_model_flags, config_from_args, model_from_args
+from distlab.ranks import in_turns
 from distlab.run import Run
 from distlab.runtime import Runtime
 

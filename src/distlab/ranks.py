@@ -1,14 +1,15 @@
 """What the ranks of a job tell each other about a result: values, weights bit for bit, times."""
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import TypeVar
 
 import numpy as np
 import torch
 import torch.distributed as dist
 
-from distlab.measure import Timing
+from distlab.measure import Timing, compare
+from distlab.runtime import Runtime
 
 Value = TypeVar("Value")
 
@@ -42,3 +43,11 @@ def slowest(timing: Timing) -> Timing:
     """
     everyone = np.array(gathered(timing.samples))  # [ranks, calls]
     return Timing(tuple(everyone.max(axis=0).tolist()))
+
+
+def in_turns(
+    steps: Mapping[str, Callable[[], object]], warmup: int, repeats: int, job: Runtime
+) -> dict[str, Timing]:
+    """Each of `steps`, timed in turns: of each call the slowest rank's seconds."""
+    timings = compare(steps, warmup, repeats, job.device, before=job.barrier)
+    return {name: slowest(timing) for name, timing in timings.items()}

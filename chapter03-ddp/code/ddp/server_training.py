@@ -13,7 +13,6 @@ import time
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -22,6 +21,7 @@ from torch.distributed import rpc
 from torch.nn.utils import clip_grad_norm_, parameters_to_vector, vector_to_parameters
 
 from distlab.data.loader import Loader
+from distlab.host import interface_bytes
 from distlab.runtime import Runtime
 
 ALL_REDUCE, SYNCHRONOUS, ASYNCHRONOUS = "all-reduce", "synchronous", "asynchronous"
@@ -165,14 +165,6 @@ def train(
 
 def median(values: list[float]) -> float:
     return float(torch.tensor(values, dtype=torch.float64).quantile(0.5)) if values else 0.0
-
-
-def interface_bytes() -> tuple[int, int]:
-    """(received, sent) so far by this node's network interfaces but the loopback."""
-    lines = Path("/proc/net/dev").read_text().splitlines()[2:]
-    fields = [line.replace(":", " ").split() for line in lines]
-    counted = [(int(f[1]), int(f[9])) for f in fields if f[0] != "lo"]
-    return sum(pair[0] for pair in counted), sum(pair[1] for pair in counted)
 
 
 SERVER = "rank0"

@@ -12,7 +12,7 @@ Measured: a step with nothing sent, messages with nothing computed, and both at 
 import time
 from argparse import Namespace
 from bisect import bisect_left
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -21,11 +21,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from distlab import host, measure, predict
+from distlab import host, predict
 from distlab.cluster.links import parse_rate
 from distlab.errors import UsageError
 from distlab.predict.communication import BUS_FACTORS
-from distlab.ranks import gathered, slowest
+from distlab.ranks import gathered
 from distlab.run import Run
 from distlab.runtime import Runtime
 
@@ -354,14 +354,6 @@ def all_reduce_alone(job: Runtime, n: int, repeats: int) -> tuple[float, float]:
     own = min(seconds), min(work)
     longest = np.max(gathered(own), axis=0)
     return float(longest[0]), float(longest[1])
-
-
-def in_turns(
-    steps: Mapping[str, Callable[[], object]], warmup: int, repeats: int, job: Runtime
-) -> dict[str, measure.Timing]:
-    """Each of `steps`, timed in turns: of each call the slowest rank's seconds."""
-    timings = measure.compare(steps, warmup, repeats, job.device, before=job.barrier)
-    return {name: slowest(timing) for name, timing in timings.items()}
 
 
 def check_gradients(
