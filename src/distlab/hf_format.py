@@ -158,7 +158,7 @@ def _weight_files(directory: Path) -> list[Path]:
         raise RunError(f"{index} is no readable index of shards: {error!r}") from error
 
 
-def _as_transformers_tokenizer(tokenizer: Any) -> Any:
+def as_transformers_tokenizer(tokenizer: Any) -> Any:
     """`tokenizer` in transformers' form, its end-of-text token found by its usual names."""
     if tokenizer is None or hasattr(tokenizer, "save_pretrained"):
         return tokenizer
@@ -182,7 +182,7 @@ def _save_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
 def _write_texts(
     folder: Path, config: Mapping[str, Any], dtype: torch.dtype, tokenizer: Any
 ) -> None:
-    wrapped = _as_transformers_tokenizer(tokenizer)
+    wrapped = as_transformers_tokenizer(tokenizer)
     end = None if wrapped is None else wrapped.eos_token_id
     special = {"bos_token_id": None, "eos_token_id": end, "pad_token_id": None}
     told = str(dtype).removeprefix("torch.")

@@ -24,6 +24,7 @@ import torch.distributed.checkpoint as dcp
 from safetensors import safe_open
 from torch import Tensor, nn
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from distlab.checkpoint_files import (
@@ -84,12 +85,22 @@ def tensors_of(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, 
 
     The names hold on any number of ranks: no index of a parameter in the optimizer is in them.
     """
-    tensors = {f"model.{name}": p.detach() for name, p in model.named_parameters()}
+    shards = named_shards(model)
+    tensors = {f"model.{name}": p.detach() for name, p in shards.items()}
     tensors |= {f"model.{name}": buffer for name, buffer in model.named_buffers()}
-    for name, parameter in model.named_parameters():
+    for name, parameter in shards.items():
         for key, value in optimizer.state.get(parameter, {}).items():
             tensors[f"optimizer.{name}.{key}"] = value
     return tensors
+
+
+def named_shards(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters as the optimizer has them. An evaluation leaves the root gathered, perhaps in
+    a narrower type: it is sharded again first."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+    return dict(model.named_parameters())
 
 
 def settings_of(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
@@ -109,7 +120,7 @@ def load(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> Load
     """
     manifest = read_manifest(path)
     source = Replicated(path) if TENSORS in manifest["files"] else Sharded(path)
-    own: dict[str, Tensor] = {f"model.{name}": p for name, p in model.named_parameters()}
+    own: dict[str, Tensor] = {f"model.{name}": p for name, p in named_shards(model).items()}
     own |= {f"model.{name}": buffer for name, buffer in model.named_buffers()}
     saved = {name: shape for name, shape in source.shapes.items() if name.startswith("model.")}
     check_same_model(saved, {name: (t.dtype, tuple(t.shape)) for name, t in own.items()})
@@ -147,7 +158,7 @@ def make_state(
 ) -> None:
     """Give a new optimizer the state that the checkpoint has, to be filled: sharded as its
     parameter is where it has the parameter's shape, and whole where it is a number."""
-    named = dict(model.named_parameters())
+    named = named_shards(model)
     grouped = {p: group for group in optimizer.param_groups for p in group["params"]}
     for name, (dtype, shape) in shapes.items():
         kind, _, rest = name.partition(".")
@@ -271,7 +282,7 @@ def stream_model(
 ) -> None:
     """Write the model in training as a Hugging Face folder: rank 0 writes; every rank calls it, and
     holds one whole tensor at a time."""
-    own = {name: parameter.detach() for name, parameter in model.named_parameters()}
+    own = {name: parameter.detach() for name, parameter in named_shards(model).items()}
     shapes: Shapes = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in own.items()}
 
     def whole(name: str) -> Tensor:
