@@ -37,9 +37,8 @@ from torch.distributed.fsdp import (
 
 from distlab import data, hardware, runtime, script
 from distlab.hf_format import as_transformers_tokenizer
-from distlab.model import Llama, config_from_args, num_parameters
+from distlab.model import Llama, config_from_args
 from distlab.model_config import ModelConfig, config_to_json
-from distlab.ranks import gathered
 from distlab.run import Run
 from distlab.runtime import Runtime
 from distlab.training.flags import add_training_flags, refuse, refuse_for, take_shape
@@ -55,18 +54,18 @@ from distlab.training.outcome import (
 from distlab.training.progress import Progress, StopRequest, warmup_cosine
 from fsdp.contents import stream_model
 from fsdp.disk import OnDisk, put_on_disk
+from fsdp.plan import advice, refuse_small_memory
 from fsdp.training import (
-    FLOAT,
-    MOMENTS,
     Saver,
     add_sharding_flags,
-    advice,
     kinds_of,
     materialise,
     new_mesh,
+    new_optimizer,
     recompute,
     refuse_sharding,
-    replicas_of,
+    report_shards,
+    say_what_runs,
     units_of,
 )
 
@@ -112,6 +111,7 @@ def train_and_report(run: Run, args: Namespace, job: Runtime, stop: StopRequest)
     config = config_from_args(args)
     refuse_for(args, job)
     refuse_sharding(args, config, job)
+    refuse_small_memory(args, config)
     torch.set_float32_matmul_precision("high")  # TF32 where a GPU has it; no change on a CPU
     tokens = data.prepare_from_args(args, config.vocab_size, workers=hardware.machine().cores)
     say_what_runs(run, args, job, config)
@@ -259,54 +259,16 @@ def shard(args: Namespace, model: Llama, mesh: DeviceMesh) -> None:
     fully_shard(model, reshard_after_forward=False, **how)
 
 
-def new_optimizer(args: Namespace, model: Llama) -> torch.optim.AdamW:
-    """AdamW with the usual settings of language models; norms are not decayed."""
-    matrices = [p for p in model.parameters() if p.dim() == 2]
-    norms = [p for p in model.parameters() if p.dim() < 2]
-    groups = [
-        {"params": matrices, "weight_decay": args.weight_decay},
-        {"params": norms, "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW(groups, lr=args.learning_rate, betas=(0.9, 0.95), fused=True)
-
-
-def say_what_runs(run: Run, args: Namespace, job: Runtime, config: ModelConfig) -> None:
-    sequences = args.batch_size // (job.world_size * args.accumulate)
-    parameters = num_parameters(config)
-    bound = "" if args.memory_mb is None else f", each with {args.memory_mb:g} MB"
-    run.print(
-        f"job: {job.world_size} rank(s){bound}, {job.backend} on {job.device.type}, {args.dtype}; "
-        f"{parameters:,} parameters, {FLOAT * parameters / 1e6:.1f} MB"
-    )
-    run.print(
-        f"job: shard {args.shard}, {replicas_of(args, job)} replica(s), units by {args.units}, "
-        f"checkpointing {args.activation_checkpointing}, offload {args.offload}; a batch of "
-        f"{args.batch_size} is {job.world_size} x {args.accumulate} x {sequences} sequence(s)"
-    )
-
-
 def report_training(
     run: Run, args: Namespace, job: Runtime, trainer: Trainer, progress: Progress, held_out: HeldOut
 ) -> None:
     """What became of the run, and what each rank held of it."""
-    model = trainer.model
-    kinds = gathered(trainer.memory.by_kind())
+    report_shards(run, args, job, trainer.model, trainer.memory)
     peak = peak_of_all(job, args.dtype, PEAK_LIMIT_S[args.preset])
-    if not job.is_main:
-        return
-    report_losses(run, progress, held_out, model, trainer.tokens)
-    report_speed(run, model, args.seq_len, progress, peak)
-    run.check_equal("every held-out window counts once", held_out.counted, held_out.count)
-    parameters, replicas = num_parameters(model.config), replicas_of(args, job)
-    run.compare("weights on a rank", FLOAT * parameters * replicas / job.world_size,
-                kinds[0]["weights"], "B")  # fmt: skip
-    run.compare("moments on a rank", FLOAT * MOMENTS * parameters * replicas / job.world_size,
-                kinds[0]["optimizer"], "B")  # fmt: skip
-    together = sum(one["weights"] for one in kinds)
-    run.check_equal(
-        "bytes of the shards of all ranks, over the model's", together,
-        FLOAT * parameters * replicas,
-    )  # fmt: skip
+    if job.is_main:
+        report_losses(run, progress, held_out, trainer.model, trainer.tokens)
+        report_speed(run, trainer.model, args.seq_len, progress, peak)
+        run.check_equal("every held-out window counts once", held_out.counted, held_out.count)
 
 
 def prove(

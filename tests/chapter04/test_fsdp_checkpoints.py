@@ -5,6 +5,8 @@ import os
 import pickle
 import resource
 import shutil
+import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
@@ -252,3 +254,37 @@ def test_a_pickle_of_anything_else_is_refused(run, tmp_path):
     ):
         contents.Sharded(copy)
     assert encode(contents.Sharded(newest).fields)[1] == {}
+
+
+TRY_A_SMALL_DISK = """
+import sys
+from torch import nn, optim
+from distlab import runtime
+from fsdp.checkpoints import Checkpoints
+model = nn.Linear(100, 500)
+with runtime.distributed("gloo", device="cpu") as job:
+    store = Checkpoints(sys.argv[1], job, keep=2, report=lambda line: print(line, flush=True))
+    for step in range(1, 4):
+        store.save(step, model, optim.SGD(model.parameters()), {})
+        store.wait()
+    print(store.steps(), [path.name for path in store.folder.glob(".step_*")], flush=True)
+"""
+
+
+@pytest.mark.slow
+def test_a_disk_that_is_really_full(tmp_path):
+    own_mounts = ["unshare", "--user", "--map-root-user", "--mount", "sh", "-c"]
+    mount = f"mount -t tmpfs -o size=500k none {tmp_path}"
+    try:
+        allowed = subprocess.run([*own_mounts, mount], capture_output=True, timeout=20)
+    except FileNotFoundError:
+        pytest.skip("unshare is not installed: a file's size limit stands for it above")
+    if allowed.returncode:
+        pytest.skip("this kernel lets nobody mount: a file's size limit stands for it above")
+    script = f"{mount} && exec \"{sys.executable}\" -c '{TRY_A_SMALL_DISK}' {tmp_path}"
+    done = subprocess.run([*own_mounts, script], capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines() == [
+        "checkpoint of step 3 not saved: No space left on device; the run goes on",
+        "[1, 2] []",
+    ]

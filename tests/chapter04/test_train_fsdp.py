@@ -12,12 +12,14 @@ import torch.distributed as dist
 import train_fsdp
 from distlab import data, script
 from distlab.errors import RunError, UsageError
+from distlab.files import repo_root
 from distlab.model import Llama, config_from_args, load
 from distlab.ranks import digest
 from distlab.spawning import spawn
 from distlab.training.memory import DeviceMemory
 from distlab.training.progress import StopRequest
 from fsdp.contents import named_shards
+from fsdp.plan import refuse_small_memory
 from fsdp.training import new_mesh, refuse_sharding
 
 SHORT = ["--preset", "smoke", "--device", "cpu", "--steps", "3", "--eval-every", "2"]
@@ -115,6 +117,7 @@ def refused(flags, ranks=4, on_node=None):
     args = train_fsdp.parse_args([*SHORT, *flags])
     with pytest.raises(UsageError) as caught:
         refuse_sharding(args, config_from_args(args), job(ranks, on_node))
+        refuse_small_memory(args, config_from_args(args))
     assert "\n" not in str(caught.value)
     return str(caught.value)
 
@@ -157,3 +160,14 @@ def test_what_does_not_fit_says_so_and_what_would(tmp_path):
     told = spawn(with_little_memory, 1, [*wide, "--shard", "none"], timeout_s=LIMIT_S)[0]
     assert "its 72 MB are used up in the" in told
     assert "weights 2" in told and "; the plan had predicted " in told
+
+
+def test_the_sbatch_file_is_chapter_3_s():
+    """Which is tested on a real Slurm: the comments on the folder of checkpoints are its own."""
+    texts = []
+    for chapter, name in (("chapter03-ddp", "train_ddp"), ("chapter04-fsdp", "train_fsdp")):
+        text = (repo_root() / chapter / "configs" / f"{name}.sbatch").read_text()
+        lines = text.replace(chapter, "CHAPTER").replace(name, "NAME").splitlines()
+        texts.append([line for line in lines if not line.startswith("# ")])
+    texts[1] = [line.replace("train-fsdp", "train-ddp") for line in texts[1]]
+    assert texts[0] == texts[1]

@@ -20,19 +20,17 @@ from torch.utils.checkpoint import (
     create_selective_checkpoint_contexts,
 )
 
-from distlab import predict
 from distlab.data import Loader
-from distlab.display import quantity
 from distlab.errors import RunError, UsageError
 from distlab.hf_format import read_tensors
 from distlab.measure import tensor_bytes
 from distlab.model import SIZES, Llama, ModelConfig, num_parameters
 from distlab.model_config import config_to_json
-from distlab.predict.activations import peak_activations
+from distlab.ranks import gathered
 from distlab.run import Run
 from distlab.runtime import Runtime
 from distlab.script import Parser
-from distlab.training.memory import MB, add_memory_flag, bytes_of
+from distlab.training.memory import DeviceMemory, add_memory_flag, bytes_of
 from fsdp.checkpoints import Checkpoints
 from fsdp.contents import Loaded, keep_own, named_shards
 
@@ -88,8 +86,6 @@ def refuse_sharding(args: Namespace, config: ModelConfig, job: Runtime) -> None:
         raise UsageError(f"--units {args.units} is neither block nor a number from 1 to {layers}")
     if args.prove and args.compile:
         raise UsageError("--prove compares with a model that is not compiled; leave one out")
-    if args.memory_mb is not None:
-        refuse_small_memory(args, config)
 
 
 def replicas_of(args: Namespace, job: Runtime) -> int:
@@ -186,83 +182,57 @@ def kinds_of(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Ca
     """
     shards = nn.ParameterList(named_shards(model).values())
 
-    def gathered() -> int:
+    def whole_now() -> int:
         there = [p.detach() for p in model.parameters() if not isinstance(p, DTensor)]
         return tensor_bytes(there)
 
-    return {**bytes_of(shards, optimizer), "gathered units": gathered}
+    return {**bytes_of(shards, optimizer), "gathered units": whole_now}
 
 
-def predicted_bytes(args: Namespace, config: ModelConfig, shards: int, batch: int) -> float:
-    """What a rank needs at most, by the plan: state, gathered units, activations, a copy to save.
+def new_optimizer(args: Namespace, model: Llama) -> torch.optim.AdamW:
+    """AdamW with the usual settings of language models; norms are not decayed."""
+    matrices = [p for p in model.parameters() if p.dim() == 2]
+    norms = [p for p in model.parameters() if p.dim() < 2]
+    groups = [
+        {"params": matrices, "weight_decay": args.weight_decay},
+        {"params": norms, "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, lr=args.learning_rate, betas=(0.9, 0.95), fused=True)
 
-    `shards` is the number of ranks that share the model, `batch` the sequences of a micro-batch.
-    In backward the unit in use, the next one, and one gradient are whole, and so is the root; with
-    grad all units are. An asynchronous save copies weights and moments.
+
+def say_what_runs(run: Run, args: Namespace, job: Runtime, config: ModelConfig) -> None:
+    sequences = args.batch_size // (job.world_size * args.accumulate)
+    parameters = num_parameters(config)
+    bound = "" if args.memory_mb is None else f", each with {args.memory_mb:g} MB"
+    run.print(
+        f"job: {job.world_size} rank(s){bound}, {job.backend} on {job.device.type}, {args.dtype}; "
+        f"{parameters:,} parameters, {FLOAT * parameters / 1e6:.1f} MB"
+    )
+    run.print(
+        f"job: shard {args.shard}, {replicas_of(args, job)} replica(s), units by {args.units}, "
+        f"checkpointing {args.activation_checkpointing}, offload {args.offload}; a batch of "
+        f"{args.batch_size} is {job.world_size} x {args.accumulate} x {sequences} sequence(s)"
+    )
+
+
+def report_shards(
+    run: Run, args: Namespace, job: Runtime, model: Llama, memory: DeviceMemory
+) -> None:
+    """What each rank holds of weights and moments, against the formula; every rank calls it.
+
+    A shard is padded to the rows of the first rank's, so a rank may hold a little more than its
+    part; without padding the shards of all ranks are the model, as often as there are replicas.
     """
-    parameters, unit, root = num_parameters(config), *sizes(args, config)
-    width = FLOAT if args.dtype == "float32" else FLOAT // 2
-    state = predict.model_state(parameters, "fp32", "adamw", 3, shards).total
-    in_use = parameters if args.shard == "grad" else min(2 * unit, parameters - root) + root
-    saving = args.checkpoint_dir and args.async_checkpoints
-    copy = FLOAT * (1 + MOMENTS) * parameters / shards if saving else 0
-    if args.offload == "disk":
-        state = copy = 0
-    activations = peak_activations(
-        config.architecture, "fp32" if width == FLOAT else "bf16", args.seq_len, batch,
-        args.activation_checkpointing == "full",
-    )  # fmt: skip
-    return state + width * in_use + FLOAT * unit + activations + copy
-
-
-def sizes(args: Namespace, config: ModelConfig) -> tuple[int, int]:
-    """Parameters of the largest unit, and of the root: embedding, last norm, output."""
-    layers = config.num_hidden_layers
-    tables = 1 if config.tie_word_embeddings else 2
-    root = config.hidden_size * (config.vocab_size * tables + 1)
-    block = (num_parameters(config) - root) // layers
-    return (block if args.units == "block" else block * -(-layers // int(args.units))), root
-
-
-def refuse_small_memory(args: Namespace, config: ModelConfig) -> None:
-    """A unit is whole while it computes, and so is its gradient: no sharding goes below that."""
-    unit, root = sizes(args, config)
-    width = FLOAT if args.dtype == "float32" else FLOAT // 2
-    needed = max(unit, root) * (width + FLOAT)
-    if args.memory_mb * MB < needed:
-        which = "a unit of blocks" if unit >= root else "the root, with the embedding"
-        cure = ", or more --units" if unit >= root and args.units != "block" else ""
-        raise UsageError(
-            f"--memory-mb {args.memory_mb:g} is too small for one unit: {which} is whole while it "
-            f"computes, as is its gradient, together {quantity(needed, 'B')}; "
-            f"use --memory-mb {-(-needed // MB)} or more{cure}"
-        )
-
-
-def advice(args: Namespace, config: ModelConfig, job: Runtime) -> str:
-    """What the plan had predicted, and the first remedy that would fit, cheap ones first."""
-
-    def predicted(ranks: int = job.world_size, **changes: Any) -> float:
-        changed = Namespace(**{**vars(args), **changes})
-        if "shard" in changes or args.shard in ("full", "grad"):
-            shards = ranks
-        else:
-            shards = max(1, ranks // replicas_of(args, job))
-        batch = max(1, args.batch_size // (ranks * args.accumulate))
-        return predicted_bytes(changed, config, shards, batch)
-
-    again: dict[str, Any] = {"activation_checkpointing": "full"}
-    tried: dict[str, float] = {
-        "--activation-checkpointing full": predicted(**again),
-        "--shard full": predicted(shard="full"),
-        "--shard full --activation-checkpointing full": predicted(shard="full", **again),
-    }
-    tried |= {f"--shard full on {n} ranks": predicted(n, shard="full")
-              for n in (job.world_size * 2, job.world_size * 4)}  # fmt: skip
-    tried["--shard full --offload disk"] = predicted(shard="full", offload="disk")
-    fits = [how for how, size in tried.items() if size < args.memory_mb * MB]
-    cure = f"{fits[0]} would fit ({quantity(tried[fits[0]], 'B')})" if fits else "nothing would fit"
-    return f"the plan had predicted {quantity(predicted(), 'B')}; {cure}"
+    shards = named_shards(model).values()
+    own = sum(p.to_local().numel() if isinstance(p, DTensor) else p.numel() for p in shards)
+    everyone = gathered((own, memory.by_kind()))
+    held = everyone[0][1]
+    parameters = num_parameters(model.config) * replicas_of(args, job)
+    part = FLOAT * parameters / job.world_size
+    run.compare("weights on rank 0", part, held["weights"], "B")
+    run.compare("moments on rank 0", part * MOMENTS, held["optimizer"], "B")
+    together = sum(numbers for numbers, _ in everyone)
+    run.check_equal("numbers in the shards of all ranks together", together, parameters)
 
 
 class Trainer(Protocol):
