@@ -116,7 +116,9 @@ def train_and_report(run: Run, args: Namespace, job: Runtime, stop: StopRequest)
     tokens = data.prepare_from_args(args, config.vocab_size, workers=hardware.machine().cores)
     say_what_runs(run, args, job, config)
     # What the bound does not count is there before: transformers alone is larger than some bounds.
-    tokenizer = as_transformers_tokenizer(tokens.tokenizer) if args.export else None
+    tokenizer = None
+    if args.export and job.is_main:
+        tokenizer = as_transformers_tokenizer(tokens.tokenizer)
     logits = progress = None
     with device_memory(job, args.memory_mb) as memory:
         mesh = new_mesh(args, job)

@@ -55,7 +55,8 @@ class Checkpoints:
 
     With `asynchronous`, `save` returns when this rank's shards are copied to host memory, and a
     thread writes them. `keep` is how many of the newest are kept. `report` gets a line, on rank 0,
-    for each checkpoint that could not be written, or is damaged.
+    for each checkpoint that could not be written, or is damaged. One run at a time may write into a
+    folder: what a killed one left there is removed, unless this one only `reads`.
     """
 
     def __init__(
@@ -65,6 +66,7 @@ class Checkpoints:
         keep: int = 3,
         asynchronous: bool = True,
         report: Callable[[str], object] = print,
+        reads: bool = False,
     ) -> None:
         if keep < 1:
             raise UsageError(f"--keep {keep} would keep no checkpoint; use 1 or more")
@@ -75,7 +77,8 @@ class Checkpoints:
         self._stager = DefaultStager(StagingOptions(job.device.type == "cuda", False, False, False))
         self._writer: threading.Thread | None = None
         self._failure: BaseException | None = None
-        self._on_main(self._prepare)
+        if not reads:
+            self._on_main(self._prepare)
 
     def save(
         self, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, fields: dict[str, Any]
@@ -177,8 +180,8 @@ class Checkpoints:
 
     def _newest_but(self, damaged: Iterable[int]) -> int | None:
         """What rank 0 finds: another node's view of the folder may be late."""
-        there = [step for step in self.steps() if step not in damaged]
-        told: list[int | None] = [max(there, default=None)]
+        there = self.steps() if self.job.is_main else []
+        told = [max((step for step in there if step not in damaged), default=None)]
         dist.broadcast_object_list(told, 0)
         return told[0]
 

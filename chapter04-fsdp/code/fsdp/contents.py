@@ -287,7 +287,10 @@ def stream_model(
 
     def whole(name: str) -> Tensor:
         tensor = own[name]
-        return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+        if not isinstance(tensor, DTensor):
+            return tensor
+        on_device: Any = tensor.to(tensor.device_mesh.device_type)  # from where it is offloaded
+        return on_device.full_tensor()
 
     if job.is_main:
         stream_directory(directory, config, shapes, whole, tokenizer)

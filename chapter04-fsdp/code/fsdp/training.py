@@ -256,7 +256,9 @@ class Saver:
         if folder is None and args.resume not in ("auto", "none"):
             folder = Path(args.resume).resolve().parent
         self.saves = args.checkpoint_dir is not None
-        self.store = Checkpoints(folder, job, args.keep, apart, run.print) if folder else None
+        self.store = None
+        if folder is not None:
+            self.store = Checkpoints(folder, job, args.keep, apart, run.print, not self.saves)
 
     def __enter__(self) -> Self:
         return self
@@ -300,7 +302,7 @@ class Saver:
             raise RunError(f"stopped at step {step}, and nothing is saved without --checkpoint-dir")
         self.save(step, trainer)
         self.store.wait()
-        if step not in self.store.steps():
+        if self.job.is_main and step not in self.store.steps():
             raise RunError(f"stopped at step {step}, and its checkpoint could not be written")
         self.run.print(f"preempted: checkpoint at step {step}")
 
