@@ -121,14 +121,17 @@ class Llama(nn.Module):
 
         Source: Radford et al. 2019 (GPT-2), section 2.3.
         """
-        residual = 0.02 / math.sqrt(2 * self.config.num_hidden_layers)
         for name, parameter in self.named_parameters():
-            if name.endswith(("o_proj.weight", "down_proj.weight")):
-                nn.init.normal_(parameter, std=residual)
-            elif parameter.dim() == 2:
-                nn.init.normal_(parameter, std=0.02)
-            else:
-                nn.init.ones_(parameter)
+            self.initialise(name, parameter)
+
+    def initialise(self, name: str, parameter: Tensor) -> None:
+        """Draw the values of one parameter, which need not be the model's own tensor."""
+        if name.endswith(("o_proj.weight", "down_proj.weight")):
+            nn.init.normal_(parameter, std=0.02 / math.sqrt(2 * self.config.num_hidden_layers))
+        elif parameter.dim() == 2:
+            nn.init.normal_(parameter, std=0.02)
+        else:
+            nn.init.ones_(parameter)
 
     def tie_weights(self) -> None:
         """Make the output matrix the embedding itself, where the configuration says so."""

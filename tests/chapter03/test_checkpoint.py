@@ -21,9 +21,10 @@ from checkpoint_writer import (
     left_over,
     state_of,
 )
-from ddp import checkpoint_files, checkpoints
+from ddp import checkpoints
 from ddp.checkpoints import Checkpoints
 from ddp.resuming import full_disk
+from distlab import checkpoint_files
 from distlab.errors import RunError, UsageError
 from distlab.spawning import fork_context
 

@@ -19,7 +19,7 @@ import torch
 from filelock import FileLock
 from torch import Tensor
 
-from ddp.checkpoint_files import Damaged, encode, read_files, sync_folder, write_files
+from distlab.checkpoint_files import Damaged, encode, read_files, sync_folder, write_files
 from distlab.errors import RunError, UsageError
 
 NAME = re.compile(r"step_(\d{8,})")

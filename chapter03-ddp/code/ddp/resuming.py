@@ -22,10 +22,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel as DDP
 
-from ddp.checkpoint_files import MANIFEST, TENSORS, TREE, encode
 from ddp.checkpoints import Checkpoints, HostCopies
 from ddp.training_state import collect, restore, settle_buckets
 from distlab import data, measure
+from distlab.checkpoint_files import MANIFEST, TENSORS, TREE, encode
 from distlab.errors import RunError
 from distlab.model import model_from_args, num_parameters
 from distlab.run import Run

@@ -46,16 +46,20 @@ class HeldOut:
         """Mean cross-entropy in nats over all windows.
 
         Sums and counts are added up, and divided at the end: the ranks may have one window more or
-        less than each other, or none, and a mean of their means would be another number.
+        less than each other, or none, and a mean of their means would be another number. All take
+        equally many batches, since the forward pass of a sharded model is a collective: a rank
+        that has none left computes the first window again, and counts it 0 times.
         """
         total = torch.zeros(2, dtype=torch.float64, device=self.job.device)
         share = self.windows[self.job.rank :: self.job.world_size]
         size = self.batch_size // self.job.world_size
-        for start in range(0, len(share), size):
-            inputs, targets = self._batch(share[start : start + size])
+        longest = -(-self.count // self.job.world_size)
+        for start in range(0, longest, size):
+            own = share[start : start + size]
+            inputs, targets = self._batch(own if len(own) else self.windows[:1])
             with autocast(self.job.device, self.dtype):
                 mean = model(inputs, targets=targets)
-            total += total.new_tensor([len(inputs) * mean.item(), len(inputs)])
+            total += total.new_tensor([len(own) * mean.item(), len(own)])
         dist.all_reduce(total)
         summed, counted = total.tolist()
         self.counted = round(counted)

@@ -10,6 +10,7 @@ import keyword
 import math
 import re
 import warnings
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -178,31 +179,45 @@ def parses(source: str) -> bool:
     return True
 
 
-@torch.inference_mode()
-def export(run: Run, model: Llama, directory: str, tokens: Tokens) -> None:
-    """Write `model`, on the CPU, to `directory`, load it with transformers, and compare.
+def export_window(tokens: Tokens) -> torch.Tensor:
+    """Held-out ids [1, n] that a model and its export read."""
+    return torch.from_numpy(tokens.validation.windows([0], EXPORT_WINDOW))
 
-    The folder is an ordinary one of Hugging Face; the proof is that transformers computes from it
-    what `model` computes.
+
+@torch.inference_mode()
+def compare_with_transformers(
+    run: Run, directory: str | Path, tokens: Tokens, logits: torch.Tensor
+) -> Any:
+    """Load an exported folder with transformers, which must compute the model's `logits` of
+    `export_window`; its model.
+
+    The folder is an ordinary one of Hugging Face: this is the proof.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-    folder = save(model, directory, tokens.tokenizer)
-    theirs: Any = AutoModelForCausalLM.from_pretrained(folder)
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    run.metric("export", sum(file.stat().st_size for file in folder.iterdir()), "B")
-
-    ids = torch.from_numpy(tokens.validation.windows([0], EXPORT_WINDOW))
+    theirs: Any = AutoModelForCausalLM.from_pretrained(directory)
+    tokenizer = AutoTokenizer.from_pretrained(directory)
+    run.metric("export", sum(file.stat().st_size for file in Path(directory).iterdir()), "B")
+    ids = export_window(tokens)
     run.check_close(
-        "transformers computes the same logits", theirs(ids).logits, model(ids), LOGIT_TOLERANCE
+        "transformers computes the same logits", theirs(ids).logits, logits, LOGIT_TOLERANCE
     )
     text = tokens.tokenizer.decode(ids[0].tolist())
     run.check_equal(
         "its tokenizer gives the same tokens",
         tokenizer(text)["input_ids"], tokens.tokenizer.encode(text).ids,
     )  # fmt: skip
+    return theirs
+
+
+@torch.inference_mode()
+def export(run: Run, model: Llama, directory: str, tokens: Tokens) -> None:
+    """Write `model`, on the CPU, to `directory`, load it with transformers, and compare."""
+    folder = save(model, directory, tokens.tokenizer)
+    ids = export_window(tokens)
+    theirs = compare_with_transformers(run, folder, tokens, model(ids))
     written = theirs.generate(
         ids, max_new_tokens=EXPORT_NEW_TOKENS, do_sample=False, pad_token_id=0, eos_token_id=None
     )

@@ -14,8 +14,7 @@ import hashlib
 import json
 import math
 import os
-import struct
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,14 +24,11 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
+from distlab.hf_format import DTYPES, Shapes, safetensors_pieces
+
 FORMAT = 1
 TENSORS, TREE, MANIFEST = "tensors.safetensors", "state.json", "manifest.json"
-DTYPES = {  # safetensors' names
-    torch.bool: "BOOL", torch.uint8: "U8", torch.int8: "I8", torch.int16: "I16",
-    torch.int32: "I32", torch.int64: "I64", torch.float16: "F16", torch.bfloat16: "BF16",
-    torch.float32: "F32", torch.float64: "F64", torch.uint16: "U16", torch.uint32: "U32",
-    torch.uint64: "U64", torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2",
-}  # fmt: skip
+PIECE = 1 << 20  # bytes of a file that are hashed at a time
 
 
 class Damaged(Exception):
@@ -41,11 +37,29 @@ class Damaged(Exception):
 
 def write_files(folder: Path, step: int, tree: Any, tensors: Mapping[str, Tensor]) -> None:
     """Write a checkpoint into the empty `folder`; when this returns, the disk has it."""
+    shapes = {name: (tensor.dtype, tensor.shape) for name, tensor in tensors.items()}
+    stream_files(folder, step, tree, shapes, tensors.__getitem__)
+
+
+def stream_files(
+    folder: Path, step: int, tree: Any, shapes: Shapes, get: Callable[[str], Tensor]
+) -> None:
+    """As `write_files`, for tensors that are asked for by their names, one at a time."""
     files = {
-        TENSORS: _write(folder / TENSORS, _safetensors(tensors)),
-        TREE: _write(folder / TREE, [json.dumps(tree, allow_nan=False).encode()]),
+        TENSORS: _write(folder / TENSORS, safetensors_pieces(shapes, get)),
+        TREE: write_json(folder / TREE, tree),
     }
-    manifest = {"format": FORMAT, "step": step, "files": files}
+    write_manifest(folder, step, files)
+
+
+def write_json(path: Path, tree: Any) -> dict[str, Any]:
+    """Write and fsync a tree that `encode` gave; what the manifest says of the file."""
+    return _write(path, [json.dumps(tree, allow_nan=False).encode()])
+
+
+def write_manifest(folder: Path, step: int, files: Mapping[str, Any]) -> None:
+    """The list of the files, the last that is written; then the disk has their names too."""
+    manifest = {"format": FORMAT, "step": step, "files": dict(files)}
     signed = {**manifest, "sha256": _digest(manifest)}
     _write(folder / MANIFEST, [json.dumps(signed, indent=1).encode()])
     sync_folder(folder)
@@ -56,8 +70,8 @@ def read_files(folder: Path, device: torch.device | str = "cpu") -> tuple[int, A
 
     Each file is read once: the bytes whose checksum is right are the bytes that are used.
     """
-    manifest = _read_manifest(folder)
-    contents = {name: _read_verified(folder, name, entry) for name, entry in manifest["files"]}
+    manifest = read_manifest(folder)
+    contents = {name: _read_verified(folder, name, e) for name, e in manifest["files"].items()}
     try:
         tensors = safetensors.torch.load(contents.pop(TENSORS))
         on_device = {name: tensor.to(device) for name, tensor in tensors.items()}
@@ -87,29 +101,8 @@ def _write(path: Path, chunks: Iterable[bytes | memoryview]) -> dict[str, Any]:
     return {"bytes": count, "sha256": digest.hexdigest()}
 
 
-def _safetensors(tensors: Mapping[str, Tensor]) -> Iterable[bytes | memoryview]:
-    """A safetensors file, in pieces: the header's length, the header, every tensor's bytes.
-
-    The library's own writer would make a full disk an error without a number, and leave the hash to
-    a second reading. Wide types come first, so that each tensor begins at a multiple of its size.
-    """
-    ordered = sorted(tensors.items(), key=lambda item: -item[1].element_size())
-    header, end = {}, 0
-    for name, tensor in ordered:
-        begin, end = end, end + tensor.numel() * tensor.element_size()
-        shape = list(tensor.shape)
-        header[name] = {"dtype": DTYPES[tensor.dtype], "shape": shape, "data_offsets": [begin, end]}
-    encoded = json.dumps(header).encode()
-    encoded += b" " * (-len(encoded) % 8)
-    yield struct.pack("<Q", len(encoded))
-    yield encoded
-    for _, tensor in ordered:
-        flat = tensor.cpu().contiguous().reshape(-1)
-        yield flat.view(torch.uint8).numpy().data
-
-
-def _read_manifest(folder: Path) -> dict[str, Any]:
-    """The manifest, its own sum verified; `files` as pairs of name and entry."""
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """The manifest, its own sum verified. Raises `Damaged`."""
     try:
         manifest = json.loads(_read(folder, MANIFEST))
         claimed = manifest.pop("sha256")
@@ -119,16 +112,41 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
         raise Damaged(f"{MANIFEST} does not have its sha256: it was changed")
     if manifest["format"] != FORMAT:
         raise Damaged(f"its format {manifest['format']} is not known here, only {FORMAT}")
-    return {**manifest, "files": list(manifest["files"].items())}
+    return manifest
+
+
+def hash_file(path: Path) -> dict[str, Any]:
+    """What a manifest says of the file, which is read in pieces: it may be larger than memory."""
+    digest, count = hashlib.sha256(), 0
+    with path.open("rb") as file:
+        while piece := file.read(PIECE):
+            digest.update(piece)
+            count += len(piece)
+    return {"bytes": count, "sha256": digest.hexdigest()}
+
+
+def check_file(folder: Path, name: str, entry: Mapping[str, Any]) -> None:
+    """Raise `Damaged` unless the file is what the manifest says of it; it is read in pieces."""
+    try:
+        found = hash_file(folder / name)
+    except FileNotFoundError as error:
+        raise Damaged(f"{name} is missing") from error
+    except OSError as error:
+        raise Damaged(f"{name} cannot be read ({error.strerror})") from error
+    _compare(name, found["bytes"], found["sha256"], entry)
 
 
 def _read_verified(folder: Path, name: str, entry: dict[str, Any]) -> bytes:
     content = _read(folder, name)
-    if len(content) != entry["bytes"]:
-        raise Damaged(f"{name} has {len(content)} of {entry['bytes']} bytes")
-    if hashlib.sha256(content).hexdigest() != entry["sha256"]:
-        raise Damaged(f"{name} does not have its sha256: bytes of it were changed")
+    _compare(name, len(content), hashlib.sha256(content).hexdigest(), entry)
     return content
+
+
+def _compare(name: str, size: int, sha256: str, entry: Mapping[str, Any]) -> None:
+    if size != entry["bytes"]:
+        raise Damaged(f"{name} has {size} of {entry['bytes']} bytes")
+    if sha256 != entry["sha256"]:
+        raise Damaged(f"{name} does not have its sha256: bytes of it were changed")
 
 
 def _read(folder: Path, name: str) -> bytes:
