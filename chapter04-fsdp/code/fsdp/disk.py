@@ -20,11 +20,13 @@ import re
 import socket
 import sys
 import tempfile
+import time
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Self
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
@@ -111,6 +113,16 @@ class OnDisk:
     def cached(self) -> int:
         """Bytes of this rank's files that are in the page cache now."""
         return sum(file.cached() for file in self.files)
+
+    def traffic(self) -> tuple[int, int]:
+        """Bytes that a step reads and writes if nothing stays in memory between two uses.
+
+        Weights are read for forward and for backward (the root's stay gathered), then all parts
+        for the optimizer. Gradients are written in backward, the other parts by the optimizer.
+        """
+        again = sum(file.layout.parts["weights"][1] for file in self.files[1:])
+        first = self.files[0].layout.parts["weights"][1]
+        return first + 2 * again + self.bytes, self.bytes
 
     def step(self) -> None:
         """The optimizer's step, unit after unit: only one unit's state is touched at a time."""
@@ -278,6 +290,21 @@ class UnitFile:
     def close(self) -> None:
         """Give up the file; its room is free when the last tensor in it is gone."""
         os.close(self.fd)
+
+
+def disk_rates(folder: Path, size: int) -> tuple[float, float]:
+    """Bytes a second that this rank reads and writes as training does, by a mapped file of `size`
+    bytes, while all ranks do. Every rank calls it."""
+    probe = UnitFile(folder, {"probe": torch.empty(size // 4)})
+    mapped, seconds = probe.mapped("weights", "probe"), []
+    for use in (lambda: mapped.fill_(1.0), mapped.sum):
+        dist.barrier()
+        started = time.perf_counter()
+        use()
+        probe.drop(("weights",))
+        seconds.append(time.perf_counter() - started)
+    probe.close()
+    return size / seconds[1], size / seconds[0]
 
 
 def _units(model: nn.Module) -> list[nn.Module]:
