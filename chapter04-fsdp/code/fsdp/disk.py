@@ -1,10 +1,11 @@
 """A training's state on disk: weights, gradients and Adam's moments in memory-mapped files.
 
-Each unit of `fully_shard` gets a file of this rank's shards, with four parts: weights, gradients
-and the two moments. The tensors are the file: the kernel reads a page when it is touched, and
-writes back what was changed. Between two uses nothing needs to be in memory, but nothing makes the
-kernel forget a page either, as long as it has room: its page cache is memory too. So each unit is
-flushed and dropped after use, or a control group bounds it (`distlab.training.cgroup`).
+Each unit of `fully_shard` gets four files of this rank's shards: weights, gradients and the two
+moments. (In one file, the kernel, which reads ahead, would read one part with another.) The tensors
+are the files: the kernel reads a page when it is touched, and writes back what was changed. Between
+two uses nothing needs to be in memory, but nothing makes the kernel forget a page either, as long
+as it has room: its page cache is memory too. So each unit is flushed and dropped after use, or a
+control group bounds it (`distlab.training.cgroup`).
 
     with put_on_disk(model, optimizer, folder) as disk:  # after fully_shard
         model(inputs, targets=targets).backward()
@@ -20,11 +21,13 @@ import re
 import socket
 import sys
 import tempfile
+import time
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Self
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
@@ -64,7 +67,7 @@ def put_on_disk(
     _refuse_folder(folder, sum(Layout(own).size for own in units), flag)
     files, failed = [], None
     try:
-        files = [UnitFile(folder, own) for own in units]
+        files = [UnitFiles(folder, own) for own in units]
     except OSError as error:
         failed = f"{flag} {folder}: {error.strerror} while its room was taken; free some space"
     if told := next(filter(None, gathered(failed)), None):
@@ -82,7 +85,7 @@ class OnDisk:
         self,
         model: nn.Module,
         optimizer: torch.optim.Optimizer,
-        files: "list[UnitFile]",
+        files: "list[UnitFiles]",
         drop: bool,
     ) -> None:
         self.optimizer, self.files, self.drops = optimizer, files, drop
@@ -111,6 +114,15 @@ class OnDisk:
     def cached(self) -> int:
         """Bytes of this rank's files that are in the page cache now."""
         return sum(file.cached() for file in self.files)
+
+    def traffic(self) -> tuple[int, int]:
+        """Bytes that a step reads and writes if nothing stays in memory between two uses.
+
+        Weights are read for forward and for backward (the root's stay gathered), then all parts
+        for the optimizer. Gradients are written in backward, the other parts by the optimizer.
+        """
+        first, *others = (file.layout.parts["weights"] for file in self.files)
+        return first + 2 * sum(others) + self.bytes, self.bytes
 
     def step(self) -> None:
         """The optimizer's step, unit after unit: only one unit's state is touched at a time."""
@@ -154,7 +166,7 @@ class OnDisk:
             self.optimizer.state[after[names[id(old)]]] = state
             del self.optimizer.state[old]
 
-    def _fill_moments(self, file: "UnitFile") -> None:
+    def _fill_moments(self, file: "UnitFiles") -> None:
         """Give the optimizer its state before it makes one of its own in memory."""
         groups = {id(p): group for group in self.optimizer.param_groups for p in group["params"]}
         for name, parameter in file.trained().items():
@@ -165,7 +177,7 @@ class OnDisk:
             for moment in MOMENTS:
                 state[moment] = file.mapped(moment, name, filled_from=state.get(moment))
 
-    def _on_gradient(self, file: "UnitFile", name: str):  # type: ignore[no-untyped-def]
+    def _on_gradient(self, file: "UnitFiles", name: str):  # type: ignore[no-untyped-def]
         def move(parameter: Tensor) -> None:
             assert parameter.grad is not None
             parameter.grad = file.take_gradient(name, parameter.grad)
@@ -191,26 +203,27 @@ class OnDisk:
 
 
 class Layout:
-    """Where in a unit's file each shard begins: `places[part, name]`, bytes; `parts[part]` is the
-    part's first byte and its size, both whole pages. A frozen parameter has weights only."""
+    """Where in its part's file each shard begins: `places[part, name]`, bytes; and each file's
+    size, `parts[part]`, in whole pages. A frozen parameter has weights only."""
 
     def __init__(self, parameters: Mapping[str, Tensor]) -> None:
         self.places: dict[tuple[str, str], int] = {}
-        self.parts: dict[str, tuple[int, int]] = {}
-        end = 0
+        self.parts: dict[str, int] = {}
         for part in PARTS:
-            begin = end
+            end = 0
             for name, parameter in parameters.items():
                 if part == "weights" or parameter.requires_grad:
                     self.places[part, name] = end
                     end += _up(_local(parameter).nbytes, ALIGNED)
-            end = _up(end, PAGE)
-            self.parts[part] = begin, end - begin
-        self.size = end
+            self.parts[part] = _up(end, PAGE)
+
+    @property
+    def size(self) -> int:
+        return sum(self.parts.values())
 
 
-class UnitFile:
-    """One unit's shards on this rank, in a file without a name whose room is taken at once.
+class UnitFiles:
+    """One unit's shards on this rank, in files without a name whose room is taken at once.
 
     Raises `OSError` where there is no room: a file that grew as it was written would end the
     process by a signal when the disk is full.
@@ -220,14 +233,18 @@ class UnitFile:
         self.parameters = parameters
         self.layout = Layout(parameters)
         self.arrived = 0  # gradients in this backward
-        self.fd, path = tempfile.mkstemp(dir=folder)
-        os.unlink(path)
+        self.fds: dict[str, int] = {}
+        self.maps: dict[str, mmap.mmap] = {}
         try:
-            os.posix_fallocate(self.fd, 0, self.layout.size)
+            for part, size in self.layout.parts.items():
+                if size:
+                    self.fds[part], path = tempfile.mkstemp(dir=folder)
+                    os.unlink(path)
+                    os.posix_fallocate(self.fds[part], 0, size)
+                    self.maps[part] = mmap.mmap(self.fds[part], size)
         except OSError:
-            os.close(self.fd)
+            self.close()
             raise
-        self.map = mmap.mmap(self.fd, self.layout.size)
 
     def trained(self) -> dict[str, Tensor]:
         return {name: p for name, p in self.parameters.items() if p.requires_grad}
@@ -239,7 +256,7 @@ class UnitFile:
         offset = self.layout.places[part, name]
         tensor = torch.empty(0, dtype=local.dtype)
         if size := local.numel():
-            tensor = torch.frombuffer(self.map, dtype=local.dtype, count=size, offset=offset)
+            tensor = torch.frombuffer(self.maps[part], dtype=local.dtype, count=size, offset=offset)
         tensor = tensor.view(local.shape)
         if filled_from is not None and not filled_from.is_meta:
             tensor.copy_(_local(filled_from))
@@ -254,30 +271,48 @@ class UnitFile:
             written = 0
             while written < len(content):
                 place = self.layout.places["gradients", name] + written
-                written += os.pwrite(self.fd, content[written:], place)
+                written += os.pwrite(self.fds["gradients"], content[written:], place)
         return target
 
     def drop(self, parts: Iterable[str]) -> None:
         """Write what was changed, wait until it is on the disk, and let the kernel forget it."""
-        for part in parts:
-            begin, size = self.layout.parts[part]
-            if size:
-                self.map.flush(begin, size)
-                self.map.madvise(mmap.MADV_DONTNEED, begin, size)
-                os.posix_fadvise(self.fd, begin, size, os.POSIX_FADV_DONTNEED)
+        for part in self.maps.keys() & set(parts):
+            self.maps[part].flush()
+            self.maps[part].madvise(mmap.MADV_DONTNEED)
+            os.posix_fadvise(self.fds[part], 0, 0, os.POSIX_FADV_DONTNEED)
 
     def cached(self) -> int:
-        """Bytes of the file in the page cache, by mincore(2)."""
-        pages = (ctypes.c_ubyte * (self.layout.size // PAGE))()
-        first = torch.frombuffer(self.map, dtype=torch.uint8).data_ptr()
+        """Bytes of the files in the page cache, by mincore(2)."""
         libc = ctypes.CDLL(None, use_errno=True)
-        if libc.mincore(ctypes.c_void_p(first), ctypes.c_size_t(self.layout.size), pages):
-            raise OSError(ctypes.get_errno(), "mincore")
-        return PAGE * sum(page & 1 for page in pages)
+        found = 0
+        for part, mapped in self.maps.items():
+            size = self.layout.parts[part]
+            pages = (ctypes.c_ubyte * (size // PAGE))()
+            first = torch.frombuffer(mapped, dtype=torch.uint8).data_ptr()
+            if libc.mincore(ctypes.c_void_p(first), ctypes.c_size_t(size), pages):
+                raise OSError(ctypes.get_errno(), "mincore")
+            found += PAGE * sum(page & 1 for page in pages)
+        return found
 
     def close(self) -> None:
-        """Give up the file; its room is free when the last tensor in it is gone."""
-        os.close(self.fd)
+        """Give up the files; their room is free when the last tensor in them is gone."""
+        for fd in self.fds.values():
+            os.close(fd)
+
+
+def disk_rates(folder: Path, size: int) -> tuple[float, float]:
+    """Bytes a second that this rank reads and writes as training does, by a mapped file of `size`
+    bytes, while all ranks do. Every rank calls it."""
+    probe = UnitFiles(folder, {"probe": torch.empty(size // 4)})
+    mapped, seconds = probe.mapped("weights", "probe"), []
+    for use in (lambda: mapped.fill_(1.0), mapped.sum):
+        dist.barrier()
+        started = time.perf_counter()
+        use()
+        probe.drop(("weights",))
+        seconds.append(time.perf_counter() - started)
+    probe.close()
+    return size / seconds[1], size / seconds[0]
 
 
 def _units(model: nn.Module) -> list[nn.Module]:
