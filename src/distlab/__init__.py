@@ -5,3 +5,7 @@ group (`runtime`), the model and its data (`model`, `data`), the book's formulas
 what this machine is (`hardware`), and how a run is measured, checked and recorded (`measure`,
 `check`, `record`, `script`).
 """
+
+from distlab.display import make_output_safe
+
+make_output_safe()  # here, since every script, worker and command comes this way

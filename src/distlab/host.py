@@ -21,7 +21,9 @@ def cpu_name() -> str:
             return " ".join(name.split())
     if platform.system() == "Darwin":
         asked = ["sysctl", "-n", "machdep.cpu.brand_string"]
-        return subprocess.run(asked, capture_output=True, text=True, timeout=5).stdout.strip()
+        return subprocess.run(
+            asked, capture_output=True, encoding="utf-8", errors="replace", timeout=5
+        ).stdout.strip()
     return platform.processor() or platform.machine()
 
 
@@ -96,6 +98,6 @@ def operating_system() -> str:
 def read(path: str | Path) -> str:
     """The text of a file of the system; empty where there is none."""
     try:
-        return Path(path).read_text(errors="replace")
+        return Path(path).read_text(errors="replace", encoding="utf-8")
     except OSError:
         return ""

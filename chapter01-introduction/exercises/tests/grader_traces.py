@@ -17,7 +17,7 @@ def write(folder, events):
     everything = [*always, *events]
     random.Random(len(everything)).shuffle(everything)
     path = folder / "trace.json"
-    path.write_text(json.dumps({"schemaVersion": 1, "traceEvents": everything}))
+    path.write_text(json.dumps({"schemaVersion": 1, "traceEvents": everything}), encoding="utf-8")
     return path
 
 

@@ -169,7 +169,7 @@ def median(values: list[float]) -> float:
 
 def interface_bytes() -> tuple[int, int]:
     """(received, sent) so far by this node's network interfaces but the loopback."""
-    lines = Path("/proc/net/dev").read_text().splitlines()[2:]
+    lines = Path("/proc/net/dev").read_text(encoding="utf-8").splitlines()[2:]
     fields = [line.replace(":", " ").split() for line in lines]
     counted = [(int(f[1]), int(f[9])) for f in fields if f[0] != "lo"]
     return sum(pair[0] for pair in counted), sum(pair[1] for pair in counted)

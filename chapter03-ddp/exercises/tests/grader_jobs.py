@@ -13,7 +13,7 @@ DTYPES = ("Float", "BFloat16", "Half", "Long")
 def recorded_jobs():
     """(name, job) of each job that really ran; a job's "rank" and "seq" are what is to be said."""
     for path in sorted(RECORDED.glob("*.json")):
-        job = json.loads(path.read_text())
+        job = json.loads(path.read_text(encoding="utf-8"))
         job["world_size"] = 3
         first_of_step = {"rank-only collective": 6, "order swap": 6, "mismatch": 6, "straggler": 6}
         job["seq"] = first_of_step.get(job["cause"])  # step 2 begins after 1 + 2 * 2 collectives

@@ -30,7 +30,7 @@ def test_the_newest_of_several_comes_back(student, tmp_path):
         assert_newest(student, folder, newest, f"saved the steps up to {step}, one after another")
     student.save_checkpoint(folder, 100, payload_of(100))
     assert_newest(student, folder, 100, "saved step 100 once more")
-    (folder / "notes.txt").write_text("other people's files may lie here")
+    (folder / "notes.txt").write_text("other people's files may lie here", encoding="utf-8")
     (folder / "a_folder").mkdir()
     assert_newest(student, folder, 100, "a text file and a folder lie there too")
     student.save_checkpoint(tmp_path / "empty", 3, b"")

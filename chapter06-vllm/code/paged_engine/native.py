@@ -158,7 +158,13 @@ def _machine_flags(compiler: str) -> tuple[tuple[str, ...], str]:
 
 def _run(command: list[str]) -> str:
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=COMPILE_LIMIT_S)
+        done = subprocess.run(
+            command,
+            capture_output=True,
+            encoding="utf-8",
+            errors="replace",
+            timeout=COMPILE_LIMIT_S,
+        )
     except subprocess.TimeoutExpired as error:
         raise BuildError(f"{command[0]} took longer than {COMPILE_LIMIT_S} s") from error
     if done.returncode:
