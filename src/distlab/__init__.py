@@ -6,6 +6,13 @@ what this machine is (`hardware`), and how a run is measured, checked and record
 `check`, `record`, `script`).
 """
 
-from distlab.display import make_output_safe
+import os
+import sys
 
-make_output_safe()  # here, since every script, worker and command comes this way
+from distlab.display import make_output_safe
+from distlab.files import have_caches
+
+# Here, since every script, worker and command comes this way.
+make_output_safe()
+if (_told := have_caches()) and os.environ.get("RANK", "0") == "0":
+    print(f"note: {_told}", file=sys.stderr)
