@@ -11,8 +11,10 @@ import sys
 
 from distlab.display import make_output_safe
 from distlab.files import have_caches
+from distlab.host import reach_itself
 
 # Here, since every script, worker and command comes this way.
 make_output_safe()
+reach_itself()
 if (_told := have_caches()) and os.environ.get("RANK", "0") == "0":
     print(f"note: {_told}", file=sys.stderr)

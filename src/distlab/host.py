@@ -9,6 +9,9 @@ from collections.abc import Iterator
 from functools import cache
 from pathlib import Path, PurePosixPath
 
+PROXIES = ("http_proxy", "https_proxy", "all_proxy", "ftp_proxy")
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
+
 
 def cpu_name() -> str:
     """The processor's name without its decoration; an ARM board's name; else the architecture."""
@@ -38,6 +41,21 @@ def own_address() -> str | None:
         return str(socket.getaddrinfo(socket.gethostname(), None)[0][4][0])
     except OSError:
         return None
+
+
+def reach_itself() -> None:
+    """Have this process and its children ask this machine's own servers without a proxy.
+
+    A proxy that the user has for the world (http_proxy and its kin) would be asked for 127.0.0.1
+    too, by the OpenAI client, curl and exporters of traces alike, and answers that it knows of no
+    such server. What NO_PROXY holds already stays. `import distlab` calls this.
+    """
+    if not any(name.lower() in PROXIES for name in os.environ):
+        return
+    direct = os.environ.get("no_proxy") or os.environ.get("NO_PROXY") or ""
+    named = [host for host in direct.split(",") if host.strip()]
+    both = ",".join([*named, *(host for host in LOOPBACK if host not in named)])
+    os.environ |= {"no_proxy": both, "NO_PROXY": both}
 
 
 def usable_cores() -> int:
