@@ -1,7 +1,7 @@
 """Task 2: what autograd keeps, first of small functions counted by hand, then of a Llama block."""
 
 import torch
-from grader_llama_block import LlamaBlock
+from grader_forwards import saved_by_block, saved_by_layer, saved_by_steps
 
 TOLERANCE = 0.02  # the docstring's: room for a term that grows only with the tokens
 BLOCKS = {  # batch, seq_len, hidden, intermediate, heads, kv_heads, dtype: bytes kept (torch 2.13)
@@ -15,17 +15,7 @@ BLOCKS = {  # batch, seq_len, hidden, intermediate, heads, kv_heads, dtype: byte
 
 
 def test_saved_bytes_counts_each_storage_once(student):
-    x = torch.randn(1000, requires_grad=True)
-    chosen = torch.arange(100)
-
-    def forward():
-        y = x.exp()  # keeps y: 4000 bytes
-        a = y * y  # keeps y, twice
-        b = y[:10].sin()  # keeps a part of y
-        c = x.detach()[chosen] * x[chosen]  # keeps the indices, 800 bytes, and a factor, 400
-        return a.sum() + b.sum() + c.sum()
-
-    got = student.saved_bytes(forward, [])
+    got = saved_by_steps(student)
     assert got == 5200, (
         "y = exp(x) with 1000 floats is kept by exp, by y * y and by sin(y[:10]), with 100 "
         f"indices and a factor of 100 floats: expected 4000 + 800 + 400 bytes, got {got}"
@@ -33,9 +23,7 @@ def test_saved_bytes_counts_each_storage_once(student):
 
 
 def test_saved_bytes_leaves_parameters_out(student):
-    layer = torch.nn.Linear(64, 32)
-    x = torch.randn(16, 64, requires_grad=True)
-    got = student.saved_bytes(lambda: layer(x), layer.parameters())
+    got = saved_by_layer(student)
     assert got == 16 * 64 * 4, (
         "a linear layer keeps its input [16, 64] and its weight, a parameter that is counted "
         f"elsewhere: expected 4096 bytes, got {got}"
@@ -58,9 +46,8 @@ def test_formula_matches_autograd(student):
             f"{heads}, kv heads {kv_heads}, {dtype}): autograd keeps {kept:,} bytes, the formula "
             f"says {predicted:,}, which is {predicted / kept:.2f} of it"
         )
-        block = LlamaBlock(hidden, intermediate, heads, kv_heads).to(dtype)
-        x = torch.randn(batch, seq, hidden, dtype=dtype, requires_grad=True)
-        measured = student.saved_bytes(lambda block=block, x=x: block(x), block.parameters())
+        sizes = (hidden, intermediate, heads, kv_heads)
+        measured = saved_by_block(student, batch, seq, dtype, *sizes)
         assert abs(measured / kept - 1) <= TOLERANCE, (
             f"{name}: saved_bytes measures {measured:,} bytes, but autograd keeps {kept:,}"
         )

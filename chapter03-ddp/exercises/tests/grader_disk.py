@@ -8,6 +8,8 @@ its last fsync is torn: half of it is there.
 import os
 from contextlib import contextmanager
 
+from distlab.lab.grade_student import rig
+
 WATCHED = ("fsync", "replace", "rename", "unlink", "remove")
 
 
@@ -79,6 +81,7 @@ class Disk:
             (self.folder / name).write_bytes(content)
 
 
+@rig
 def save_until_cut(save, folder, step, payload, cut_before=None):
     """Save with the power cut before operation `cut_before`; what was done, and whether it ended.
 

@@ -1,11 +1,13 @@
 """Task 5: rounds by hand, then the distribution of many against the target's, by chi-squared."""
 
+import json
 import math
 import random
 from collections import Counter
 from itertools import product
 
 import numpy as np
+from grader_rounds import many_rounds
 
 ROUNDS = 20_000
 SEED = 7
@@ -19,6 +21,11 @@ def checked(student, guesses, q, p, uniform, case="a round"):
     kept = q.copy(), p.copy()
     tokens = [int(token) for token in student.check_guesses(list(guesses), q, p, uniform)]
     assert np.array_equal(kept[0], q) and np.array_equal(kept[1], p), f"{case}: q or p was changed"
+    check_form(guesses, tokens, p, case)
+    return tokens
+
+
+def check_form(guesses, tokens, p, case):
     assert 1 <= len(tokens) <= len(guesses) + 1, (
         f"{case}: {len(guesses)} guesses gave {len(tokens)} tokens, expected 1 to "
         f"{len(guesses) + 1}"
@@ -26,7 +33,6 @@ def checked(student, guesses, q, p, uniform, case="a round"):
     assert all(0 <= token < p.shape[1] for token in tokens), f"{case}: tokens {tokens}"
     for place, token in enumerate(tokens):
         assert p[place][token] > 0, f"{case}: token {token} at place {place}, of which p is 0"
-    return tokens
 
 
 def fixed(*values):
@@ -75,11 +81,10 @@ def test_by_hand(student):
 
 def rounds(student, q, p, count=ROUNDS):
     """The tokens of many rounds; q [k, vocab] and p [k + 1, vocab] are the same in each."""
-    chance = random.Random(SEED)
-    vocabulary = range(len(p[0]))
-    for _ in range(count):
-        guesses = [chance.choices(vocabulary, row)[0] for row in q]
-        yield checked(student, guesses, q, p, chance.random)
+    for guesses, tokens, changed in json.loads(many_rounds(student, q, p, count, SEED)):
+        assert not changed, f"guesses {guesses}: q or p was changed"
+        check_form(guesses, tokens, np.asarray(p), "a round")
+        yield tokens
 
 
 def assert_distributed(counts, exact, case):
