@@ -67,8 +67,8 @@ def hidden_places(root: Path) -> Iterator[Path]:
     """The checkout, and where its Git repository lies, with the checkout there."""
     yield root
     if (root / ".git").is_file():  # a further work tree: "gitdir: FOLDER"
-        git = Path((root / ".git").read_text().partition(":")[2].strip())
-        shared = (git / (git / "commondir").read_text().strip()).resolve()
+        git = Path((root / ".git").read_text(encoding="utf-8").partition(":")[2].strip())
+        shared = (git / (git / "commondir").read_text(encoding="utf-8").strip()).resolve()
         yield shared.parent if shared.name == ".git" else shared
 
 
