@@ -84,7 +84,7 @@ class Student(Side):
     def wire(self, handle: Handle) -> Wire:
         return self.connected()
 
-    def perform(self, action: str, args: tuple[Any, ...]) -> Any:
+    def perform(self, action: str, *args: Any) -> Any:
         if action != "call" or args[1] is not None:
             raise AttributeError("the grader's functions can be called, and nothing else")
         function, _, positional, keywords = args
@@ -220,7 +220,7 @@ class Inside(Side):
     def wire(self, handle: Handle) -> Wire:
         return getattr(self.local, "wire", handle._wire)
 
-    def perform(self, action: str, args: tuple[Any, ...]) -> Any:
+    def perform(self, action: str, *args: Any) -> Any:
         return ACTIONS[action](*args)
 
     def place(self, error: BaseException) -> str:
