@@ -2,6 +2,8 @@
 
 import random
 
+from grader_lives import random_life
+
 SIZE = 4  # tokens of a block
 
 
@@ -18,10 +20,14 @@ def assert_free(manager, expected, case):
 
 
 def assert_whole(manager, sequences, num_blocks, case):
+    tables = {sequence: manager.table(sequence) for sequence in sequences}
+    assert_all_accounted(tables, manager.num_free, num_blocks, case)
+
+
+def assert_all_accounted(tables, num_free, num_blocks, case):
     """Every block in a table is a block, none is twice in one, and used + free = all."""
     used = set()
-    for sequence in sequences:
-        table = manager.table(sequence)
+    for sequence, table in tables.items():
         for block in table:
             assert isinstance(block, int) and 0 <= block < num_blocks, (
                 f"{case}: the table of {sequence!r} is {table}, of blocks 0 to {num_blocks - 1}"
@@ -30,8 +36,8 @@ def assert_whole(manager, sequences, num_blocks, case):
             f"{case}: the table of {sequence!r} holds a block twice: {table}"
         )
         used |= set(table)
-    assert manager.num_free + len(used) == num_blocks, (
-        f"{case}: {len(used)} blocks are in a table and num_free is {manager.num_free}, of "
+    assert num_free + len(used) == num_blocks, (
+        f"{case}: {len(used)} blocks are in a table and num_free is {num_free}, of "
         f"{num_blocks} in all"
     )
 
@@ -125,54 +131,38 @@ def test_a_fork_shares_and_copies_before_it_writes(student):
 
 def test_long_random_lives_lose_no_block(student):
     for seed in range(12):
-        chance = random.Random(seed)
-        blocks = chance.randint(3, 20)
-        manager = student.make_block_manager(blocks, SIZE)
-        lengths, contents, cache = {}, {}, {}
-        for step in range(150):
+        blocks = random.Random(seed).randint(3, 20)
+        contents, cache = {}, {}
+        life = random_life(student, seed, blocks, SIZE, 150)
+        for step, (kind, name, start, end, copies, tables, num_free) in enumerate(life):
             case = f"seed {seed}, step {step}"
-            kind = chance.choice(["new", "grow", "grow", "grow", "fork", "free"])
-            name = chance.choice(list(lengths)) if lengths else None
-            if kind == "new":
-                name = f"s{step}"
-                lengths[name], contents[name] = 0, []
-            if name is None:
-                continue
             if kind == "fork":
-                child = f"s{step}"
-                manager.fork(name, child)
-                lengths[child], contents[child] = lengths[name], list(contents[name])
+                contents[end] = list(contents[name])
             elif kind == "free":
-                manager.free(name)
-                del lengths[name], contents[name]
+                del contents[name]
             else:
-                write(manager, cache, contents, lengths, name, chance.randint(1, 6), case)
-            assert_whole(manager, lengths, blocks, case)
+                contents.setdefault(name, [])
+                if copies is not None:
+                    write(cache, tables[name], copies, contents[name], range(start, end), case)
+            assert_all_accounted(tables, num_free, blocks, case)
             for sequence, expected in contents.items():
-                assert_contents(manager, cache, sequence, expected, case)
+                assert_contents(cache, sequence, tables[sequence], expected, case)
 
 
-def write(manager, cache, contents, lengths, name, count, case):
-    """Grow by `count` tokens as an engine does: copy what grow says, then write."""
-    start = lengths[name]
-    copies = manager.grow(name, start, start + count)
-    if copies is None:
-        return
+def write(cache, table, copies, contents, tokens, case):
+    """Do as an engine does when a sequence has grown: copy what grow says, then write."""
     for old, new in copies:
         for place in range(SIZE):
             cache[new, place] = cache.get((old, place))
-    table = manager.table(name)
-    assert len(table) == -(-(start + count) // SIZE), (
-        f"{case}: {start + count} tokens in blocks of {SIZE}, and the table is {table}"
+    assert len(table) == -(-tokens.stop // SIZE), (
+        f"{case}: {tokens.stop} tokens in blocks of {SIZE}, and the table is {table}"
     )
-    for token in range(start, start + count):
+    for token in tokens:
         cache[table[token // SIZE], token % SIZE] = (case, token)
-        contents[name].append((case, token))
-    lengths[name] = start + count
+        contents.append((case, token))
 
 
-def assert_contents(manager, cache, sequence, expected, case):
-    table = manager.table(sequence)
+def assert_contents(cache, sequence, table, expected, case):
     found = [cache.get((table[i // SIZE], i % SIZE)) for i in range(len(expected))]
     wrong = [i for i, (a, b) in enumerate(zip(found, expected, strict=True)) if a != b]
     assert not wrong, (
