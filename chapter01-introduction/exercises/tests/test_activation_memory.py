@@ -72,7 +72,7 @@ def check_drawn_steps(student, chance, operations):
     rows, cols = int(chance.integers(2, 9)), int(chance.integers(2, 9))
     dtype = str(chance.choice(list(ITEMSIZE)))
     values, sizes, kept, steps = [("v0", rows, cols, 0)], [rows * cols * ITEMSIZE[dtype]], set(), []
-    constant = parameter = None
+    constant = 0
     for number in range(1, int(chance.integers(3, 9))):
         name, r, c, storage = values[chance.integers(len(values))]
         operation = str(chance.choice(operations))
@@ -112,7 +112,7 @@ def check_drawn_steps(student, chance, operations):
             kept.add(storage)
         values.append((f"v{number}", r, c, fresh))
     total = sum(16 if storage == "index" else sizes[storage] for storage in kept)
-    check_steps(student, steps, (rows, cols, dtype), total + (constant or 0))
+    check_steps(student, steps, (rows, cols, dtype), total + constant)
 
 
 def check_block(student, name, batch, seq, dtype, sizes):
