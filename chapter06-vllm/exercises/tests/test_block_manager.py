@@ -1,6 +1,6 @@
 """Task 1: small stories by hand, then random ones with every promise looked at after each step."""
 
-from grader_tables import tables_and_free
+from grader_tables import asked_and_seen
 
 SIZE = 4  # tokens of a block, in the stories by hand
 
@@ -18,9 +18,13 @@ def assert_free(manager, expected, case):
 
 
 def assert_whole(manager, sequences, num_blocks, case):
+    tables = {sequence: manager.table(sequence) for sequence in sequences}
+    assert_accounted(tables, manager.num_free, num_blocks, case)
+
+
+def assert_accounted(tables, num_free, num_blocks, case):
     """Every block in a table is a block, none is twice in one, and used + free = all."""
     used = set()
-    tables, num_free = tables_and_free(manager, list(sequences))
     for sequence, table in tables.items():
         for block in table:
             assert isinstance(block, int) and 0 <= block < num_blocks, (
@@ -144,6 +148,7 @@ class Life:
         self.blocks = int(chance.integers(1, 6 if scarce else 25))
         self.manager = student.make_block_manager(self.blocks, self.size)
         self.contents, self.cache, self.history = {}, {}, []
+        self.tables, self.free = {}, self.blocks  # as they were at the last look
 
     def __str__(self):
         told = ", ".join(self.history[-6:])
@@ -160,23 +165,26 @@ class Life:
                 self.contents[new] = []
                 self.write(new, step)
             elif known and kind == "fork":
-                self.history.append(f"fork({name!r}, {new!r})")
-                self.manager.fork(name, new)
                 self.contents[new] = list(self.contents[name])
-                tables = self.manager.table(name), self.manager.table(new)
+                self.ask("fork", name, new)
+                tables = self.tables[name], self.tables[new]
                 assert tables[0] == tables[1], f"{self}: a fork has other blocks, {tables}"
             elif known and kind == "free":
-                self.history.append(f"free({name!r})")
-                self.manager.free(name)
+                self.ask("free", name)
                 del self.contents[name]
-                assert self.manager.table(name) == [], f"{self}: {name!r} still has a table"
+                table = self.tables.pop(name)
+                assert table == [], f"{self}: {name!r} still has a table, {table}"
             elif known:
                 self.write(name, step)
             self.look()
 
-    def tables(self):
-        tables, _ = tables_and_free(self.manager, list(self.contents))
-        return {name: list(table) for name, table in tables.items()}
+    def ask(self, method, *arguments):
+        """What a method returns; and look at the tables of all sequences afterwards."""
+        self.history.append(f"{method}({', '.join(map(repr, arguments))})")
+        names = list(self.contents)
+        answer, tables, self.free = asked_and_seen(self.manager, names, method, *arguments)
+        self.tables = {name: list(table) for name, table in tables.items()}
+        return answer
 
     def write(self, name, step):
         """Grow as an engine does: copy what grow says, then write, at the end or further ahead."""
@@ -185,19 +193,18 @@ class Life:
         if self.chance.random() < 0.3:
             start = int(self.chance.integers(start + 1))
         stop = start + int(self.chance.integers(0, 2 * self.size + 3))
-        self.history.append(f"grow({name!r}, {start}, {stop})")
-        before, free = self.tables(), self.manager.num_free
+        before, free = {name: [], **self.tables}, self.free
         first, needed = start // self.size, -(-stop // self.size)
         own = before[name]
         touched = own[first:needed] if stop > start else []
         shared = [block for block in touched if sum(block in t for t in before.values()) > 1]
         added = max(0, needed - len(own)) if stop > start else 0
-        copies = self.manager.grow(name, start, stop)
-        after = self.tables()
+        copies = self.ask("grow", name, start, stop)
+        after = self.tables
         case = f"{self}, the table {own}, {len(shared)} of its blocks to copy, {added} to add"
         if len(shared) + added > free:
             assert copies is None, f"{case}, and {free} free: expected None, got {copies}"
-            assert after == before and self.manager.num_free == free, (
+            assert after == before and self.free == free, (
                 f"{case}, and {free} free: nothing may be changed, and the tables went from "
                 f"{before} to {after}"
             )
@@ -226,9 +233,9 @@ class Life:
         content[start:stop] = [(step, token) for token in range(start, stop)]
 
     def look(self):
-        assert_whole(self.manager, self.contents, self.blocks, self)
-        for name, table in self.tables().items():
-            expected = self.contents[name]
+        assert_accounted(self.tables, self.free, self.blocks, self)
+        for name, expected in self.contents.items():
+            table = self.tables[name]
             places = [(table[i // self.size], i % self.size) for i in range(len(expected))]
             wrong = [i for i, place in enumerate(places) if self.cache.get(place) != expected[i]]
             assert not wrong, (

@@ -55,6 +55,12 @@ class Places:
         return cls(Path(student), Path(work), tuple(map(Path, hidden)), tuple(map(Path, kept)))
 
 
+def make_work(folder: Path) -> None:
+    """Make the student's working directory in a folder that lets its process pass."""
+    folder.chmod(0o711)
+    (folder / "work" / "tmp").mkdir(parents=True)
+
+
 def places_of(student: Path, work: Path) -> Places:
     root = repo_root()
     packages = [Path(distlab.__file__).parents[1], *root.glob("chapter*/code")]
