@@ -121,9 +121,9 @@ def test_endless_loop_is_stopped_with_all_its_processes(fooled):
         f"    subprocess.Popen(['sleep', '{seconds}'], start_new_session=True)\n"
         "    while True:\n        time.sleep(0.01)\n"
     )
-    status, points, message = fooled(source, "--time-limit", "6")
+    status, points, message = fooled(source, "--time-limit", "20")
     assert (status, points) == (1, 0)
-    assert message == "test_equal_shards: stopped after 6 s, the time limit"
+    assert message == "test_equal_shards: stopped after 20 s, the time limit"
     end = time.monotonic() + 20  # it is killed, but may be on its way out
     while running(seconds):
         assert time.monotonic() < end, "the child is still there"
@@ -159,7 +159,7 @@ def test_ending_python_gains_nothing(fooled, ending, place):
     end = ending if place == "import" else f"def combine_gradients(g, c):\n    {ending}"
     status, points, message = fooled(f"import os, sys, pytest\n{CORRECT}\n{end}\n")
     assert status == 1
-    assert points <= (place == "call" and ending == "sys.exit(0)")  # gradient_scale is correct
+    assert points <= (place == "call" and ending != "os._exit(0)")  # gradient_scale is correct
     assert message
 
 

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from distlab.lab.grade_rights import make_work
 from distlab.lab.grade_student import Student, fork_student
 
 
@@ -48,12 +49,6 @@ def running(config: pytest.Config) -> Student | None:
     """The student's process: started by the grader, or by this plugin."""
     plugins = config.pluginmanager.get_plugins()
     return next((plugin for plugin in plugins if isinstance(plugin, Student)), None)
-
-
-def make_work(folder: Path) -> None:
-    """Make the student's working directory in a folder that lets its process pass."""
-    folder.chmod(0o711)
-    (folder / "work" / "tmp").mkdir(parents=True)
 
 
 @pytest.fixture(scope="session")

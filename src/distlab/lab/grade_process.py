@@ -15,7 +15,7 @@ from typing import Any
 import psutil
 
 import distlab
-from distlab.lab.grade_plugin import make_work
+from distlab.lab.grade_rights import make_work
 
 WATCH_INTERVAL_S = 0.05
 CANARY = "test_canary_"  # a test that must fail, in grade_canary.py
@@ -69,7 +69,8 @@ def run_tests(
     written = _read_json(report_path)
     if stopped is not None or written.get("token") != token:
         place = f"{written['running']}: " if "running" in written else ""
-        return Report(failure=f"{place}{stopped or 'Python ended before the tests did'}")
+        why = f"{place}{stopped or 'Python ended before the tests did'}"
+        return Report(failure=why, isolation=written.get("isolation", ""))
     outcomes, isolation = written["outcomes"], written["isolation"]
     if written["failure"]:
         return Report(failure=written["failure"], isolation=isolation)

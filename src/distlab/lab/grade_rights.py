@@ -18,7 +18,8 @@ import signal
 import stat
 import struct
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -53,6 +54,12 @@ class Places:
     def from_json(cls, told: list[Any]) -> Self:
         student, work, hidden, kept = told
         return cls(Path(student), Path(work), tuple(map(Path, hidden)), tuple(map(Path, kept)))
+
+
+def make_work(folder: Path) -> None:
+    """Make the student's working directory in a folder that lets its process pass."""
+    folder.chmod(0o711)
+    (folder / "work" / "tmp").mkdir(parents=True)
 
 
 def places_of(student: Path, work: Path) -> Places:
@@ -105,15 +112,10 @@ def cover(places: Places, root: bool) -> bool:
     }
     inside = (*places.kept, places.work)
     kept = [path for path in inside if any(path.is_relative_to(cover) for cover in covers)]
-    uid, gid = os.getuid(), os.getgid()
-    if libc.unshare(CLONE_NEWNS | (0 if root else CLONE_NEWUSER)) != 0:
+    if not possible(lambda: enter_namespace(libc, root)):
         return False
+    enter_namespace(libc, root)
     try:
-        if not root:
-            Path("/proc/self/setgroups").write_text("deny")
-            Path("/proc/self/uid_map").write_text(f"{uid} {uid} 1")
-            Path("/proc/self/gid_map").write_text(f"{gid} {gid} 1")
-        mount(libc, "none", Path("/"), "", MS_REC | MS_PRIVATE)
         opened = [(path, os.open(path, os.O_PATH)) for path in kept]
         for folder in covers:
             mount(libc, "tmpfs", folder, "tmpfs", 0)
@@ -126,6 +128,32 @@ def cover(places: Places, root: bool) -> bool:
             libc.umount2(str(folder).encode(), MNT_DETACH)
         return False
     return True
+
+
+def enter_namespace(libc: ctypes.CDLL, root: bool) -> None:
+    """Into a mount namespace of one's own; without root into a user namespace, with the same ids.
+
+    Raises `OSError` where the system does not allow it.
+    """
+    uid, gid = os.getuid(), os.getgid()
+    if libc.unshare(CLONE_NEWNS | (0 if root else CLONE_NEWUSER)) != 0:
+        raise OSError(ctypes.get_errno(), "unshare")
+    if not root:
+        Path("/proc/self/setgroups").write_text("deny")
+        Path("/proc/self/uid_map").write_text(f"{uid} {uid} 1")
+        Path("/proc/self/gid_map").write_text(f"{gid} {gid} 1")
+    mount(libc, "none", Path("/"), "", MS_REC | MS_PRIVATE)
+
+
+def possible(action: Callable[[], None]) -> bool:
+    """Whether it succeeds in a fork: half of it would leave this process without a user."""
+    pid = os.fork()
+    if pid == 0:
+        with suppress(OSError):
+            action()
+            os._exit(0)
+        os._exit(1)
+    return os.waitpid(pid, 0)[1] == 0
 
 
 def mount(libc: ctypes.CDLL, source: str, target: Path, kind: str, flags: int) -> None:

@@ -40,8 +40,8 @@ def main() -> None:
     signal.alarm(math.ceil(order["seconds"]) + 5)  # the end, even if `lab grade` itself was killed
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_DUMPABLE, 0)  # no other process looks into this one
-    recorder = Recorder(Path(order["report"]))
     process.start(Path(order["student"]), Path.cwd(), quiet=True)
+    recorder = Recorder(Path(order["report"]), process.isolation)
     run_tests(order, process, recorder)
     report = {
         "token": token,
@@ -78,14 +78,16 @@ def run_tests(order: dict[str, Any], process: Student, recorder: "Recorder") -> 
 class Recorder:
     """The pytest plugin that keeps each test's outcome and the message that helps its reader."""
 
-    def __init__(self, report: Path) -> None:
+    def __init__(self, report: Path, isolation: str) -> None:
         self.report = report
+        self.isolation = isolation
         self.phases: dict[str, list[str]] = defaultdict(list)
         self.messages: dict[str, str] = {}
 
     def pytest_runtest_logstart(self, nodeid: str) -> None:
         """Name the test that runs, for the case that it never ends."""
-        write_text(self.report, json.dumps({"running": test_name(nodeid)}))
+        running = {"running": test_name(nodeid), "isolation": self.isolation}
+        write_text(self.report, json.dumps(running))
 
     def pytest_runtest_logreport(self, report: "pytest.TestReport") -> None:
         name = test_name(report.nodeid)
