@@ -74,6 +74,13 @@ def usable_cores() -> int:
     return max(1, cores)
 
 
+def threads_asked() -> int | None:
+    """What OMP_NUM_THREADS asks for, as OpenMP reads it: of a list, which is one for each level of
+    nesting, the first; None where it is not set, or is no number above 0 and so ignored."""
+    first = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0].strip()
+    return int(first) if first.isdecimal() and int(first) > 0 else None
+
+
 def usable_memory() -> int:
     """Bytes that this process may use: the machine's, or its cgroup's limit if that is lower."""
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

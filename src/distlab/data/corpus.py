@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 from distlab.errors import RunError, UsageError
+from distlab.launch import own_rank
 
 VALIDATION_SHARE = 0.05
 SHOWN = 3  # of the names of files that are left out for one reason
@@ -42,7 +43,7 @@ def read_corpus(corpus: str = "stdlib", max_bytes: int | None = None) -> list[st
             f"--corpus {corpus} holds no text files{f' ({left_out})' if left_out.found else ''}; "
             "use a folder with UTF-8 text, or stdlib"
         )
-    if left_out.found and int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))) == 0:
+    if left_out.found and own_rank() == 0:
         print(f"note: --corpus {corpus}: {left_out}", file=sys.stderr)
     return documents
 

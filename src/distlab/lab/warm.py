@@ -29,6 +29,7 @@ from types import ModuleType
 from typing import Any, NoReturn
 
 from distlab.display import make_output_safe
+from distlab.host import threads_asked
 from distlab.lab import warm_client
 from distlab.spawning import PRELOADED
 
@@ -212,8 +213,7 @@ def take_over(asked: dict[str, Any], streams: list[int]) -> None:
     import torch
 
     np.random.seed()
-    cores = len(os.sched_getaffinity(0))
-    torch.set_num_threads(int(asked["env"].get("OMP_NUM_THREADS", cores)))
+    torch.set_num_threads(threads_asked() or len(os.sched_getaffinity(0)))
 
 
 def standard(number: int, mode: str, encoding: str, **options: Any) -> io.TextIOWrapper:
