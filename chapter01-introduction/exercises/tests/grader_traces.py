@@ -19,7 +19,7 @@ def write(folder, events, chance):
     everything = [*always, *events]
     path = folder / f"trace-{chance.integers(10**9)}.json"
     shuffled = [everything[i] for i in chance.permutation(len(everything))]
-    path.write_text(json.dumps({"schemaVersion": 1, "traceEvents": shuffled}))
+    path.write_text(json.dumps({"schemaVersion": 1, "traceEvents": shuffled}), encoding="utf-8")
     return path
 
 

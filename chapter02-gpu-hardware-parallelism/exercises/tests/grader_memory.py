@@ -5,7 +5,10 @@ import tracemalloc
 
 import numpy as np
 
+from distlab.lab.grade_student import rig
 
+
+@rig
 def bytes_held(student, blocks, block, dim):
     """The bytes that are in use after so many blocks of [block, dim], and were not before."""
     generator = np.random.default_rng(0)

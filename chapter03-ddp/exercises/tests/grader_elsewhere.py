@@ -17,7 +17,7 @@ def told_elsewhere(function, expression):
     code = f"import sys, pathlib; sys.path.insert(0, {folder!r}); import adapters"
     done = subprocess.run(
         [sys.executable, "-c", f"{code}; print(repr({expression}))"],
-        capture_output=True, text=True, timeout=60,
+        capture_output=True, encoding="utf-8", timeout=60,
     )  # fmt: skip
     said = (done.stdout if done.returncode == 0 else done.stderr).strip()
     return said.splitlines()[-1] if said else "nothing"

@@ -60,7 +60,7 @@ def test_the_newest_of_several_comes_back(student, tmp_path, chance):
         f"another Python process, which has saved nothing: expected step {max(saved)}, got "
         f"{told[:80]}"
     )
-    (folder / "notes.txt").write_text("other people's files may lie here")
+    (folder / "notes.txt").write_text("other people's files may lie here", encoding="utf-8")
     for path in contents(folder):
         neighbour = path.with_name(path.name.translate(str.maketrans("0123456789", "abcdefghij")))
         neighbour.write_bytes(chance.bytes(50))

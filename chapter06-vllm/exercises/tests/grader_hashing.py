@@ -15,7 +15,7 @@ def hashes_elsewhere(student):
     folder = str(Path(student.__file__).parent)
     result = subprocess.run(
         [sys.executable, "-c", f"import sys; sys.path.insert(0, {folder!r}); {code}"],
-        capture_output=True, text=True, timeout=30,
+        capture_output=True, encoding="utf-8", timeout=30,
     )  # fmt: skip
     return result.stdout.strip().splitlines()[-1] if result.stdout.strip() else result.stderr
 

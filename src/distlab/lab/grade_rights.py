@@ -139,9 +139,9 @@ def enter_namespace(libc: ctypes.CDLL, root: bool) -> None:
     if libc.unshare(CLONE_NEWNS | (0 if root else CLONE_NEWUSER)) != 0:
         raise OSError(ctypes.get_errno(), "unshare")
     if not root:
-        Path("/proc/self/setgroups").write_text("deny")
-        Path("/proc/self/uid_map").write_text(f"{uid} {uid} 1")
-        Path("/proc/self/gid_map").write_text(f"{gid} {gid} 1")
+        Path("/proc/self/setgroups").write_text("deny", encoding="utf-8")
+        Path("/proc/self/uid_map").write_text(f"{uid} {uid} 1", encoding="utf-8")
+        Path("/proc/self/gid_map").write_text(f"{gid} {gid} 1", encoding="utf-8")
     mount(libc, "none", Path("/"), "", MS_REC | MS_PRIVATE)
 
 

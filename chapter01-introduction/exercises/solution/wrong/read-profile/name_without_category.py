@@ -9,7 +9,7 @@ SAYS = "compute is wrong"
 
 class Renamed:
     def __init__(self, trace):
-        self.events = json.loads(trace.read_text())["traceEvents"]
+        self.events = json.loads(trace.read_text(encoding="utf-8"))["traceEvents"]
         for event in self.events:
             if event["name"].startswith("ProfilerStep#"):
                 event["cat"] = "user_annotation"
