@@ -305,16 +305,24 @@ def test_nothing_outside_can_be_written_or_killed(graded, tmp_path):
 
 
 RANKS = """
-import os, socket, tempfile, torch, torch.distributed as dist
+import multiprocessing, tempfile, torch, torch.distributed as dist
 from pathlib import Path
-from distlab.spawning import spawn
-def total(runtime):
+
+def rank(number, folder, totals):
+    store = dist.FileStore(folder + "/store", 2)
+    dist.init_process_group("gloo", store=store, rank=number, world_size=2)
     value = torch.ones(1)
     dist.all_reduce(value)
-    return int(value)
+    totals.put(int(value))
+
 def combine_gradients(gradients, counts):
-    assert Path.home().is_dir() and Path(tempfile.mkdtemp()).is_dir()
-    raise RuntimeError(f"the ranks say {spawn(total, 2)}")
+    assert Path.home().is_dir()
+    forking, folder = multiprocessing.get_context("fork"), tempfile.mkdtemp()
+    totals = forking.Queue()
+    ranks = [forking.Process(target=rank, args=(n, folder, totals)) for n in range(2)]
+    for process in ranks:
+        process.start()
+    raise RuntimeError(f"the ranks say {[totals.get(timeout=60) for _ in ranks]}")
 """
 
 
