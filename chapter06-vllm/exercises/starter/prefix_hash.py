@@ -23,7 +23,7 @@ def cached_blocks(
 ) -> list[int]:
     """The blocks of the cache with which a new sequence of `tokens` can begin.
 
-    `cached` maps the hashes of blocks that are computed to their numbers; 0 is a number like others.
+    `cached` maps the hashes of blocks that are computed to their numbers; 0 is one like others.
     Taken are the blocks of the longest prefix that is cached without a gap. At least one token is
     left to compute, since a pass that computes nothing gives no logits to sample from: a prompt of
     whole blocks that are all cached leaves its last block out.

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 
 # of values of about 1; what float16 loses is the rounding of the result
-TOLERANCE = {np.dtype(np.float64): 1e-9, np.dtype(np.float32): 1e-4, np.dtype(np.float16): 4e-3}
+TOLERANCE = {np.dtype(np.float64): 1e-9, np.dtype(np.float32): 1e-4, np.dtype(np.float16): 2e-3}
 
 
 @dataclass
@@ -132,7 +132,8 @@ def test_a_decode_step(student, chance):
     for number in range(40):
         length = int(chance.choice([1, 2, 4, 5, 16, 17, int(chance.integers(1, 60))]))
         dtype = [np.float64, np.float64, np.float32, np.float16][number % 4]
-        scale = 8.0 if dtype == np.float16 else 1.0  # in float16 such scores would be coarse
+        # scores of 100 would be coarse in float16
+        length, scale = (length + 20, 30.0) if dtype == np.float16 else (length, 1.0)
         case = random_case(chance, length, dtype=dtype, scale=scale)
         assert_attention(student, case, length - 1, "a decode step")
     for sign in (1, -1):

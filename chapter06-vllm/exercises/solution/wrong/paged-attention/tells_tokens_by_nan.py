@@ -1,6 +1,6 @@
 """Takes every place that is not nan for a token of the sequence, whatever the start."""
 
-SAYS = "away from the attention"
+SAYS = "a place was read in which no token"
 
 
 def paged_attention(queries, cache, table, start):
