@@ -1,4 +1,4 @@
-"""Hashes that are made beside the student's code: in another Python, and with a clock."""
+"""Hashes that are made beside the student's code: in another Python, with a clock, or very many."""
 
 import subprocess
 import sys
@@ -9,15 +9,17 @@ from distlab.lab.grade_student import rig
 
 
 @rig
-def hashes_elsewhere(student):
-    """The repr of the hashes of the tokens 0 to 7 in another Python process, or its error."""
-    code = "import adapters; print(repr(list(adapters.block_hashes(list(range(8)), 4))))"
+def hashes_elsewhere(student, tokens, size):
+    """The repr of the hashes of `tokens` in another Python process, or its error, as a line."""
     folder = str(Path(student.__file__).parent)
-    result = subprocess.run(
-        [sys.executable, "-c", f"import sys; sys.path.insert(0, {folder!r}); {code}"],
-        capture_output=True, encoding="utf-8", timeout=30,
+    code = f"import sys; sys.path.insert(0, {folder!r}); import adapters"
+    code += f"; print(repr(list(adapters.block_hashes({tokens}, {size}))))"
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True, encoding="utf-8", timeout=60,
     )  # fmt: skip
-    return result.stdout.strip().splitlines()[-1] if result.stdout.strip() else result.stderr
+    said = (done.stdout if done.returncode == 0 else done.stderr).strip()
+    return said.splitlines()[-1] if said else "nothing"
 
 
 @rig
@@ -27,3 +29,10 @@ def seconds_to_hash(student, count, size):
     began = time.process_time()
     list(student.block_hashes(tokens, size))
     return time.process_time() - began
+
+
+@rig
+def count_hashes(student, tokens, size):
+    """(how many hashes, how many different ones) `tokens` in blocks of `size` have."""
+    hashes = list(student.block_hashes(tokens, size))
+    return len(hashes), len(set(hashes))
