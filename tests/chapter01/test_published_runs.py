@@ -133,10 +133,10 @@ def test_llama_2_13b_fits_without_recomputation(estimate: Estimate) -> None:
 
 
 # The Llama 3 paper (arXiv 2407.21783), table 4 and section 3.3.2: 405B on 80 GB H100s in bfloat16,
-# TP 8, PP 16 with an interleaved schedule, FSDP that shards gradients and optimizer and does not
-# reshard weights after the forward pass, no activation checkpointing at 8K. MFU, TFLOP/s per GPU.
+# TP 8, PP 16, FSDP that shards gradients and optimizer and does not reshard weights after the
+# forward pass, no activation checkpointing at 8K. MFU, TFLOP/s per GPU.
 LLAMA_3 = "train --model llama-3-405b --gpu h100 --tp 8 --sequence-parallel --pp 16 --fsdp "
-LLAMA_3 += "--precision autocast --no-reshard-after-forward --kernels compiled --virtual-stages 2"
+LLAMA_3 += "--precision autocast --no-reshard-after-forward --kernels compiled"
 PAPER = [
     Run("8,192 GPUs", "--gpus 8192 --seq-len 8192 --accumulation 32 --mfu 0.43", 430e12),
     Run("16,384 GPUs", "--gpus 16384 --seq-len 8192 --accumulation 16 --mfu 0.41", 400e12),
@@ -152,6 +152,16 @@ def test_the_plans_of_llama_3_fit(estimate: Estimate, run: Run) -> None:
     gpus = int(run.flags.split()[1])
     flops = record["flops_per_step"] / record["step_seconds"] / gpus
     assert flops == pytest.approx(run.measured, rel=0.03)
+
+
+def test_llama_3s_own_schedule_is_not_known(estimate: Estimate) -> None:
+    """What is not explained: the paper interleaves, and its GPUs held that. Narayanan's interleaved
+    schedule with two chunks would need a third more than they have; the paper's runs fewer
+    micro-batches ahead, and frees what backward does not use (section 3.3.2), how much it does not
+    say."""
+    record = estimate(f"{LLAMA_3} --virtual-stages 2 {PAPER[0].flags}")
+    needed = record["total_bytes"] + record["workspace_bytes"]
+    assert 1.2 < needed / record["capacity_bytes"] < 1.4
 
 
 # Tokens per second and GPU where a source states its MFU.
