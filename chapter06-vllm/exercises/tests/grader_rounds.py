@@ -10,7 +10,7 @@ from distlab.lab.grade_student import rig
 
 @rig
 def many_rounds(student, q, p, count, seed):
-    """[guesses, tokens, whether an argument was changed] of each round, as JSON; guesses are from q."""
+    """[guesses, tokens, whether an argument was changed] of each round, as JSON; q guesses."""
     chance = random.Random(seed)
     q, p = np.array(q, dtype=float), np.array(p, dtype=float)
     vocabulary = range(p.shape[1])
