@@ -2,6 +2,7 @@
 
 import json
 import os
+import sys
 
 import psutil
 import pytest
@@ -69,6 +70,8 @@ def exercises(tmp_path, monkeypatch):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text(text)
     monkeypatch.setattr(command, "find_exercises", lambda chapter: folder)
+    monkeypatch.setattr(sys, "path", [*sys.path])  # pytest adds the folder of what it collects
+    monkeypatch.delitem(sys.modules, "test_twice", raising=False)
     return folder
 
 
@@ -185,11 +188,12 @@ def test_what_is_listed_must_be_made_and_survive(exercises, capsys):
 
 
 def test_what_runs_in_circles_eats_memory_or_ends_python_is_stopped(exercises, monkeypatch):
-    tests, file = exercises / "tests" / "test_twice.py", exercises / "solution" / "twice.py"
-    grader = command.Grader(tests, file, seed=0, jobs=3)
+    [task] = read_tasks(exercises)
+    file = exercises / "solution" / "twice.py"
+    grader = command.Grader(task, exercises, file, seed=0, jobs=3)
     monkeypatch.setattr(command, "MEMORY_LIMIT", psutil.Process().memory_info().rss + 2**28)
-    grader.limit_s = 4.0
-    grows = "def twice(number):\n    a = []\n    while True:\n        a.append(b'x' * 2**22)"
+    monkeypatch.setattr(command, "SHORTEST_LIMIT_S", 4.0)
+    grows = "def twice(number):\n    a = []\n    while True:\n        a.append(b'x' * 2**26)"
     circles = "import time\ndef twice(number):\n    while True:\n        time.sleep(0.1)"
     ended = grader.grade([grows, circles, "import os\nos._exit(3)"])
     assert ended == ["the memory limit", "the time limit", "its end"]
@@ -198,7 +202,13 @@ def test_what_runs_in_circles_eats_memory_or_ends_python_is_stopped(exercises, m
 
 def test_a_solution_that_fails_is_not_mutated(exercises):
     (exercises / "solution" / "twice.py").write_text(SOLUTION.replace("* 2", "* 3"))
-    with pytest.raises(RunError, match="does not pass with --seed 0: see test_even"):
+    with pytest.raises(RunError, match="twice.py loses points with --seed 0: test_even"):
+        command.mutate(["9"])
+
+
+def test_tests_that_cannot_be_collected_are_told(exercises):
+    (exercises / "tests" / "test_twice.py").write_text("import nothing_of_this_name\n")
+    with pytest.raises(RunError, match="does not have the tests of tasks.toml, or cannot be"):
         command.mutate(["9"])
 
 

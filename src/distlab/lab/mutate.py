@@ -12,12 +12,13 @@ exercises/solution/equivalent.toml, with the reason:
     reason = "a sum does not change by 0"
 
 The status is 0 when every survivor is listed, and everything listed is a survivor. A mutant is no
-attacker, so it is not graded in a new process as a student is, but in a fork of this one, which has
-imported what the tests need: a hundred cost seconds.
+attacker, so it is not graded in a process of its own as a student is, but in a fork of this one,
+which has imported and collected all that the tests need.
 """
 
 import argparse
 import ast
+import gc
 import importlib
 import json
 import math
@@ -29,7 +30,6 @@ import tempfile
 import time
 import tomllib
 from collections import deque
-from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -42,7 +42,7 @@ from distlab.display import text_table
 from distlab.errors import RunError, UsageError
 from distlab.files import refuse_unwritable_file, write_text
 from distlab.host import usable_cores
-from distlab.lab.grade import chosen_tasks, find_exercises, read_tasks
+from distlab.lab.grade import Task, chosen_tasks, find_exercises, read_tasks
 from distlab.lab.mutants import Mutant, mutants_of
 from distlab.script import OneLineParser, non_negative_int, positive_int
 
@@ -54,6 +54,7 @@ SHORTEST_LIMIT_S = 10.0
 MEMORY_LIMIT = 4 * 2**30
 WATCH_INTERVAL_S = 0.02
 SURVIVED = ""
+LOST = "lost_test"  # the file in which a fork names it
 
 
 Key = tuple[str, str, str]  # file, function, change
@@ -103,14 +104,17 @@ def mutate(argv: list[str]) -> int:
     listed = read_listed(solution / "equivalent.toml")
     tasks = chosen_tasks(read_tasks(exercises), args.task)
     files = [solution / f"{task.name.replace('-', '_')}.py" for task in tasks]
-    preload([*files, *(exercises / "tests" / task.tests for task in tasks)])
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # mutants run side by side instead
+    os.environ.pop("PYTEST_ADDOPTS", None)
+    sys.dont_write_bytecode = True
+    preload(files)
     trials, stale = [], []
     for task, file in zip(tasks, files, strict=True):
         mutants = mutants_of(file.read_text(encoding="utf-8"))
         keys = [(file.name, mutant.function, mutant.change) for mutant in mutants]
         stale += [key for key in listed if key[0] == file.name and key not in keys]
         some = slice(None, None, math.ceil(len(mutants) / (args.limit or len(mutants))))
-        grader = Grader(exercises / "tests" / task.tests, file, args.seed, args.jobs)
+        grader = Grader(task, exercises, file, args.seed, args.jobs)
         ends = grader.grade([mutant.source for mutant in mutants[some]])
         of_task = [
             Trial(task.name, file.name, mutant, ended_by, listed.get(key, ""))
@@ -163,42 +167,83 @@ def read_listed(path: Path) -> dict[Key, str]:
     return reasons
 
 
-def preload(files: Iterable[Path]) -> None:
-    """Import what the files import at their heads, apart from what stands beside them."""
-    names = {"distlab.lab.grade_plugin"}
+def preload(files: list[Path]) -> None:
+    """Import what the files import at their heads."""
     for file in files:
         for node in ast.parse(file.read_text(encoding="utf-8")).body:
             if isinstance(node, ast.Import):
-                names |= {alias.name for alias in node.names}
+                for alias in node.names:
+                    importlib.import_module(alias.name)
             elif isinstance(node, ast.ImportFrom) and node.module:
-                names.add(node.module)
-    os.environ.setdefault("OMP_NUM_THREADS", "1")  # mutants run side by side instead
-    for name in sorted(names):
-        with suppress(ImportError):
-            importlib.import_module(name)
+                importlib.import_module(node.module)
 
 
 class Grader:
-    """Grades versions of one task's file against its tests, `jobs` at a time."""
+    """Grades versions of one task's file, several at a time.
 
-    def __init__(self, tests: Path, file: Path, seed: int, jobs: int) -> None:
-        self.tests, self.file, self.seed, self.jobs = tests, file, seed, jobs
+    It is a pytest plugin: pytest collects the task's tests once, and each version is graded in a
+    fork of that session.
+    """
+
+    def __init__(self, task: Task, exercises: Path, file: Path, seed: int, jobs: int) -> None:
+        self.task, self.file, self.seed, self.jobs = task, file, seed, jobs
+        self.tests = exercises / "tests" / task.tests
         self.limit_s = SOLUTION_LIMIT_S
-        started = time.monotonic()
-        if ended_by := self.grade([file.read_text(encoding="utf-8")])[0]:
-            raise RunError(f"{file.name} itself does not pass with --seed {seed}: see {ended_by}")
-        taken = time.monotonic() - started
-        self.limit_s = max(SHORTEST_LIMIT_S, LONGER_THAN_SOLUTION * taken)
 
     def grade(self, sources: list[str]) -> list[str]:
-        """What took each version's first point: a test's name, or a limit; else `SURVIVED`."""
+        """What took each version's first point: a test's name, or a limit; else `SURVIVED`.
+
+        Raises `RunError` when the file itself, which is graded first, loses points.
+        """
+        self.sources = sources
+        self.failure = f"{self.tests} does not have the tests of tasks.toml, or cannot be imported"
+        self.ends: list[str] = []
+        status = pytest.main(
+            [
+                str(self.tests),
+                f"--student={self.file.parent}",
+                f"--seed={self.seed}",
+                f"--rootdir={self.tests.parent}",
+                f"--config-file={os.devnull}",
+                "--assert=plain",
+                "--capture=no",
+                "--noconftest",
+                "--disable-plugin-autoload",
+                *("-p", "no:cacheprovider"),
+                *("-p", "no:faulthandler"),
+                *("-p", "no:terminal"),
+                *("-p", "distlab.lab.grade_plugin"),
+            ],
+            plugins=[self],
+        )
+        if status == pytest.ExitCode.INTERRUPTED:
+            raise KeyboardInterrupt
+        if self.failure:
+            raise RunError(self.failure)
+        return self.ends
+
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_runtestloop(self, session: pytest.Session) -> bool:
+        if {item.name for item in session.items} >= self.task.points.keys():
+            gc.freeze()  # else a fork that collects garbage copies all that was imported
+            started = time.monotonic()
+            [lost] = self.run(session, [self.file.read_text(encoding="utf-8")])
+            taken = time.monotonic() - started
+            self.limit_s = max(SHORTEST_LIMIT_S, LONGER_THAN_SOLUTION * taken)
+            self.failure = (
+                f"{self.file} loses points with --seed {self.seed}: {lost}" if lost else ""
+            )
+            self.ends = [] if lost else self.run(session, self.sources)
+        return True  # nothing is left for pytest to do
+
+    def run(self, session: pytest.Session, sources: list[str]) -> list[str]:
         ends = [SURVIVED] * len(sources)
         waiting, running = deque(enumerate(sources)), dict[int, Fork]()
         try:
             while waiting or running:
                 while waiting and len(running) < self.jobs:
                     place, source = waiting.popleft()
-                    running[place] = Fork(self, source)
+                    running[place] = Fork(session, self.file, source, self.limit_s)
                 for place, fork in list(running.items()):
                     if (ended_by := fork.ended_by()) is not None:
                         ends[place] = ended_by
@@ -213,25 +258,23 @@ class Grader:
 class Fork:
     """A process that grades one version of a file in a folder of its own."""
 
-    def __init__(self, grader: Grader, source: str) -> None:
+    def __init__(self, session: pytest.Session, file: Path, source: str, limit_s: float) -> None:
         self.scratch = Path(tempfile.mkdtemp(prefix="lab-mutate-"))
-        self.deadline = time.monotonic() + grader.limit_s
+        self.deadline = time.monotonic() + limit_s
         self.status: int | None = None
-        student = self.scratch / "student"
-        student.mkdir()
-        for path in grader.file.parent.glob("*.py"):
-            shutil.copy(path, student)
-        (student / grader.file.name).write_text(source, encoding="utf-8")
+        for path in file.parent.glob("*.py"):
+            shutil.copy(path, self.scratch)
+        (self.scratch / file.name).write_text(source, encoding="utf-8")
         self.pid = os.fork()
         if self.pid == 0:
-            run_tests(grader, self.scratch)
+            run_tests(session, self.scratch, limit_s)
 
     def ended_by(self) -> str | None:
         """As `Grader.grade` says; None while it runs."""
         ended, status = os.waitpid(self.pid, os.WNOHANG)
         if ended:
             self.status = status
-            lost = self.scratch / "lost"
+            lost = self.scratch / LOST
             return SURVIVED if status == 0 else lost.read_text() if lost.exists() else "its end"
         if time.monotonic() > self.deadline:
             return "the time limit"
@@ -249,49 +292,25 @@ class Fork:
         shutil.rmtree(self.scratch, ignore_errors=True)
 
 
-def run_tests(grader: Grader, scratch: Path) -> NoReturn:
-    """In the fork: run the task's tests up to the first that fails; status 0 when none does."""
-    status = 1
+def run_tests(session: pytest.Session, scratch: Path, limit_s: float) -> NoReturn:
+    """In the fork: run the collected tests up to the first that fails; status 0 when none does."""
     try:
         os.setsid()
-        signal.alarm(math.ceil(grader.limit_s) + 5)  # the end, even if `lab mutate` was killed
+        signal.alarm(math.ceil(limit_s) + 5)  # the end, even if `lab mutate` itself was killed
         nothing = os.open(os.devnull, os.O_RDWR)
         for stream in range(3):
             os.dup2(nothing, stream)
         os.chdir(scratch)
-        os.environ.pop("PYTEST_ADDOPTS", None)
-        os.environ["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"
-        sys.dont_write_bytecode = True
-        status = pytest.main(
-            [
-                str(grader.tests),
-                "--student=student",
-                f"--seed={grader.seed}",
-                f"--rootdir={grader.tests.parent}",
-                f"--config-file={os.devnull}",
-                "--assert=plain",
-                "--capture=no",
-                "--noconftest",
-                "--basetemp=tmp",
-                "--exitfirst",
-                *("-p", "no:cacheprovider"),
-                *("-p", "distlab.lab.grade_plugin"),
-            ],
-            plugins=[FirstLoss(scratch / "lost")],
-        )
+        os.environ["PYTEST_DEBUG_TEMPROOT"] = str(scratch)
+        session.config.option.student = str(scratch)
+        for item, following in zip(session.items, [*session.items[1:], None], strict=True):
+            session.ihook.pytest_runtest_protocol(item=item, nextitem=following)
+            if session.testsfailed:
+                (scratch / LOST).write_text(item.name)
+                os._exit(1)
+        os._exit(0)
     finally:
-        os._exit(status)
-
-
-class FirstLoss:
-    """The pytest plugin that writes down which test failed."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
-        if report.failed:
-            self.path.write_text(report.nodeid.rpartition("::")[2])
+        os._exit(1)
 
 
 def report(args: argparse.Namespace, trials: list[Trial], stale: list[Key]) -> int:
