@@ -191,9 +191,9 @@ def test_what_runs_in_circles_eats_memory_or_ends_python_is_stopped(exercises, m
     [task] = read_tasks(exercises)
     file = exercises / "solution" / "twice.py"
     grader = command.Grader(task, exercises, file, seed=0, jobs=3)
-    monkeypatch.setattr(command, "MEMORY_LIMIT", psutil.Process().memory_info().rss + 2**28)
+    monkeypatch.setattr(command, "MEMORY_LIMIT", psutil.Process().memory_info().rss + 2**26)
     monkeypatch.setattr(command, "SHORTEST_LIMIT_S", 4.0)
-    grows = "def twice(number):\n    a = []\n    while True:\n        a.append(b'x' * 2**26)"
+    grows = "def twice(number):\n    a = []\n    while True:\n        a.append(b'x' * 2**22)"
     circles = "import time\ndef twice(number):\n    while True:\n        time.sleep(0.1)"
     ended = grader.grade([grows, circles, "import os\nos._exit(3)"])
     assert ended == ["the memory limit", "the time limit", "its end"]
