@@ -257,13 +257,13 @@ def test_a_real_task_loses_points_by_mutants(capsys):
 
 @pytest.mark.parametrize("exercises", SOLVED, ids=lambda path: path.parent.name)
 def test_what_is_listed_is_made_of_a_task(exercises):
-    """Survivors are graded by `lab mutate` alone; that the lists fit the solutions is cheap."""
-    files = [
-        exercises / "solution" / f"{t.name.replace('-', '_')}.py" for t in read_tasks(exercises)
-    ]
+    """Survivors are graded by `lab mutate` alone; that files and lists fit the tasks is cheap."""
+    solution = exercises / "solution"
+    files = {command.file_of(task, solution) for task in read_tasks(exercises)}
+    assert files == {*solution.glob("*.py")} - {solution / "adapters.py"}
     made = {
         (file.name, mutant.function, mutant.change)
         for file in files
         for mutant in mutants_of(file.read_text())
     }
-    assert command.read_listed(exercises / "solution" / "equivalent.toml").keys() <= made
+    assert command.read_listed(solution / "equivalent.toml").keys() <= made

@@ -55,8 +55,6 @@ MEMORY_LIMIT = 4 * 2**30
 WATCH_INTERVAL_S = 0.02
 SURVIVED = ""
 LOST = "lost_test"  # the file in which a fork names it
-
-
 Key = tuple[str, str, str]  # file, function, change
 
 
@@ -103,27 +101,44 @@ def mutate(argv: list[str]) -> int:
         raise UsageError(f"chapter {args.chapter} has no solution here, so nothing to mutate")
     listed = read_listed(solution / "equivalent.toml")
     tasks = chosen_tasks(read_tasks(exercises), args.task)
-    files = [solution / f"{task.name.replace('-', '_')}.py" for task in tasks]
+    files = [file_of(task, solution) for task in tasks]
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # mutants run side by side instead
     os.environ.pop("PYTEST_ADDOPTS", None)
     sys.dont_write_bytecode = True
     preload(files)
     trials, stale = [], []
     for task, file in zip(tasks, files, strict=True):
-        mutants = mutants_of(file.read_text(encoding="utf-8"))
-        keys = [(file.name, mutant.function, mutant.change) for mutant in mutants]
-        stale += [key for key in listed if key[0] == file.name and key not in keys]
-        some = slice(None, None, math.ceil(len(mutants) / (args.limit or len(mutants))))
-        grader = Grader(task, exercises, file, args.seed, args.jobs)
-        ends = grader.grade([mutant.source for mutant in mutants[some]])
-        of_task = [
-            Trial(task.name, file.name, mutant, ended_by, listed.get(key, ""))
-            for mutant, key, ended_by in zip(mutants[some], keys[some], ends, strict=True)
-        ]
-        lost = sum(not trial.survived for trial in of_task)
-        print(f"{task.name}: {lost} of {len(ends)} lost points", file=sys.stderr, flush=True)
+        of_task, not_made = try_task(task, exercises, file, listed, args)
         trials += of_task
+        stale += not_made
+        lost = sum(not trial.survived for trial in of_task)
+        print(f"{task.name}: {lost} of {len(of_task)} lost points", file=sys.stderr, flush=True)
     return report(args, trials, stale)
+
+
+def file_of(task: Task, solution: Path) -> Path:
+    file = solution / f"{task.name.replace('-', '_')}.py"
+    if not file.is_file():
+        raise RunError(f"the task {task.name} has no {file}, which would be mutated")
+    return file
+
+
+def try_task(
+    task: Task, exercises: Path, file: Path, listed: dict[Key, str], args: argparse.Namespace
+) -> tuple[list[Trial], list[Key]]:
+    """The task's trials, and what is listed of its file and not made."""
+    mutants = mutants_of(file.read_text(encoding="utf-8"))
+    stale = {key for key in listed if key[0] == file.name}
+    stale -= {(file.name, mutant.function, mutant.change) for mutant in mutants}
+    if args.limit:
+        mutants = mutants[:: math.ceil(len(mutants) / args.limit)]
+    ends = Grader(task, exercises, file, args.seed, args.jobs).grade([m.source for m in mutants])
+    trials = [
+        Trial(task.name, file.name, mutant, ended_by, listed.get(key, ""))
+        for mutant, ended_by in zip(mutants, ends, strict=True)
+        for key in [(file.name, mutant.function, mutant.change)]
+    ]
+    return trials, sorted(stale)
 
 
 def parse_args(argv: list[str]) -> argparse.Namespace:
@@ -278,8 +293,9 @@ class Fork:
             return SURVIVED if status == 0 else lost.read_text() if lost.exists() else "its end"
         if time.monotonic() > self.deadline:
             return "the time limit"
-        if psutil.Process(self.pid).memory_info().rss > MEMORY_LIMIT:
-            return "the memory limit"
+        with suppress(psutil.Error):  # it ended meanwhile
+            if psutil.Process(self.pid).memory_info().rss > MEMORY_LIMIT:
+                return "the memory limit"
         return None
 
     def end(self) -> None:
