@@ -152,6 +152,14 @@ def test_outside_functions_only_numbers_change():
     ]
 
 
+def test_a_long_line_is_told_around_its_change():
+    long = f"{'a' * 40} < {'b' * 40}"
+    cut = f"…{'a' * 29} {{}} {'b' * 29}…"
+    made = changes(f"def f():\n    return {long}\n")
+    assert f"{cut.format('<')} → {cut.format('>')}" in made
+    assert f"return {long} → (left out)" in made
+
+
 def test_the_same_change_twice_in_a_function_has_a_number():
     assert changes("def f(a):\n    a.x()\n    a.x()\n")[-1] == "a.x() → (left out) (2)"
 

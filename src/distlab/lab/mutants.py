@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Iterator
 from copy import copy
 from dataclasses import dataclass
+from os.path import commonprefix
 from typing import Any
 
 COMPARED_INSTEAD: dict[type, tuple[type, ...]] = {
@@ -50,6 +51,9 @@ DROPPED = (
     ast.Assign, ast.AugAssign, ast.AnnAssign, ast.Expr, ast.Delete, ast.Return, ast.Raise,
     ast.For, ast.While, ast.With, ast.Try,
 )  # fmt: skip
+LEFT_OUT = "(left out)"
+LONGEST_LINE = 80  # characters of a line that is told whole
+AROUND = 30  # and so many on either side of a change in a longer one
 LEAVING = ast.Return | ast.Raise | ast.Break | ast.Continue
 
 
@@ -57,8 +61,8 @@ LEAVING = ast.Return | ast.Raise | ast.Break | ast.Continue
 class Mutant:
     """One change, in the statement at `line` of `function` (its qualified name; none: "").
 
-    `change` is "before → after", of a compound statement only its first line; `source` is the whole
-    changed file.
+    `change` is "before → after", of a compound statement only its first line, of a long line only
+    the part around the change; `source` is the whole changed file.
     """
 
     line: int
@@ -83,7 +87,7 @@ def mutants_of(source: str) -> list[Mutant]:
             if numbers_only and not isinstance(new, ast.Constant):
                 mutated = None
             else:
-                mutated, change = ast.unparse(tree), f"{before} → {first_line(block[place])}"
+                mutated, change = ast.unparse(tree), told_change(before, first_line(block[place]))
             put(holder, key, old)
             if mutated is None or mutated in seen:
                 continue
@@ -286,10 +290,21 @@ def put(holder: Any, key: Any, value: Any) -> Any:
     return old
 
 
+def told_change(before: str, after: str) -> str:
+    """ "before → after", cut around the change where the line is long."""
+    start = len(commonprefix([before, after]))
+    end = len(commonprefix([before[start:][::-1], after[start:][::-1]]))
+    if after == LEFT_OUT or len(before) <= LONGEST_LINE:
+        return f"{before} → {after}"
+    first, last = max(0, start - AROUND), max(0, end - AROUND)
+    head, tail = "…" if first else "", "…" if last else ""
+    return " → ".join(f"{head}{line[first : len(line) - last]}{tail}" for line in (before, after))
+
+
 def first_line(statement: ast.AST) -> str:
     """A statement as one reads it, in one line, without the statements that it holds."""
     if isinstance(statement, ast.Pass):
-        return "(left out)"
+        return LEFT_OUT
     lines = [line for line in ast.unparse(statement).splitlines() if not line.startswith("@")]
     once = isinstance(statement, ast.For | ast.While) and isinstance(statement.body[-1], ast.Break)
     return f"{lines[0]} (once)" if once else lines[0]
