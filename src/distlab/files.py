@@ -52,6 +52,23 @@ def write_text(path: str | Path, text: str) -> None:
         temporary.write_text(text, encoding="utf-8")
 
 
+def make_synced_folder(folder: Path) -> None:
+    """Make `folder`, and those around it; a power cut does not take the new names away again."""
+    if not folder.is_dir():
+        make_synced_folder(folder.parent)
+        folder.mkdir(exist_ok=True)
+        sync_folder(folder.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Make the names in `folder` last: a new file's name is lost in a power cut without it."""
+    opened = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(opened)
+    finally:
+        os.close(opened)
+
+
 def refuse_unwritable_file(flag: str, path: str | Path) -> None:
     """Make the folder of `path`; `UsageError` if no file can be written there.
 

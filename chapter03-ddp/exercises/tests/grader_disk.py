@@ -41,9 +41,13 @@ class Disk:
         return [self.root, *(path for path in self.root.rglob("*") if not path.is_symlink())]
 
     def _keep(self, path):
-        inode = path.stat().st_ino
-        self.held.setdefault(inode, os.open(path, os.O_RDONLY))
-        self.safe[inode] = content_of(path)
+        self.safe[path.stat().st_ino] = content_of(path)
+        inside = path.iterdir() if path.is_dir() else ()
+        for known in [path, *(one for one in inside if not one.is_symlink())]:
+            number = known.stat().st_ino
+            self.safe.setdefault(number, {} if known.is_dir() else b"")
+            if number not in self.held:
+                self.held[number] = os.open(known, os.O_RDONLY)
 
     @contextmanager
     def watching(self):
@@ -79,21 +83,21 @@ class Disk:
         """Leave under the root what the disk holds."""
         now = {path.stat().st_ino: content_of(path) for path in self._paths()}
         if self.names_kept:
-            self.safe |= {inode: names for inode, names in now.items() if isinstance(names, dict)}
-        folders = {inode for inode, content in now.items() if isinstance(content, dict)}
-        left = self._left(self.root.stat().st_ino, now, folders)
+            for path in self._paths():
+                if path.is_dir():
+                    self._keep(path)
+        left = self._left(self.root.stat().st_ino, now)
         for descriptor in self.held.values():
             os.close(descriptor)
         for path in self.root.iterdir():
             shutil.rmtree(path) if path.is_dir() else path.unlink()
         restore(self.root, left)
 
-    def _left(self, inode, now, folders):
+    def _left(self, inode, now):
         """The bytes of a file, or {name: what is left} of a folder."""
-        if inode in folders:
-            names = self.safe.get(inode, {})
-            return {name: self._left(number, now, folders) for name, number in names.items()}
-        safe = self.safe.get(inode, b"")
+        safe = self.safe[inode]
+        if isinstance(safe, dict):
+            return {name: self._left(number, now) for name, number in safe.items()}
         written = now.get(inode, safe)
         return safe if written == safe else written[: int(len(written) * self.torn)]
 

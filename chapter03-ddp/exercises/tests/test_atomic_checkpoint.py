@@ -183,7 +183,7 @@ def test_a_power_cut_at_any_moment_leaves_a_checkpoint(student, tmp_path, chance
     else:
         raise AssertionError(f"a save has more than {LONGEST_SAVE} operations on the disk")
     for moment, names_kept, torn in kinds_of_cut(chance):
-        folder = tmp_path / "new" / f"{moment} {names_kept}"
+        folder = tmp_path / "new" / "run"
         done, finished = save_until_cut(
             student.save_checkpoint, tmp_path, folder, first, one, moment, names_kept, torn
         )
@@ -193,6 +193,7 @@ def test_a_power_cut_at_any_moment_leaves_a_checkpoint(student, tmp_path, chance
         student.save_checkpoint(folder, second, two)
         case += f", and step {second} was saved after it"
         assert_newest(student, folder, {second: two}, case)
+        shutil.rmtree(folder.parent)
         if finished and names_kept:
             return
 
