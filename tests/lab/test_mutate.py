@@ -7,7 +7,7 @@ import sys
 import psutil
 import pytest
 
-from distlab.errors import RunError, UsageError
+from distlab.errors import RunError, Skipped, UsageError
 from distlab.files import repo_root
 from distlab.lab import mutate as command
 from distlab.lab.grade import read_tasks
@@ -253,7 +253,7 @@ def test_bad_arguments_get_one_line(tmp_path):
 
 def test_a_tree_without_solutions_is_told(exercises):
     os.rename(exercises / "solution", exercises / "elsewhere")
-    with pytest.raises(UsageError, match="chapter 9 has no solution here"):
+    with pytest.raises(Skipped, match="chapter 9 has no solution here"):
         command.mutate(["9"])
 
 

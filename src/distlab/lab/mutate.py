@@ -39,7 +39,7 @@ import psutil
 import pytest
 
 from distlab.display import text_table
-from distlab.errors import RunError, UsageError
+from distlab.errors import RunError, Skipped
 from distlab.files import refuse_unwritable_file, write_text
 from distlab.host import usable_cores
 from distlab.lab.grade import Task, chosen_tasks, find_exercises, read_tasks
@@ -91,14 +91,14 @@ class Trial:
 def mutate(argv: list[str]) -> int:
     """Make the mutants, grade them, and print a table; 0 when the survivors are those listed.
 
-    Raises `UsageError` for an unknown chapter or task and for a tree without solutions, `RunError`
-    for a solution without full marks and for an equivalent.toml that cannot be read.
+    Raises `UsageError` for an unknown chapter or task, `Skipped` in a tree without solutions, and
+    `RunError` for a solution without full marks and an equivalent.toml that cannot be read.
     """
     args = parse_args(argv)
     exercises = find_exercises(args.chapter)
     solution = exercises / "solution"
     if not solution.is_dir():
-        raise UsageError(f"chapter {args.chapter} has no solution here, so nothing to mutate")
+        raise Skipped(f"chapter {args.chapter} has no solution here: this is a student's tree")
     listed = read_listed(solution / "equivalent.toml")
     tasks = chosen_tasks(read_tasks(exercises), args.task)
     files = [file_of(task, solution) for task in tasks]
