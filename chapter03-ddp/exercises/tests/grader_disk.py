@@ -8,17 +8,9 @@ change is either lost or, with `names_kept`, already on the disk.
 
 import os
 import shutil
-import subprocess
-import sys
 from contextlib import contextmanager, suppress
-from pathlib import Path
 
 WATCHED = ("fsync", "fdatasync", "replace", "rename", "link", "unlink", "remove", "mkdir", "rmdir")
-LOAD = (
-    "import sys; sys.path.insert(0, sys.argv[1])\n"
-    "import adapters, pathlib\n"
-    "print(repr(getattr(adapters, sys.argv[2])(pathlib.Path(sys.argv[3]))))"
-)
 
 
 class PowerCut(BaseException):
@@ -130,13 +122,3 @@ def save_until_cut(save, root, folder, step, payload, cut_before=None, names_kep
         finished = True
     disk.lose_power()
     return disk.operations, finished
-
-
-def loaded_in_another_process(load, folder):
-    """What `load` gives in a Python that has saved nothing, as text: its repr, or its error."""
-    home = str(Path(load.__code__.co_filename).parent)
-    done = subprocess.run(
-        [sys.executable, "-c", LOAD, home, load.__name__, str(folder)],
-        capture_output=True, text=True, timeout=60,
-    )  # fmt: skip
-    return (done.stdout if done.returncode == 0 else done.stderr).strip().splitlines()[-1]

@@ -3,7 +3,8 @@
 import shutil
 
 import pytest
-from grader_disk import loaded_in_another_process, save_until_cut
+from grader_disk import save_until_cut
+from grader_elsewhere import told_elsewhere
 
 LONGEST_SAVE = 60  # operations on the disk
 
@@ -51,7 +52,10 @@ def test_the_newest_of_several_comes_back(student, tmp_path, chance):
         saved[step] = chance.bytes(int(chance.integers(1, 3000)))
         student.save_checkpoint(folder, step, saved[step])
         assert_newest(student, folder, saved, f"saved the steps {list(saved)}, {step} last{again}")
-    told = loaded_in_another_process(student.load_newest_checkpoint, folder)
+    told = told_elsewhere(
+        student.load_newest_checkpoint,
+        f"adapters.load_newest_checkpoint(pathlib.Path({str(folder)!r}))",
+    )
     assert told == repr((max(saved), saved[max(saved)])), (
         f"another Python process, which has saved nothing: expected step {max(saved)}, got "
         f"{told[:80]}"
