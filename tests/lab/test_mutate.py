@@ -214,6 +214,12 @@ def test_a_solution_that_fails_is_not_mutated(exercises):
         command.mutate(["9"])
 
 
+def test_tests_that_do_not_read_the_file_are_told(exercises):
+    (exercises / "solution" / "adapters.py").write_text(SOLUTION)
+    with pytest.raises(RunError, match="test_twice.py passes without twice.py"):
+        command.mutate(["9"])
+
+
 def test_tests_that_cannot_be_collected_are_told(exercises):
     (exercises / "tests" / "test_twice.py").write_text("import nothing_of_this_name\n")
     with pytest.raises(RunError, match="does not have the tests of tasks.toml, or cannot be"):

@@ -54,6 +54,7 @@ SHORTEST_LIMIT_S = 10.0
 MEMORY_LIMIT = 4 * 2**30
 WATCH_INTERVAL_S = 0.02
 SURVIVED = ""
+NO_VERSION = "raise ImportError"  # what must lose points, if tests read what is graded
 LOST = "lost_test"  # the file in which a fork names it
 Key = tuple[str, str, str]  # file, function, change
 
@@ -238,6 +239,10 @@ class Grader:
         return self.ends
 
     @pytest.hookimpl(tryfirst=True)
+    def pytest_cmdline_main(self, config: pytest.Config) -> None:
+        config.option.in_process = True  # a version runs in the fork that tests it
+
+    @pytest.hookimpl(tryfirst=True)
     def pytest_runtestloop(self, session: pytest.Session) -> bool:
         if {item.name for item in session.items} >= self.task.points.keys():
             gc.freeze()  # else a fork that collects garbage copies all that was imported
@@ -245,10 +250,12 @@ class Grader:
             [lost] = self.run(session, [self.file.read_text(encoding="utf-8")])
             taken = time.monotonic() - started
             self.limit_s = max(SHORTEST_LIMIT_S, LONGER_THAN_SOLUTION * taken)
-            self.failure = (
-                f"{self.file} loses points with --seed {self.seed}: {lost}" if lost else ""
-            )
-            self.ends = [] if lost else self.run(session, self.sources)
+            if lost:
+                self.failure = f"{self.file} loses points with --seed {self.seed}: {lost}"
+            elif self.run(session, [NO_VERSION]) == [SURVIVED]:
+                self.failure = f"{self.tests} passes without {self.file.name}"
+            else:
+                self.failure, self.ends = "", self.run(session, self.sources)
         return True  # nothing is left for pytest to do
 
     def run(self, session: pytest.Session, sources: list[str]) -> list[str]:
