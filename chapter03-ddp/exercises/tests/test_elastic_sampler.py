@@ -169,7 +169,8 @@ def test_a_state_resumes_exactly(student, sizes, seed, chance):
     for world_size in (1, 3, 4):
         for examples, batch in sizes[:4]:
             job = Job(student, examples, batch, world_size, seed)
-            resumed = None
+            resumed, begin = None, job.state()
+            first = job.resumed(world_size).step()
             for number in range(2 * job.steps_of_an_epoch() + 2):
                 assert job.state() == job.state(), f"{job}: two looks give two states"
                 fresh = job.resumed(world_size)
@@ -186,6 +187,9 @@ def test_a_state_resumes_exactly(student, sizes, seed, chance):
                     f"were {unbroken}"
                 )
                 unbroken[0].append(-1)  # what the caller does to a batch is no sampler's business
+            for sampler in job.samplers:  # far back
+                sampler.load_state_dict(json.loads(begin))
+            assert job.step() == first, f"{job}: set back to its begin, it goes on otherwise"
     job = Job(student, 10, 2, 1, seed)
     state = job.samplers[0].state_dict()
     kept = json.dumps(state, sort_keys=True)
