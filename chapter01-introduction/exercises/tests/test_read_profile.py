@@ -138,6 +138,6 @@ def check(student, path, expected, story):
     shares = {name: float(shares[name]) for name in expected}
     for name, share in expected.items():
         assert abs(shares[name] - share) < TOLERANCE, (
-            f"{story}: expected {expected}, got {shares}; {name} is wrong"
+            f"{name} is wrong: expected {expected}, got {shares}, of {story}"
         )
     assert path.read_bytes() == written, "time_shares changes the trace's file"

@@ -16,9 +16,9 @@ def check_guesses(
     only chance that you may use.
 
     One guess x after another is accepted with probability min(1, p[i][x] / q[i][x]): where a number
-    from `uniform()` is below it, so never where p is 0. One number decides on a guess, and one
-    draws a token; none is used twice, nor thrown away. The first guess that is refused is replaced
-    by a token drawn from max(p[i] - q[i], 0), scaled to a sum of 1, and ends the round. Where all
+    from `uniform()` is below it, so never where p is 0. One number decides on a guess, and another
+    draws a token; none is used twice. The first guess that is refused is replaced by a token drawn
+    from max(p[i] - q[i], 0), scaled to a sum of 1, and ends the round. Where all
     are accepted, a token drawn from p[k] is added. So the tokens have the target's distribution,
     whatever q is: nobody can tell them from the target's own.
 

@@ -101,8 +101,8 @@ def test_the_smallest_set_that_reaches_p(student, chance):
         p = np.exp(logits)
         expected = np.where(np.isin(np.arange(5), kept), p, 0.0)
         assert_cut(student, logits, 1.0, top_p, expected / expected.sum(), why)
-    for count in (8, 64, 200):
-        for kept in (1, count // 2, int(chance.integers(1, count))):
+    for count in (8, 10, 64, 200):
+        for kept in (1, count // 2, 4 * count // 5, int(chance.integers(1, count))):
             equal = np.where(np.arange(count) < kept, 1 / kept, 0.0)
             why = f"{count} equal tokens, of which the first {kept}"
             assert_cut(student, np.zeros(count), 1.0, kept / count, equal, f"{why} make it exactly")

@@ -4,7 +4,7 @@ import json
 
 from read_profile import covered, intervals
 
-SAYS = "a kernel of 40, a collective of 10: expected"
+SAYS = "of data 30 us, a gap of 20, a kernel of 40, a collective of 10"
 
 
 def time_shares(trace):

@@ -1,4 +1,4 @@
-"""Sends both halves of nothing: an array twice as wide as y."""
+"""Communicates an array twice as wide as y, and throws half of the sum away."""
 
 import numpy as np
 

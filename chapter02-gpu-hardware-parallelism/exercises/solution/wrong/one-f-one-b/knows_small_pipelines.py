@@ -1,6 +1,6 @@
 """Has a constant for the deepest pipeline of the visible cases."""
 
-SAYS = "stages, "
+SAYS = "units of time"
 
 
 def one_f_one_b(stage, num_stages, num_micro_batches):
