@@ -14,14 +14,15 @@ def saved_by_steps(student, steps, rows, cols, dtype):
 
     steps: expressions; the value of step i has the name v{i+1}. What they may use besides: v0, the
     input [rows, cols]; c, a constant of the same shape; first, the index [0, 0]; and the
-    parameters p [rows, cols] and w [cols, cols]. A third parameter, unused, is never saved.
+    parameters p [rows, cols], a part of a flat buffer as sharded training keeps it, and w
+    [cols, cols]. A third parameter, unused, is never saved.
     """
     dtype = getattr(torch, dtype)
     names = {
         "v0": torch.rand(rows, cols, dtype=dtype, requires_grad=True),
         "c": torch.rand(rows, cols, dtype=dtype),
         "first": torch.tensor([0, 0]),
-        "p": torch.nn.Parameter(torch.rand(rows, cols, dtype=dtype)),
+        "p": torch.nn.Parameter(torch.rand(rows * cols + 1, dtype=dtype)[1:].view(rows, cols)),
         "w": torch.nn.Parameter(torch.rand(cols, cols, dtype=dtype)),
     }
     unused = torch.nn.Parameter(torch.rand(rows, cols))

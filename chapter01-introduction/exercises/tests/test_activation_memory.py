@@ -143,6 +143,7 @@ def check_formula(student, name, kept, batch, seq, dtype, sizes):
     predicted = student.block_activation_bytes(
         batch=batch, seq_len=seq, bytes_per_element=ITEMSIZE[dtype], **sizes
     )
+    assert isinstance(predicted, int), f"{name}: expected whole bytes, got {predicted!r}"
     assert abs(predicted / kept - 1) <= TOLERANCE, (
         f"{name} ({described(batch, seq, dtype, sizes)}): autograd keeps {kept:,} bytes, the "
         f"formula says {predicted:,}, which is {predicted / kept:.2f} of it"

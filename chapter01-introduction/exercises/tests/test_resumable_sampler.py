@@ -14,6 +14,7 @@ RANDOM_RUNS = 6
 
 def test_ranks_are_disjoint_and_cover_the_epoch(student, chance):
     check_epochs(student, (EXAMPLES, GLOBAL_BATCH, SEED), world_size=3, epochs=2)
+    check_epochs(student, (GLOBAL_BATCH, GLOBAL_BATCH, SEED), world_size=3, epochs=3)
     for _ in range(RANDOM_RUNS):
         run = drawn_run(chance)
         check_epochs(student, run, drawn_world_size(chance, run[1]), epochs=3)
@@ -87,6 +88,8 @@ def check_epochs(student, run, world_size, epochs):
             )
             seen = [int(example) for batch in batches for example in batch]
             place = f"{named(run)}, {world_size} ranks, epoch {epoch}, step {step}"
+            kinds = {type(batch).__name__ for batch in batches}
+            assert kinds == {"list"}, f"{place}: expected lists of numbers, got {kinds}"
             assert all(0 <= example < examples for example in seen), (
                 f"{place}: the examples are numbered 0 to {examples - 1}; got {sorted(seen)}"
             )

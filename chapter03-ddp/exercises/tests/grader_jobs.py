@@ -49,7 +49,7 @@ def new_job(cause, chance):
     """A job nobody has seen: `steps` times the same calls, and in one step a fault."""
     world_size, steps = chance.randint(3, 9), chance.randint(3, 6)
     calls = program(chance)
-    begin = chance.choice([1, 77, 4000])
+    begin = chance.choice([1, 77, 4096 - chance.randint(2, 9)])
     faulty = chance.randrange(world_size)
     bad_step = chance.randint(0 if begin == 1 else 1, steps - 1)
     place = chance.randrange(len(calls))
@@ -87,10 +87,12 @@ def new_job(cause, chance):
         ]
         dumps.append({"rank": rank, "entries": entries, "stack": main_thread(function)})
     if cause == "healthy" and chance.random() < 0.3:
-        # all the others wait, and for nothing that this one has not called
-        same = dumps[0]["entries"]
+        # all the others wait, and not all of them for what this one has not called
+        same, others = dumps[0]["entries"], [rank for rank in range(world_size) if rank != faulty]
+        behind = chance.choice([set(others), {others[0]}, {others[-1]}])
         for dump in dumps:
-            dump["entries"] = copy.deepcopy(same)
+            back = dump["rank"] == faulty or dump["rank"] in behind
+            dump["entries"] = copy.deepcopy(same[: len(same) - back])
             dump["stack"] = main_thread(computing(chance) if dump["rank"] == faulty else "wait")
     if cause == "missing rank":
         dumps = [dump for dump in dumps if dump["rank"] != faulty]
