@@ -1,13 +1,11 @@
 """`lab grade` and `lab student-tree`: fair to every chapter's exercises, and hard to fool."""
 
-import ast
+import functools
 import json
 import os
-import shutil
 import subprocess
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import psutil
@@ -16,8 +14,7 @@ import pytest
 from distlab.errors import RunError, UsageError
 from distlab.files import repo_root
 from distlab.lab import student_tree as tree
-from distlab.lab.grade import grade, grade_task, read_tasks
-from distlab.lab.grade_process import Limits
+from distlab.lab.grade import grade, read_tasks
 
 EXERCISES = sorted(path.parent for path in repo_root().glob("*/exercises/tasks.toml"))
 SOLVED = [path for path in EXERCISES if (path / "solution").is_dir()]  # none in a student's tree
@@ -70,38 +67,31 @@ def test_solution_gets_full_marks(graded, exercises):
 
 
 @pytest.fixture(scope="module")
-def graded_variants(tmp_path_factory):
-    """What each wrong variant gets, as futures; a variant overrides adapters of the solution."""
+def graded_mistakes(tmp_path_factory):
+    """What the mistakes of a chapter got, by task and file, from `lab mutate --wrong`."""
+    folder = tmp_path_factory.mktemp("mistakes")
 
-    def grade_variant(variant):
-        solution = variant.parents[2]
-        student = tmp_path_factory.mktemp(variant.stem) / "student"
-        shutil.copytree(solution, student, ignore=shutil.ignore_patterns("wrong"))
-        with (student / "adapters.py").open("a") as adapters:
-            adapters.write(variant.read_text())
-        exercises = solution.parent
-        tasks = {task.name: task for task in read_tasks(exercises)}
-        return grade_task(tasks[variant.parent.name], exercises, student, Limits(60, 2**32), SEED)
+    def grade_chapter(number):
+        record = folder / f"{number}.json"
+        command = ["mutate", number, "--wrong", "--seed", str(SEED), "--json", str(record)]
+        subprocess.run(
+            [sys.executable, "-P", "-m", "distlab.lab", *command],
+            cwd=folder, timeout=600, stdout=subprocess.DEVNULL,
+        )  # fmt: skip
+        mistakes = json.loads(record.read_text(encoding="utf-8"))["mistakes"]
+        return {(one["task"], one["file"]): one for one in mistakes}
 
-    pool = ThreadPoolExecutor(2)
-    yield {variant: pool.submit(grade_variant, variant) for variant in WRONG}
-    pool.shutdown(cancel_futures=True)
+    return functools.cache(grade_chapter)
 
 
-@pytest.mark.slow  # dozens of them: the solutions' and the starters' points are in the fast tier
+@pytest.mark.slow  # hundreds of them: the solutions' and the starters' points are in the fast tier
 @pytest.mark.parametrize("variant", WRONG, ids=lambda path: f"{path.parent.name}-{path.stem}")
-def test_typical_mistake_loses_points_and_is_explained(graded_variants, variant):
-    """A wrong variant names in SAYS what the grader must tell its author."""
-    task = graded_variants[variant].result()
-    assert task.points < task.max_points
-    assert said(variant) in task.message
-
-
-def said(variant):
-    for node in ast.parse(variant.read_text()).body:
-        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "SAYS":
-            return ast.literal_eval(node.value)
-    raise AssertionError(f"{variant} has no SAYS")
+def test_typical_mistake_loses_points_and_is_explained(graded_mistakes, variant):
+    """A mistake names in SAYS what the grader must tell its author."""
+    chapter = variant.parents[4].name[len("chapter") :][:2]
+    one = graded_mistakes(chapter)[variant.parent.name, variant.stem]
+    assert one["ended_by"] != ""
+    assert one["says"] in f"{one['ended_by']}: {one['message']}"
 
 
 @needs_solution

@@ -197,20 +197,20 @@ def test_what_is_listed_must_be_made_and_survive(exercises, capsys):
 
 def test_what_runs_in_circles_eats_memory_or_ends_python_is_stopped(exercises, monkeypatch):
     [task] = read_tasks(exercises)
-    file = exercises / "solution" / "twice.py"
-    grader = command.Grader(task, exercises, file, seed=0, jobs=3)
+    grader = command.Grader(task, exercises, seed=0, jobs=3)
     monkeypatch.setattr(command, "MEMORY_LIMIT", psutil.Process().memory_info().rss + 2**26)
     monkeypatch.setattr(command, "SHORTEST_LIMIT_S", 4.0)
     grows = "def twice(number):\n    a = []\n    while True:\n        a.append(b'x' * 2**22)"
     circles = "import time\ndef twice(number):\n    while True:\n        time.sleep(0.1)"
-    ended = grader.grade([grows, circles, "import os\nos._exit(3)"])
-    assert ended == ["the memory limit", "the time limit", "its end"]
+    sources = [grows, circles, "import os\nos._exit(3)"]
+    ended = grader.grade([{"twice.py": source} for source in sources])
+    assert [one.by for one in ended] == ["the memory limit", "the time limit", "its end"]
     assert not psutil.Process().children()
 
 
 def test_a_solution_that_fails_is_not_mutated(exercises):
     (exercises / "solution" / "twice.py").write_text(SOLUTION.replace("* 2", "* 3"))
-    with pytest.raises(RunError, match="twice.py loses points with --seed 0: test_even"):
+    with pytest.raises(RunError, match="twice: the solution loses points with --seed 0: test_even"):
         command.mutate(["9"])
 
 

@@ -11,7 +11,10 @@ exercises/solution/equivalent.toml, with the reason:
     changes = ["total = sum(counts) → total = sum(counts) + 0"]
     reason = "a sum does not change by 0"
 
-The status is 0 when every survivor is listed, and everything listed is a survivor. A mutant is no
+The status is 0 when every survivor is listed, and everything listed is a survivor. With --wrong the
+mistakes are those that somebody wrote down instead, in exercises/solution/wrong/TASK/: each takes
+the place of some adapters, must lose points, and names in SAYS what its author must be told. A
+mutant is no
 attacker, so it is not graded in a process of its own as a student is, but in a fork of this one,
 which has imported and collected all that the tests need.
 """
@@ -43,6 +46,7 @@ from distlab.errors import RunError, Skipped
 from distlab.files import refuse_unwritable_file, write_text
 from distlab.host import usable_cores
 from distlab.lab.grade import Task, chosen_tasks, find_exercises, read_tasks
+from distlab.lab.grade_runner import message
 from distlab.lab.mutants import Mutant, mutants_of
 from distlab.script import OneLineParser, non_negative_int, positive_int
 
@@ -55,6 +59,7 @@ MEMORY_LIMIT = 4 * 2**30
 WATCH_INTERVAL_S = 0.02
 SURVIVED = ""
 NO_VERSION = "raise ImportError"  # what must lose points, if tests read what is graded
+ADAPTERS = "adapters.py"
 LOST = "lost_test"  # the file in which a fork names it
 Key = tuple[str, str, str]  # file, function, change
 
@@ -107,6 +112,8 @@ def mutate(argv: list[str]) -> int:
     os.environ.pop("PYTEST_ADDOPTS", None)
     sys.dont_write_bytecode = True
     preload(files)
+    if args.wrong:
+        return grade_wrong(args, exercises, tasks)
     trials, stale = [], []
     for task, file in zip(tasks, files, strict=True):
         of_task, not_made = try_task(task, exercises, file, listed, args)
@@ -133,13 +140,50 @@ def try_task(
     stale -= {(file.name, mutant.function, mutant.change) for mutant in mutants}
     if args.limit:
         mutants = mutants[:: math.ceil(len(mutants) / args.limit)]
-    ends = Grader(task, exercises, file, args.seed, args.jobs).grade([m.source for m in mutants])
+    grader = Grader(task, exercises, args.seed, args.jobs, graded=file.name)
+    ends = grader.grade([{file.name: mutant.source} for mutant in mutants])
     trials = [
-        Trial(task.name, file.name, mutant, ended_by, listed.get(key, ""))
-        for mutant, ended_by in zip(mutants, ends, strict=True)
+        Trial(task.name, file.name, mutant, ended.by, listed.get(key, ""))
+        for mutant, ended in zip(mutants, ends, strict=True)
         for key in [(file.name, mutant.function, mutant.change)]
     ]
     return trials, sorted(stale)
+
+
+def grade_wrong(args: argparse.Namespace, exercises: Path, tasks: list[Task]) -> int:
+    """Grade the mistakes of solution/wrong/; 0 when each loses points and is told what it SAYS."""
+    adapters = (exercises / "solution" / ADAPTERS).read_text(encoding="utf-8")
+    made: list[dict[str, str]] = []
+    for task in tasks:
+        files = sorted((exercises / "solution" / "wrong" / task.name).glob("*.py"))
+        texts = [file.read_text(encoding="utf-8") for file in files]
+        grader = Grader(task, exercises, args.seed, args.jobs)
+        ends = grader.grade([{ADAPTERS: f"{adapters}\n{text}"} for text in texts])
+        for file, text, end in zip(files, texts, ends, strict=True):
+            told = {"ended_by": end.by, "message": end.message, "says": said_by(text)}
+            made.append({"task": task.name, "file": file.stem, **told})
+    faults = [
+        f"{one['task']}/{one['file']} keeps its points"
+        if one["ended_by"] == SURVIVED
+        else f"{one['task']}/{one['file']} is not told {one['says']!r}: {one['message']}"
+        for one in made
+        if one["ended_by"] == SURVIVED or one["says"] not in f"{one['ended_by']}: {one['message']}"
+    ]
+    print(
+        "\n".join([*faults, f"chapter {args.chapter}: {len(made)} mistakes, {len(faults)} faults"])
+    )
+    if args.json:
+        record = {"chapter": args.chapter, "seed": args.seed, "mistakes": made, "faults": faults}
+        write_text(args.json, json.dumps(record, indent=1, ensure_ascii=False) + "\n")
+    return ALL_ACCOUNTED_FOR if not faults else FAULTS
+
+
+def said_by(source: str) -> str:
+    """The text that SAYS holds."""
+    for node in ast.parse(source).body:
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "SAYS":
+            return str(ast.literal_eval(node.value))
+    raise RunError(f"a mistake has no SAYS: {source[:60]!r}")
 
 
 def parse_args(argv: list[str]) -> argparse.Namespace:
@@ -148,6 +192,9 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     )
     parser.add_argument("chapter", metavar="CH", type=positive_int, help="the chapter's number")
     parser.add_argument("--task", metavar="NAME", help="this task only")
+    parser.add_argument(
+        "--wrong", action="store_true", help="instead grade the mistakes in solution/wrong/"
+    )
     parser.add_argument(
         "--seed", metavar="N", type=non_negative_int, default=0, help="of the random cases"
     )
@@ -194,30 +241,45 @@ def preload(files: list[Path]) -> None:
                 importlib.import_module(node.module)
 
 
+@dataclass(frozen=True)
+class End:
+    """What took a version's first point: a test's name, with its message, or a limit."""
+
+    by: str = SURVIVED
+    message: str = ""
+
+
+Version = dict[str, str]  # of a solution: other sources of some of its files, by their names
+
+
 class Grader:
-    """Grades versions of one task's file, several at a time.
+    """Grades versions of a task's reference solution, several at a time.
 
     It is a pytest plugin: pytest collects the task's tests once, and each version is graded in a
     fork of that session.
     """
 
-    def __init__(self, task: Task, exercises: Path, file: Path, seed: int, jobs: int) -> None:
-        self.task, self.file, self.seed, self.jobs = task, file, seed, jobs
+    def __init__(
+        self, task: Task, exercises: Path, seed: int, jobs: int, graded: str = ADAPTERS
+    ) -> None:
+        """`graded`: the file without which no point is left, else the tests read another one."""
+        self.task, self.seed, self.jobs, self.graded = task, seed, jobs, graded
+        self.solution = exercises / "solution"
         self.tests = exercises / "tests" / task.tests
         self.limit_s = SOLUTION_LIMIT_S
 
-    def grade(self, sources: list[str]) -> list[str]:
-        """What took each version's first point: a test's name, or a limit; else `SURVIVED`.
+    def grade(self, versions: list[Version]) -> list[End]:
+        """What took each version's first point.
 
-        Raises `RunError` when the file itself, which is graded first, loses points.
+        Raises `RunError` when the solution itself, which is graded first, loses points.
         """
-        self.sources = sources
+        self.versions = versions
         self.failure = f"{self.tests} does not have the tests of tasks.toml, or cannot be imported"
-        self.ends: list[str] = []
+        self.ends: list[End] = []
         status = pytest.main(
             [
                 str(self.tests),
-                f"--student={self.file.parent}",
+                f"--student={self.solution}",
                 f"--seed={self.seed}",
                 f"--rootdir={self.tests.parent}",
                 f"--config-file={os.devnull}",
@@ -247,28 +309,31 @@ class Grader:
         if {item.name for item in session.items} >= self.task.points.keys():
             gc.freeze()  # else a fork that collects garbage copies all that was imported
             started = time.monotonic()
-            [lost] = self.run(session, [self.file.read_text(encoding="utf-8")])
+            [lost] = self.run(session, [{}])
             taken = time.monotonic() - started
             self.limit_s = max(SHORTEST_LIMIT_S, LONGER_THAN_SOLUTION * taken)
-            if lost:
-                self.failure = f"{self.file} loses points with --seed {self.seed}: {lost}"
-            elif self.run(session, [NO_VERSION]) == [SURVIVED]:
-                self.failure = f"{self.tests} passes without {self.file.name}"
+            if lost.by:
+                self.failure = (
+                    f"{self.task.name}: the solution loses points with --seed {self.seed}: "
+                    f"{lost.by} {lost.message}"
+                )
+            elif self.run(session, [{self.graded: NO_VERSION}]) == [End()]:
+                self.failure = f"{self.tests} passes without {self.graded}"
             else:
-                self.failure, self.ends = "", self.run(session, self.sources)
+                self.failure, self.ends = "", self.run(session, self.versions)
         return True  # nothing is left for pytest to do
 
-    def run(self, session: pytest.Session, sources: list[str]) -> list[str]:
-        ends = [SURVIVED] * len(sources)
-        waiting, running = deque(enumerate(sources)), dict[int, Fork]()
+    def run(self, session: pytest.Session, versions: list[Version]) -> list[End]:
+        ends = [End()] * len(versions)
+        waiting, running = deque(enumerate(versions)), dict[int, Fork]()
         try:
             while waiting or running:
                 while waiting and len(running) < self.jobs:
-                    place, source = waiting.popleft()
-                    running[place] = Fork(session, self.file, source, self.limit_s)
+                    place, version = waiting.popleft()
+                    running[place] = Fork(session, self.solution, version, self.limit_s)
                 for place, fork in list(running.items()):
-                    if (ended_by := fork.ended_by()) is not None:
-                        ends[place] = ended_by
+                    if (ended := fork.ended()) is not None:
+                        ends[place] = ended
                         running.pop(place).end()
                 time.sleep(WATCH_INTERVAL_S)
         finally:
@@ -278,31 +343,38 @@ class Grader:
 
 
 class Fork:
-    """A process that grades one version of a file in a folder of its own."""
+    """A process that grades one version of a solution in a folder of its own."""
 
-    def __init__(self, session: pytest.Session, file: Path, source: str, limit_s: float) -> None:
+    def __init__(
+        self, session: pytest.Session, solution: Path, version: Version, limit_s: float
+    ) -> None:
         self.scratch = Path(tempfile.mkdtemp(prefix="lab-mutate-"))
         self.deadline = time.monotonic() + limit_s
         self.status: int | None = None
-        for path in file.parent.glob("*.py"):
+        for path in solution.glob("*.py"):
             shutil.copy(path, self.scratch)
-        (self.scratch / file.name).write_text(source, encoding="utf-8")
+        for name, source in version.items():
+            (self.scratch / name).write_text(source, encoding="utf-8")
         self.pid = os.fork()
         if self.pid == 0:
             run_tests(session, self.scratch, limit_s)
 
-    def ended_by(self) -> str | None:
+    def ended(self) -> End | None:
         """As `Grader.grade` says; None while it runs."""
         ended, status = os.waitpid(self.pid, os.WNOHANG)
         if ended:
             self.status = status
+            if status == 0:
+                return End()
             lost = self.scratch / LOST
-            return SURVIVED if status == 0 else lost.read_text() if lost.exists() else "its end"
+            told = lost.read_text(encoding="utf-8") if lost.exists() else "its end"
+            by, _, message = told.partition("\n")
+            return End(by, message)
         if time.monotonic() > self.deadline:
-            return "the time limit"
+            return End("the time limit")
         with suppress(psutil.Error):  # it ended meanwhile
             if psutil.Process(self.pid).memory_info().rss > MEMORY_LIMIT:
-                return "the memory limit"
+                return End("the memory limit")
         return None
 
     def end(self) -> None:
@@ -313,6 +385,16 @@ class Fork:
             os.kill(self.pid, signal.SIGKILL)  # it may not have its own group yet
             os.waitpid(self.pid, 0)
         shutil.rmtree(self.scratch, ignore_errors=True)
+
+
+class Said:
+    """The pytest plugin that keeps the message of the first failure, as `lab grade` tells it."""
+
+    message = ""
+
+    def pytest_exception_interact(self, call: pytest.CallInfo[Any]) -> None:
+        if call.excinfo is not None:
+            self.message = self.message or message(call.excinfo.value)
 
 
 def run_tests(session: pytest.Session, scratch: Path, limit_s: float) -> NoReturn:
@@ -326,10 +408,13 @@ def run_tests(session: pytest.Session, scratch: Path, limit_s: float) -> NoRetur
         os.chdir(scratch)
         os.environ["PYTEST_DEBUG_TEMPROOT"] = str(scratch)
         session.config.option.student = str(scratch)
+        said = Said()
+        session.config.pluginmanager.register(said)
         for item, following in zip(session.items, [*session.items[1:], None], strict=True):
             session.ihook.pytest_runtest_protocol(item=item, nextitem=following)
             if session.testsfailed:
-                (scratch / LOST).write_text(item.name)
+                told = f"{item.name}\n{said.message}"
+                (scratch / LOST).write_text(told, encoding="utf-8", errors="backslashreplace")
                 os._exit(1)
         os._exit(0)
     finally:

@@ -14,7 +14,7 @@ class Renamed:
             if event["name"].startswith("ProfilerStep#"):
                 event["cat"] = "user_annotation"
 
-    def read_text(self):
+    def read_text(self, encoding=None):
         return json.dumps({"traceEvents": self.events})
 
 

@@ -13,7 +13,7 @@ class Renamed:
         for event in self.events:
             event["name"] = "nccl" * ("nccl" in event["name"]) + event["name"]
 
-    def read_text(self):
+    def read_text(self, encoding=None):
         return json.dumps({"traceEvents": self.events})
 
 

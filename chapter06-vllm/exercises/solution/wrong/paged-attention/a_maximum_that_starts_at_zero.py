@@ -1,6 +1,6 @@
 """Looks for the largest score from 0 on, as an online softmax must not."""
 
-SAYS = "scores of one sign, far from 0"
+SAYS = "away from the attention"
 
 
 def paged_attention(queries, cache, table, start):
