@@ -74,10 +74,8 @@ def test_by_hand(student):
         "guesses 1, 0, 2: the target would say 1 and then 2, so the second is refused and what "
         f"follows it is not looked at: expected [1, 2], got {got}"
     )
-    nearly = np.nextafter([0.5, 0.5], 0)
-    got = checked(
-        student, [0], [[0.5, 0.5]], [nearly, [1, 0]], fixed(math.nextafter(1, 0), 0.2), "rounded"
-    )
+    nearly, chances = [*np.nextafter([0.5, 0.5], 0), 0], fixed(math.nextafter(1, 0), 0.2)
+    got = checked(student, [0], [[0.5, 0.5, 0]], [nearly, [0, 0, 1]], chances, "rounded")
     assert got[0] in (0, 1), f"p is q but for rounding: expected a token of p, got {got}"
 
 
