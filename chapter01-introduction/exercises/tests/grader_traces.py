@@ -4,7 +4,7 @@ import json
 import random
 
 
-def write(folder, events, chance):
+def write(folder, events, chance, warm_up=True):
     """Write a trace with these events, and those that every trace has, in an order by chance."""
     first = min(event["ts"] for event in events)
     always = [
@@ -12,10 +12,12 @@ def write(folder, events, chance):
         {"ph": "i", "name": "Iteration Start: PyTorch Profiler", "ts": 1, "pid": 1, "tid": 0},
         {"ph": "i", "cat": "kernel", "name": "a mark", "ts": first + 1, "pid": 0, "tid": 7},
         {"ph": "s", "id": 7, "cat": "ac2g", "name": "ac2g", "ts": 120, "pid": 1, "tid": 1},
-        # the warm-up: before the first profiled step
-        complete("kernel", "warm_up_kernel", first - 100, 90),
-        complete("user_annotation", "data", first - 10, 10),
     ]
+    if warm_up:  # before the first profiled step
+        always += [
+            complete("kernel", "warm_up_kernel", first - 100, 90),
+            complete("user_annotation", "data", first - 10, 10),
+        ]
     everything = [*always, *events]
     path = folder / f"trace-{chance.integers(10**9)}.json"
     shuffled = [everything[i] for i in chance.permutation(len(everything))]

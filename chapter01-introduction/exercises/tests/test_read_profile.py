@@ -28,6 +28,12 @@ def test_shares_of_a_serial_step(student, tmp_path, chance):
         {"compute": 0.4, "communication": 0.1, "input": 0.3, "launch": 0.2},
         "data 30 us, a gap of 20, a kernel of 40, a collective of 10",
     )
+    check(
+        student,
+        write(tmp_path, events, chance, warm_up=False),
+        {"compute": 0.4, "communication": 0.1, "input": 0.3, "launch": 0.2},
+        "the same without a warm-up: the first kernel is in the step",
+    )
     for _ in range(RANDOM_TRACES):
         check_drawn(student, tmp_path, chance, overlapping=False)
 

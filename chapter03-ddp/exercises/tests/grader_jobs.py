@@ -86,7 +86,7 @@ def new_job(cause, chance):
             {"seq": seq, **called_from(chance.randint(1, 19), call)} for seq, call in numbered
         ]
         dumps.append({"rank": rank, "entries": entries, "stack": main_thread(function)})
-    if cause == "healthy" and chance.random() < 0.3:
+    if cause == "healthy" and chance.random() < 0.5:
         # all the others wait, and not all of them for what this one has not called
         same, others = dumps[0]["entries"], [rank for rank in range(world_size) if rank != faulty]
         behind = chance.choice([set(others), {others[0]}, {others[-1]}])
