@@ -14,8 +14,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
+from distlab.lab.grade_handles import BrokenWire
 from distlab.lab.grade_student import Inside, Student
-from distlab.lab.grade_wire import HEADER, BrokenWire, Wire
+from distlab.lab.grade_wire import HEADER, Wire
 
 
 class Here(Student):

@@ -9,6 +9,7 @@ import pytest
 
 from distlab.errors import RunError, Skipped, UsageError
 from distlab.files import repo_root
+from distlab.lab import grade_versions as versions
 from distlab.lab import mutate as command
 from distlab.lab.grade import read_tasks
 from distlab.lab.mutants import mutants_of
@@ -197,9 +198,9 @@ def test_what_is_listed_must_be_made_and_survive(exercises, capsys):
 
 def test_what_runs_in_circles_eats_memory_or_ends_python_is_stopped(exercises, monkeypatch):
     [task] = read_tasks(exercises)
-    grader = command.Grader(task, exercises, seed=0, jobs=3)
-    monkeypatch.setattr(command, "MEMORY_LIMIT", psutil.Process().memory_info().rss + 2**26)
-    monkeypatch.setattr(command, "SHORTEST_LIMIT_S", 4.0)
+    grader = versions.Grader(task, exercises, seed=0, jobs=3)
+    monkeypatch.setattr(versions, "MEMORY_LIMIT", psutil.Process().memory_info().rss + 2**26)
+    monkeypatch.setattr(versions, "SHORTEST_LIMIT_S", 4.0)
     grows = "def twice(number):\n    a = []\n    while True:\n        a.append(b'x' * 2**22)"
     circles = "import time\ndef twice(number):\n    while True:\n        time.sleep(0.1)"
     sources = [grows, circles, "import os\nos._exit(3)"]

@@ -19,9 +19,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from distlab.files import write_text
+from distlab.lab.grade_handles import BrokenWire
 from distlab.lab.grade_rights import PR_SET_DUMPABLE
 from distlab.lab.grade_student import Student, fork_student
-from distlab.lab.grade_wire import BrokenWire
 
 if TYPE_CHECKING:
     import pytest

@@ -26,8 +26,9 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, NoReturn
 
+from distlab.lab.grade_handles import ACTIONS, BrokenWire, Handle, Method, Side
 from distlab.lab.grade_rights import Places, give_away, places_of
-from distlab.lab.grade_wire import ACTIONS, BrokenWire, Handle, Method, Side, Wire
+from distlab.lab.grade_wire import Wire
 
 LOOK_S = 0.2  # how often a waiting grader looks whether the student's process is still there
 END_S = 2.0  # how long an end of the wire may be older than that of the process

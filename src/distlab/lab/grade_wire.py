@@ -9,206 +9,38 @@ a `Handle`. The grader hands out functions only, and they can be called, not loo
 """
 
 import builtins
-import collections
 import dataclasses
-import functools
 import itertools
 import json
-import operator
 import socket
 import struct
-import sys
 import threading
-import types
-import weakref
 from collections.abc import Callable, Iterable
 from pathlib import Path, PurePath
-from typing import Any, NoReturn
+from typing import Any
 
 import numpy as np
+
+from distlab.lab.grade_handles import BrokenWire, Handle, Method, Side
+from distlab.lab.grade_values import (
+    Shared,
+    changed,
+    checked,
+    named_tuple,
+    numbers_type,
+    only_here,
+    record_class,
+    state_of,
+    torch_dtype,
+    torch_type,
+    type_code,
+)
 
 PLAIN = {type(None), bool, int, float, str}
 HEADER = struct.Struct("!IQ")  # bytes of JSON, bytes of the blobs behind it
 LARGEST_MESSAGE = 2**32
-NUMBERS = "biufcSU"  # NumPy's kinds of elements that are nothing but bits
 NO_MESSAGE = "what your code's process wrote to the grader is no message"
-SHOWN = ("__file__", "__name__", "__doc__")  # the only names of this form that a handle asks for
 to_json = json.JSONEncoder(separators=(",", ":"), check_circular=False).encode
-
-
-class BrokenWire(Exception):
-    """The other process has ended, or what came from it is no message."""
-
-
-class Shared:
-    """A piece of data that both sides hold, and its state when they last agreed on it."""
-
-    __slots__ = ("object", "state")
-
-    def __init__(self, value: Any) -> None:
-        self.object: Any = value
-        self.state: Any = None
-
-
-_lone = Shared([])
-ONLY_HERE = sys.getrefcount(_lone.object)  # the count where only a Shared holds the object
-
-
-class Side:
-    """What one process tells the other of: the objects that it keeps, by number."""
-
-    key_parity = 0  # the keys of what this side shares first are even or odd
-
-    def __init__(self) -> None:
-        self.exports: dict[int, list[Any]] = {}  # number: [object, how often it was sent]
-        self.numbers: dict[int, int] = {}  # id of the object: its number
-        self.counter = itertools.count(1)
-        self.handles: weakref.WeakValueDictionary[int, Handle] = weakref.WeakValueDictionary()
-        self.dropped: collections.deque[tuple[int, int]] = collections.deque()
-
-    def perform(self, action: str, *args: Any) -> Any:
-        """Do what the other side asks for."""
-        raise NotImplementedError
-
-    def wire(self, handle: "Handle") -> "Wire":
-        """The connection of this thread."""
-        raise NotImplementedError
-
-    def export(self, value: Any) -> list[Any]:
-        """The node of an object that stays here."""
-        number = self.numbers.get(id(value))
-        if number is None:
-            number = self.numbers[id(value)] = next(self.counter)
-            self.exports[number] = [value, 0]
-        self.exports[number][1] += 1
-        return ["handle", number, type(value).__name__, method_names(value)]
-
-    def forget(self, number: int, times: int) -> None:
-        """The other side has dropped a handle that it had got `times` times."""
-        entry = self.exports[number]
-        entry[1] -= times
-        if entry[1] <= 0:
-            del self.exports[number], self.numbers[id(entry[0])]
-
-    def place(self, error: BaseException) -> str:
-        """Where the student's code raised it, as file:line."""
-        return ""
-
-    def check_alive(self) -> None:
-        """Raise `BrokenWire` where nothing can come any more."""
-
-    def ended(self) -> NoReturn:
-        """Raise `BrokenWire`: the other side has closed the connection."""
-        self.broken("the other process has ended")
-
-    def broken(self, why: str) -> NoReturn:
-        """Raise `BrokenWire`: nothing more can be said."""
-        raise BrokenWire(why)
-
-
-def method_names(value: Any) -> list[str]:
-    """What can be called on it: these names cost no question of their own."""
-    if isinstance(value, types.ModuleType):
-        return [name for name, member in vars(value).items() if callable(member)]
-    kind: Any = type(value)
-    return methods_of_class(kind)
-
-
-@functools.cache
-def methods_of_class(kind: type) -> list[str]:
-    called = (types.FunctionType, classmethod, staticmethod)
-    members = {name: member for c in reversed(kind.__mro__) for name, member in vars(c).items()}
-    return [n for n, m in members.items() if isinstance(m, called) and not n.startswith("__")]
-
-
-class Handle:
-    """An object of the other process."""
-
-    def __init__(self, side: Side, wire: "Wire", number: int, kind: str, methods: list[str]):
-        self._side, self._wire, self._number, self._times = side, wire, number, 0
-        self._kind, self._methods = kind, frozenset(methods)
-
-    def __del__(self) -> None:
-        self._side.dropped.append((self._number, self._times))
-
-    def _ask(self, action: str, *args: Any) -> Any:
-        return self._side.wire(self).ask(action, self, *args)
-
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("__") and name not in SHOWN:
-            raise AttributeError(f"{self._kind} is in another process: its {name} stays there")
-        if name in self._methods:
-            return Method(self, name)
-        return self._ask("getattr", name)
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        if name.startswith("_"):
-            object.__setattr__(self, name, value)
-        else:
-            self._ask("setattr", name, value)
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self._ask("call", None, args, kwargs or None)
-
-    def __repr__(self) -> str:
-        return str(self._ask("repr"))
-
-    def __iter__(self) -> Any:
-        return self._ask("iter")
-
-    def __next__(self) -> Any:
-        return self._ask("next")
-
-    def __len__(self) -> int:
-        return int(self._ask("len"))
-
-    def __bool__(self) -> bool:
-        return bool(self._ask("bool"))
-
-    def __float__(self) -> float:
-        return float(self._ask("float"))
-
-    def __int__(self) -> int:
-        return int(self._ask("int"))
-
-    def __getitem__(self, key: Any) -> Any:
-        return self._ask("getitem", key)
-
-    def __setitem__(self, key: Any, value: Any) -> None:
-        self._ask("setitem", key, value)
-
-    def __contains__(self, value: Any) -> bool:
-        return bool(self._ask("contains", value))
-
-    def __enter__(self) -> Any:
-        return self._ask("call", "__enter__", (), None)
-
-    def __exit__(self, *_: object) -> None:
-        self._ask("call", "__exit__", (None, None, None), None)
-
-
-class Method:
-    """A method of a handle's object."""
-
-    def __init__(self, handle: Handle, name: str) -> None:
-        self._handle, self._name = handle, name
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self._handle._ask("call", self._name, args, kwargs or None)
-
-
-ACTIONS: dict[str, Callable[..., Any]] = {
-    "call": lambda target, name, args, kwargs: (getattr(target, name) if name else target)(
-        *args, **(kwargs or {})
-    ),
-    **{
-        action.__name__: action
-        for action in (getattr, setattr, repr, iter, next, len, bool, float, int)
-    },
-    "getitem": operator.getitem,
-    "setitem": operator.setitem,
-    "contains": operator.contains,
-}
 
 
 class Wire:
@@ -582,82 +414,3 @@ DECODERS: dict[str, Callable[..., Any]] = {
     "dtype": lambda wire, code, plain: numbers_type(code).type if plain else numbers_type(code),
     "torch_dtype": lambda wire, name: torch_dtype(name),
 }
-
-
-def state_of(value: Any) -> Any:
-    """What to compare by `same`: bytes, elements, or a set of them."""
-    match value:
-        case np.ndarray():
-            return value.tobytes()
-        case list():
-            return list(value)
-        case dict():
-            return [*value, *value.values()]
-        case set():
-            return frozenset(value)
-    if torch_type(value, "Tensor"):
-        import torch
-
-        flat = value.detach().cpu().contiguous().reshape(-1)
-        return flat.view(torch.uint8).numpy().tobytes()
-    return [getattr(value, field.name) for field in dataclasses.fields(value)]
-
-
-def changed(entry: Shared) -> bool:
-    now, before = state_of(entry.object), entry.state
-    if isinstance(now, list):
-        return len(now) != len(before) or not all(map(operator.is_, now, before))
-    return bool(now != before)
-
-
-def only_here(entry: Shared) -> bool:
-    """Whether nobody here but `entry` holds the object, nor the array that it is a view of."""
-    if sys.getrefcount(entry.object) > ONLY_HERE:
-        return False
-    view = isinstance(entry.object, np.ndarray) and entry.object.base is not None
-    return not view or sys.getrefcount(entry.object.base) <= ONLY_HERE
-
-
-def checked(value: Any, kind: type) -> Any:
-    if not isinstance(value, kind):
-        raise ValueError(f"no {kind.__name__}")
-    return value
-
-
-def type_code(dtype: np.dtype) -> str:
-    if dtype.kind not in NUMBERS:
-        raise TypeError(f"an array of {dtype} cannot leave its process; use numbers")
-    return dtype.str
-
-
-def numbers_type(code: str) -> np.dtype:
-    """The dtype of such a code.
-
-    Raises `ValueError` for one whose elements are objects, that is addresses in memory.
-    """
-    dtype = np.dtype(code)
-    if dtype.kind not in NUMBERS:
-        raise ValueError(f"dtype {code}")
-    return dtype
-
-
-def torch_type(value: Any, name: str) -> bool:
-    """Whether it is an instance of torch's class `name`, without importing torch for it."""
-    torch = sys.modules.get("torch")
-    return torch is not None and isinstance(value, getattr(torch, name))
-
-
-def torch_dtype(name: str) -> Any:
-    import torch
-
-    return checked(getattr(torch, name.removeprefix("torch.")), torch.dtype)
-
-
-@functools.cache
-def record_class(name: str, frozen: bool, names: tuple[str, ...]) -> type:
-    return dataclasses.make_dataclass(name, names, frozen=frozen)
-
-
-@functools.cache
-def named_tuple(name: str, names: tuple[str, ...]) -> Callable[..., tuple[Any, ...]]:
-    return collections.namedtuple(name, names)  # type: ignore[misc]
