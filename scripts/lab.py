@@ -94,7 +94,8 @@ def hand_over(core: Environment, arguments: list[str]) -> NoReturn:
     """Become the lab in its environment; -P keeps the current folder's modules out of it."""
     os.environ["VIRTUAL_ENV"] = str(core.folder)
     os.environ["PATH"] = f"{core.python.parent}{os.pathsep}{os.environ.get('PATH', os.defpath)}"
-    os.environ.pop("PYTHONHOME", None)
+    for misleading in ("PYTHONHOME", "PYTHONOPTIMIZE"):  # without assert no grader finds a fault
+        os.environ.pop(misleading, None)
     if "LAB_VENV_DIR" in os.environ:  # it may be relative to a folder that a child leaves
         os.environ["LAB_VENV_DIR"] = str(FOLDER)
     if os.environ.pop("PYTHONDONTWRITEBYTECODE", ""):  # half of the time would go into compiling

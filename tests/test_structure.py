@@ -23,6 +23,7 @@ MOST_ENTRIES, MOST_LINES = 25, 420
 EDITS_PATH = re.compile(
     r"sys\.path(\.\w+\(|\[.*\] *=| *\+?=)|syspath_prepend|spec_from_file_location"
 )
+NO_TEXT = {"os.open", "webbrowser.open", "direct.open"}
 MAY_EDIT_PATH = {"tests/lab/test_setup.py", "tests/lab/test_setup_parts.py"}  # scripts/ is nowhere
 
 
@@ -198,3 +199,32 @@ def test_no_path_is_edited() -> None:
         if EDITS_PATH.search(line)
     ]
     assert not wrong, "\n".join(wrong)
+
+
+def test_every_text_names_its_encoding() -> None:
+    """Else it is the locale's: ASCII in many a container, Latin-1 on many a cluster."""
+    read = [*modules(), *ROOT.glob("chapter*/exercises/**/*.py")]
+    wrong = [
+        f"{path.relative_to(ROOT)}:{call.lineno}: {ast.unparse(call)[:80]}"
+        for path in read
+        for call in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(call, ast.Call) and _leaves_encoding_open(call)
+    ]
+    assert not wrong, "\n".join(wrong)
+
+
+def _leaves_encoding_open(call: ast.Call) -> bool:
+    named = {keyword.arg: keyword.value for keyword in call.keywords}
+    if named.keys() & {"encoding", None}:  # None: **options
+        return False
+    whole = ast.unparse(call.func)
+    name = whole.rpartition(".")[2]
+    if name in ("read_text", "write_text"):
+        own = "." not in whole or whole.startswith("files.")  # distlab's, which names it
+        return not own and len(call.args) < (1 if name == "read_text" else 2)
+    if name in ("open", "fdopen", "makefile", "NamedTemporaryFile") and whole not in NO_TEXT:
+        place = int(whole == "open" or name == "fdopen")  # of the mode, in the arguments
+        usual = ast.Constant("w+b" if name == "NamedTemporaryFile" else "r")
+        mode = named.get("mode", call.args[place] if len(call.args) > place else usual)
+        return "b" not in ast.unparse(mode).strip("f'")
+    return isinstance(named.get("text"), ast.Constant) or "universal_newlines" in named

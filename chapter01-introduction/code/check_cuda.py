@@ -214,7 +214,9 @@ def show_chapters(run: Run) -> None:
 def _output_of(*command: str) -> str | None:
     if shutil.which(command[0]) is None:
         return None
-    done = subprocess.run(command, capture_output=True, text=True, timeout=COMMAND_LIMIT_S)
+    done = subprocess.run(
+        command, capture_output=True, encoding="utf-8", errors="replace", timeout=COMMAND_LIMIT_S
+    )
     return done.stdout if done.returncode == 0 else None
 
 
@@ -226,7 +228,7 @@ def _version(package: str) -> str:
 
 
 def _read(path: str | Path) -> str:
-    return Path(path).read_text() if Path(path).is_file() else ""
+    return Path(path).read_text(encoding="utf-8") if Path(path).is_file() else ""
 
 
 if __name__ == "__main__":

@@ -1,15 +1,20 @@
 """Estimates the memory, FLOPs, time and cost of training or serving a model, before renting it.
 
-For a named or described model on named GPUs, under data, tensor and pipeline parallelism and ZeRO
-or FSDP sharding: the table of what the fullest GPU holds, how long a step takes, what it costs, and
-what to change when it does not fit. --verify trains small models here and compares the same
-formulas with what torch allocates.
+For a named or described model on named GPUs, under data, tensor, sequence, context, expert and
+pipeline parallelism, ZeRO or FSDP sharding, recomputation and offloading: the table of what the
+fullest GPU holds, how long a step takes, what it costs, and what to change when it does not fit.
+For serving, how many tokens of cache an engine has left. --verify trains small models here and
+compares the same formulas with what torch allocates.
 
 Run:
     python chapter01-introduction/code/estimate_resources.py train --model llama-3-8b \\
         --gpus 8 --fsdp
     python chapter01-introduction/code/estimate_resources.py infer --model deepseek-v3 --gpu h200 \\
         --gpus 8 --tp 8 --precision fp8 --batch 64 --target-tokens-per-second 20000
+    python chapter01-introduction/code/estimate_resources.py train --model llama-3-405b \\
+        --gpus 512 --tp 8 --sequence-parallel --pp 8 --virtual-stages 2 --accumulation 8 --fsdp \\
+        --no-reshard-after-forward --precision float8 --kernels compiled \\
+        --activation-checkpointing
     python chapter01-introduction/code/estimate_resources.py --verify
 
 You should see: a table of bytes against the GPU's capacity, a table of FLOPs, time and cost, and,
@@ -30,17 +35,22 @@ from distlab.display import quantity
 from distlab.predict import Architecture, Memory, ServingPlan, TrainingPlan
 from distlab.run import Run
 from intro.plans import (
-    Change,
-    Plan,
+    EFFICIENCY,
+    MFU,
     chosen_gpu,
     chosen_model,
-    largest_batch,
     parse_args,
-    serving_changes,
     serving_plan,
+    training_plan,
+    usable_bytes,
+)
+from intro.suggestions import (
+    Change,
+    Plan,
+    largest_batch,
+    serving_changes,
     suggest,
     training_changes,
-    training_plan,
 )
 
 
@@ -63,9 +73,11 @@ def estimate_training(run: Run, args: argparse.Namespace) -> None:
     gpu, plan = chosen_gpu(args), training_plan(a, args)
     memory = predict.training_memory(a, plan)
     describe_model(run, name, a, plan.pp)
+    context = f"{plan.cp} context x " if plan.cp > 1 else ""
     run.print(
-        f"plan: {plan.gpus} GPUs = {plan.data_parallel} data x {plan.tp} tensor x {plan.pp} "
-        f"pipeline parallel, ZeRO stage {plan.zero}, {plan.precision} precision, {plan.optimizer}"
+        f"plan: {plan.gpus} GPUs = {plan.data_parallel} data x {context}{plan.tp} tensor x "
+        f"{plan.pp} pipeline parallel, ZeRO stage {plan.zero}, {plan.precision} precision, "
+        f"{plan.optimizer}"
     )
     limit = show_memory(run, memory, gpu, args)
     suggestions = advise(
@@ -75,9 +87,16 @@ def estimate_training(run: Run, args: argparse.Namespace) -> None:
     peak = predict.peak_for(gpu.peak_flops, predict.PRECISIONS[plan.precision].arithmetic)
     tokens = plan.tokens_per_step
     flops = tokens * predict.training_flops_per_token(a, plan.seq_len)
-    executed = tokens * predict.training_flops_per_token(a, plan.seq_len, plan.checkpointing)
-    bubble = predict.pipeline_bubble(plan.pp, plan.accumulation)
-    seconds = predict.step_seconds(executed, plan.gpus, peak, args.mfu, bubble)
+    executed = tokens * predict.training_flops_per_token(a, plan.seq_len, plan.recompute)
+    bubble = predict.pipeline_bubble(plan.pp, plan.accumulation, plan.chunks)
+    if args.mfu is not None:
+        seconds = predict.step_seconds(flops, plan.gpus, peak, args.mfu)
+        assumed = f"{100 * args.mfu:g} % of {quantity(peak, 'FLOP/s')} per GPU (--mfu)"
+    else:
+        efficiency = EFFICIENCY if args.efficiency is None else args.efficiency
+        seconds = predict.step_seconds(executed, plan.gpus, peak, efficiency, bubble)
+        assumed = f"{100 * efficiency:g} % of {quantity(peak, 'FLOP/s')} per GPU (--efficiency)"
+    mfu = flops / (seconds * plan.gpus * peak)
     days = 1e12 / tokens * seconds / 86400
     cost = predict.cost_usd(args.tokens / tokens * seconds, plan.gpus, args.usd_per_gpu_hour)
     rows = [
@@ -86,22 +105,24 @@ def estimate_training(run: Run, args: argparse.Namespace) -> None:
         ["FLOPs per step with recomputation", quantity(executed, "FLOP")],
         ["time per step", quantity(seconds, "s")],
         ["pipeline bubble in it", quantity(100 * bubble, "%")],
+        ["model FLOPs utilisation (MFU)", quantity(100 * mfu, "%")],
         ["throughput", quantity(tokens / seconds, "tok/s")],
         ["time per trillion tokens", f"{days:,.1f} days"],
         [f"cost of {args.tokens:,.0f} tokens", f"{cost:,.0f} USD"],
     ]
     run.table("speed", ["quantity", "predicted"], rows, caption="all GPUs together")
     run.print(
-        f"assumed: {100 * args.mfu:g} % of {quantity(peak, 'FLOP/s')} per GPU (--mfu), "
-        f"{args.usd_per_gpu_hour:g} USD per GPU-hour (--usd-per-gpu-hour)"
+        f"assumed: {assumed}, {args.usd_per_gpu_hour:g} USD per GPU-hour (--usd-per-gpu-hour)"
     )
-    run.print(left_out(a, plan, gpu))
+    run.print(left_out(a, plan, gpu, memory.host))
     run.extra(
         **memory_keys(memory, limit, gpu, suggestions, a),
         flops_per_step=flops,
         executed_flops_per_step=executed,
         tokens_per_step=tokens,
         step_seconds=seconds,
+        mfu=mfu,
+        pipeline_bubble=bubble,
         tokens_per_second=tokens / seconds,
         days_per_trillion_tokens=days,
         cost_usd=cost,
@@ -113,9 +134,10 @@ def estimate_serving(run: Run, args: argparse.Namespace) -> None:
     gpu, plan = chosen_gpu(args), serving_plan(a, args)
     memory = predict.serving_memory(a, plan)
     describe_model(run, name, a, plan.pp)
+    per_weight = predict.checkpoint_bytes(a, plan) / predict.total_parameters(a)
     run.print(
         f"plan: {plan.gpus} GPUs = {plan.replicas} replicas x {plan.tp} tensor x {plan.pp} "
-        f"pipeline parallel, {plan.precision} weights, {plan.kv_dtype} cache"
+        f"pipeline parallel, weights of {8 * per_weight:.3g} bits, {plan.kv_dtype} cache"
     )
     limit = show_memory(run, memory, gpu, args)
     suggestions = advise(
@@ -125,18 +147,21 @@ def estimate_serving(run: Run, args: argparse.Namespace) -> None:
     peak = predict.peak_for(gpu.peak_flops, plan.precision)
     flops, _, seconds = predict.decode_step(a, plan, peak, gpu.memory_bandwidth)
     prompt = plan.context * predict.forward_flops_per_token(a, plan.context)
-    prefill = prompt / (plan.tp * peak * args.mfu)
+    mfu = MFU if args.mfu is None else args.mfu
+    prefill = prompt / (plan.tp * peak * mfu)
     per_replica = plan.batch / seconds
     speed = plan.replicas * per_replica
     cost = predict.cost_usd(args.tokens / speed, plan.gpus, args.usd_per_gpu_hour)
     batch = largest_batch(plan, lambda p: predict.serving_memory(a, p), limit)
+    tokens = predict.cache_tokens(a, plan, limit)
     rows = [
         ["FLOPs per step (one token per sequence)", quantity(plan.replicas * flops, "FLOP")],
         ["time per step, at least", quantity(seconds, "s")],
         ["tokens per second and sequence, at most", f"{1 / seconds:,.1f}"],
         ["tokens per second and replica, at most", f"{per_replica:,.0f}"],
         ["tokens per second of all GPUs, at most", f"{speed:,.0f}"],
-        [f"prefill of {plan.context} tokens at {args.mfu:.0%} of the peak", quantity(prefill, "s")],
+        [f"prefill of {plan.context} tokens at {mfu:.0%} of the peak", quantity(prefill, "s")],
+        ["tokens that the cache of a replica holds", f"{tokens:,}"],
         ["largest batch that fits", f"{batch:,}"],
         [f"cost of {args.tokens:,.0f} generated tokens, at least", f"{cost:,.4g} USD"],
     ]
@@ -152,6 +177,7 @@ def estimate_serving(run: Run, args: argparse.Namespace) -> None:
         flops_per_step=plan.replicas * flops,
         step_seconds=seconds,
         tokens_per_second=speed,
+        cache_tokens=tokens,
         largest_batch=batch,
         cost_usd=cost,
     )
@@ -170,24 +196,32 @@ def describe_model(run: Run, name: str, a: Architecture, pp: int) -> None:
 
 def show_memory(run: Run, memory: Memory, gpu: GpuSpec, args: argparse.Namespace) -> float:
     """Print the table of the fullest GPU; the bytes that may be used of it."""
-    reserve = args.reserve_gb * 1e9
-    parts = [
-        ["weights", memory.weights],
-        ["gradients", memory.gradients],
-        ["optimizer", memory.optimizer],
-        ["activations (peak)", memory.activations],
-        ["KV cache", memory.kv_cache],
-        ["total", memory.total],
-        ["gathered blocks of ZeRO-3", memory.workspace],
-        ["reserve (CUDA context, NCCL)", reserve],
-        ["capacity", gpu.memory_bytes],
-    ]
+    limit = usable_bytes(args, gpu)
+    parts = [("weights", memory.weights)]
+    if args.workload == "train":
+        parts += [
+            ("gradients", memory.gradients),
+            ("optimizer", memory.optimizer),
+            ("activations (peak)", memory.activations),
+            ("total", memory.total),
+            ("gathered and kept buffers", memory.workspace),
+            ("reserve (CUDA context, NCCL)", gpu.memory_bytes - limit),
+        ]
+    else:
+        parts += [
+            ("room for the largest batch", memory.activations),
+            ("KV cache", memory.kv_cache),
+            ("total", memory.total),
+            ("reserve (NCCL, workspaces)", memory.workspace),
+            ("the engine's share", limit),
+        ]
+    parts += [("capacity", gpu.memory_bytes)]
     rows = [
         [name, quantity(n, "B"), quantity(100 * n / gpu.memory_bytes, "%")] for name, n in parts
     ]
     caption = f"the fullest GPU (pipeline stage {memory.stage})"
     run.table("memory", ["per GPU", "predicted", "of capacity"], rows, caption)
-    return gpu.memory_bytes - reserve
+    return limit
 
 
 def advise(
@@ -214,16 +248,19 @@ def advise(
     return [{"flags": s.flags, "total_bytes": s.memory.total, "gpus": s.gpus} for s in found]
 
 
-def left_out(a: Architecture, plan: TrainingPlan, gpu: GpuSpec) -> str:
-    """What the step time leaves out: communication, with the size of the data-parallel part."""
+def left_out(a: Architecture, plan: TrainingPlan, gpu: GpuSpec, host: float) -> str:
+    """What the step time leaves out: communication, with the size of the data-parallel part, and
+    the transfers and the optimizer's step of what is in the `host`'s memory."""
     gradient = predict.PRECISIONS[plan.precision].gradient
     size = gradient * predict.rank_parameters(a, plan.tp, plan.pp)
     moved = predict.data_parallel_bytes(size, plan.data_parallel, plan.zero)
     link = gpu.nvlink_bandwidth or gpu.pcie_bandwidth
     seconds = None if link is None else moved / (link / 2)
+    offload = f"; transfers and steps of {quantity(host, 'B')} per GPU in the host's memory"
     return (
         "not in the time per step: communication; data parallelism alone moves "
         f"{quantity(moved, 'B')} per GPU, in {quantity(seconds, 's')} where nothing hides it"
+        f"{offload if host else ''}"
     )
 
 
@@ -252,6 +289,7 @@ def memory_keys(
         "kv_cache_bytes": memory.kv_cache,
         "total_bytes": memory.total,
         "workspace_bytes": memory.workspace,
+        "host_bytes": memory.host,
         "capacity_bytes": gpu.memory_bytes,
         "fits": memory.needed <= limit,
         "suggestions": suggestions,

@@ -129,7 +129,7 @@ def check_winner(run: Run, job: Job, order: list[Candidate]) -> None:
     slow = predict.training_memory(a, plan)
     run.check_equal("the winner's memory is training_memory's", winner.memory.needed, slow.needed)
     forward_and_backward = sum(sum(stage_flops(a, plan, s)[:2]) for s in range(plan.pp))
-    per_token = predict.training_flops_per_token(a, plan.seq_len, plan.checkpointing)
+    per_token = predict.training_flops_per_token(a, plan.seq_len, plan.recompute)
     micro_batches = plan.accumulation * plan.data_parallel * plan.cp
     run.check_close(
         "the winner's stages do the FLOPs of the whole step",

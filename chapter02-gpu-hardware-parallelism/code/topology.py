@@ -83,7 +83,7 @@ def parse_args(argv: list[str] | None) -> Namespace:
 
 def read_matrix(path: str) -> Matrix:
     try:
-        return parse_matrix(Path(path).read_text())
+        return parse_matrix(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
         raise UsageError(f"--matrix {path} cannot be read: {error.strerror}") from error
     except ValueError as error:

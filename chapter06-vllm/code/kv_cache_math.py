@@ -2,8 +2,9 @@
 
 Each token leaves a key and a value in every layer: 2 · layers · key-value heads · head dimension
 numbers. Fewer key-value heads than heads (GQA) divide that; latent attention (MLA) stores one
-compressed vector and one rotary key instead. What the weights leave of --utilization of a GPU's
-memory, divided by that, is the number of tokens; in blocks of --block-size, of sequences. Tensor
+compressed vector and one rotary key instead. What the weights and the engine's room for its largest
+batch leave of --utilization of a GPU's memory, divided by that, is the number of tokens; in blocks
+of --block-size, of sequences. Tensor
 parallelism divides weights and heads over the GPUs, but a key-value head cannot be divided, and the
 latent vector belongs to all heads: every GPU keeps its own copy of them.
 
@@ -16,7 +17,8 @@ You should see: a table of what a token costs and how many sequences fit, on the
 hold the model; that a model ten times as large need not have a larger cache; and that a small model
 really loaded by paged_engine allocates exactly what the formula says.
 
-Left out: activations, CUDA graphs and the driver take their part of what --utilization leaves.
+The room is what vLLM's server keeps by default (`distlab.predict.reserved_activations`). Left out:
+CUDA graphs and the driver take their part of what --utilization leaves.
 Sources: GQA: Ainslie et al. (arXiv 2305.13245); MLA: DeepSeek-V2 (arXiv 2405.04434), section 2.1.
 """
 
@@ -69,7 +71,7 @@ def parse_args(argv: list[str] | None) -> Namespace:
     parser.add_argument("--kv-dtype", choices=tuple(DTYPE_BYTES), default="bf16")
     parser.add_argument("--block-size", **positive, default=16)
     parser.add_argument("--utilization", type=script.fraction, default=0.9, help="of a GPU's "
-                        "memory that weights and cache may take")  # fmt: skip
+                        "memory that an engine may take")  # fmt: skip
     parser.add_argument("--real-size", choices=tuple(SIZES), help="of the model that is loaded")
     args = parser.parse_args(argv)
     args.model = list(dict.fromkeys(args.model))
@@ -91,7 +93,7 @@ class Row:
     gpus: int
     weights: float
     per_token: float  # on one GPU
-    room: float  # what the weights leave; below 0: they do not fit
+    room: float  # what weights and the largest batch leave; below 0: they do not fit
     blocks: int
     sequences: int
 
@@ -118,7 +120,14 @@ def fit(args: Namespace, name: str, gpus: int, context: int) -> Row:
     # GPUs that share a key-value head also repeat its small projections, which is left out here.
     weights = predict.rank_parameters(a, gpus) * DTYPE_BYTES[args.precision]
     per_token = bytes_per_token(a, args.kv_dtype, gpus)
-    room = args.utilization * GPUS[args.gpu].memory_bytes - weights
+    spec = GPUS[args.gpu]
+    tokens, sequences = predict.default_batch(spec.memory_bytes, " ".join(spec.device_names))
+    plan = predict.ServingPlan(
+        gpus, gpus, precision=args.precision, batched_tokens=tokens, max_sequences=sequences,
+        nvlink=spec.nvlink_bandwidth is not None,
+    )  # fmt: skip
+    kept = predict.reserved_activations(a, plan) + predict.engine_reserve(plan)
+    room = args.utilization * spec.memory_bytes - kept - weights
     blocks = max(0, math.floor(room / (per_token * args.block_size)))
     sequences = blocks // math.ceil(context / args.block_size)
     return Row(name, gpus, weights, per_token, room, blocks, sequences)

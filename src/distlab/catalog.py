@@ -2,7 +2,8 @@
 
 A model's sizes are those of the config.json beside its published weights; a test instantiates
 transformers' own class from the same sizes and finds the same number of parameters. A GPU's
-numbers are its data sheet's: dense peaks, not the doubled ones "with sparsity".
+numbers are its data sheet's: dense peaks, not the doubled ones "with sparsity". Its memory is what
+the device reports to programs, some per cent off the round number of the data sheet.
 """
 
 from dataclasses import dataclass, field
@@ -21,7 +22,8 @@ class ModelSpec:
 
 @dataclass(frozen=True)
 class GpuSpec:
-    """A GPU's peaks. Bytes are decimal (1 GB = 1e9 bytes), the smaller reading of a data sheet.
+    """A GPU's peaks. `memory_bytes` are what the driver leaves to programs, as
+    torch.cuda.mem_get_info and engines' logs tell it ("79.18 GiB" of an "80 GB" H100).
 
     `peak_flops` in FLOP/s by arithmetic: fp32 (without tensor cores), tf32, bf16, fp16, fp8, dense,
     accumulated in 32 bits. Bandwidths in bytes/s; `nvlink_bandwidth` (None: it has none) and
@@ -65,6 +67,10 @@ MODELS = {  # words, hidden, MLP, layers, heads, key-value heads, head, position
         "HuggingFaceTB/SmolLM2-135M; arXiv 2502.02737",
         (49152, 576, 1536, 30, 9, 3, 64, 8192), tie_word_embeddings=True,
     ),
+    "llama-2-13b": _model(
+        "meta-llama/Llama-2-13b-hf; arXiv 2307.09288, table 1",
+        (32000, 5120, 13824, 40, 40, 40, 128, 4096),
+    ),
     "llama-3-8b": _model(
         "meta-llama/Meta-Llama-3-8B; arXiv 2407.21783, table 3",
         (128256, 4096, 14336, 32, 32, 8, 128, 8192),
@@ -89,6 +95,16 @@ MODELS = {  # words, hidden, MLP, layers, heads, key-value heads, head, position
         "Qwen/Qwen3-32B; arXiv 2505.09388, table 1",
         (151936, 5120, 25600, 64, 64, 8, 128, 40960), qk_norm=True,
     ),
+    "qwen3-30b-a3b": _model(
+        "Qwen/Qwen3-30B-A3B; arXiv 2505.09388, table 2",
+        (151936, 2048, 6144, 48, 32, 4, 128, 40960), qk_norm=True,
+        experts=Experts(num_experts=128, experts_per_token=8, intermediate_size=768),
+    ),
+    "qwen3-235b-a22b": _model(
+        "Qwen/Qwen3-235B-A22B; arXiv 2505.09388, table 2",
+        (151936, 4096, 12288, 94, 64, 4, 128, 40960), qk_norm=True,
+        experts=Experts(num_experts=128, experts_per_token=8, intermediate_size=1536),
+    ),
     "mixtral-8x7b": _model(
         "mistralai/Mixtral-8x7B-v0.1; arXiv 2401.04088, table 1",
         (32000, 4096, 14336, 32, 32, 8, 128, 32768),
@@ -110,13 +126,14 @@ MODELS = {  # words, hidden, MLP, layers, heads, key-value heads, head, position
 
 
 def _gpu(
-    device_name: str, source: str, gigabytes: float, bandwidth: float, nvlink: float | None,
+    device_name: str, source: str, gibibytes: float, bandwidth: float, nvlink: float | None,
     pcie: float, *, fp32: float, tf32: float, bf16: float, fp8: float | None = None,
 ) -> GpuSpec:  # fmt: skip
-    """As a data sheet has it: GB, GB/s and TFLOP/s; float16 is as fast as bfloat16 on all."""
+    """GiB as the device reports; as a data sheet has it GB/s and TFLOP/s; float16 is as fast as
+    bfloat16 on all."""
     peaks = {"fp32": fp32, "tf32": tf32, "bf16": bf16, "fp16": bf16, "fp8": fp8}
     return GpuSpec(
-        memory_bytes=gigabytes * 1e9,
+        memory_bytes=gibibytes * 2**30,
         memory_bandwidth=bandwidth * 1e9,
         peak_flops={arithmetic: peak * 1e12 for arithmetic, peak in peaks.items() if peak},
         nvlink_bandwidth=None if nvlink is None else nvlink * 1e9,
@@ -126,35 +143,35 @@ def _gpu(
     )
 
 
-GPUS = {  # memory: GB and GB/s; NVLink and PCIe: GB/s; peaks: TFLOP/s
+GPUS = {  # memory: GiB as torch's errors and engines' logs give it, and GB/s; NVLink, PCIe: GB/s
     "a100-80gb": _gpu(
         "NVIDIA A100-SXM4-80GB",
         "NVIDIA A100 Tensor Core GPU data sheet (2021), A100 80GB SXM",
-        80, 2039, 600, 64, fp32=19.5, tf32=156, bf16=312,
+        79.25, 2039, 600, 64, fp32=19.5, tf32=156, bf16=312,
     ),
     "h100": _gpu(
         "NVIDIA H100 80GB HBM3",
         "NVIDIA H100 Tensor Core GPU data sheet (2023), H100 SXM; half of the sparse peaks",
-        80, 3350, 900, 128, fp32=67, tf32=494.7, bf16=989.4, fp8=1978.9,
+        79.18, 3350, 900, 128, fp32=67, tf32=494.7, bf16=989.4, fp8=1978.9,
     ),
     "h200": _gpu(
         "NVIDIA H200",
         "NVIDIA H200 Tensor Core GPU data sheet (2024), H200 SXM; half of the sparse peaks",
-        141, 4800, 900, 128, fp32=67, tf32=494.7, bf16=989.4, fp8=1978.9,
+        139.81, 4800, 900, 128, fp32=67, tf32=494.7, bf16=989.4, fp8=1978.9,
     ),
     "b200": _gpu(
         "NVIDIA B200",
         "NVIDIA HGX B200 and DGX B200 data sheets (2025), per GPU; half of the sparse peaks",
-        180, 8000, 1800, 128, fp32=75, tf32=1100, bf16=2250, fp8=4500,
+        178.35, 8000, 1800, 128, fp32=75, tf32=1100, bf16=2250, fp8=4500,
     ),
     "l4": _gpu(
         "NVIDIA L4",
         "NVIDIA L4 Tensor Core GPU data sheet (2023); half of the sparse peaks",
-        24, 300, None, 64, fp32=30.3, tf32=60, bf16=121, fp8=242.5,
+        22.03, 300, None, 64, fp32=30.3, tf32=60, bf16=121, fp8=242.5,
     ),
     "rtx-4090": _gpu(
         "NVIDIA GeForce RTX 4090",
         "NVIDIA Ada GPU Architecture white paper (2023), appendix A, 32-bit accumulation",
-        24, 1008, None, 64, fp32=82.6, tf32=82.6, bf16=165.2, fp8=330.3,
+        23.64, 1008, None, 64, fp32=82.6, tf32=82.6, bf16=165.2, fp8=330.3,
     ),
 }  # fmt: skip

@@ -24,6 +24,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
+from distlab.files import sync_folder
 from distlab.hf_format import DTYPES, Shapes, safetensors_pieces
 
 FORMAT = 1
@@ -78,15 +79,6 @@ def read_files(folder: Path, device: torch.device | str = "cpu") -> tuple[int, A
         return manifest["step"], decode(json.loads(contents[TREE]), on_device)
     except (SafetensorError, KeyError, TypeError, ValueError) as error:
         raise Damaged(f"it cannot be understood ({error!r})") from error
-
-
-def sync_folder(folder: Path) -> None:
-    """Make the names in `folder` last: a new file's name is lost in a power cut without it."""
-    opened = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(opened)
-    finally:
-        os.close(opened)
 
 
 def _write(path: Path, chunks: Iterable[bytes | memoryview]) -> dict[str, Any]:

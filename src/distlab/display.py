@@ -1,18 +1,55 @@
 """Numbers, quantities and tables as people read them: on the terminal and in main.md."""
 
+import codecs
+import io
 import math
+import os
 import sys
+import unicodedata
 from collections.abc import Sequence
-from io import StringIO
 from typing import Any
-
-from rich import box
-from rich.console import Console
-from rich.table import Table
 
 WIDTH = 100_000  # a table is neither folded nor cut: a reader can scroll
 _UP = ["", "K", "M", "G", "T", "P", "E"]
 _SCALED_UNITS = ("B", "B/s", "FLOP", "FLOP/s", "params", "bit/s")
+IN_ASCII = {
+    **{"─": "-", "━": "-", "│": "|", "…": "...", "—": "-", "–": "-", "·": "*", "×": "x", "÷": "/"},
+    **{"−": "-", "±": "+-", "≤": "<=", "≥": ">=", "≠": "!=", "≈": "~", "→": "->", "←": "<-"},
+    **{"µ": "u", "μ": "u", "✓": "ok", "✗": "no", "’": "'", "‘": "'", "“": '"', "”": '"'},
+    **{"╰": "+", "▶": ">", "∞": "inf", "√": "sqrt", "Σ": "sum", "Δ": "delta"},
+}
+
+
+def make_output_safe() -> None:
+    """Have standard output and errors take every character, whatever their encoding is.
+
+    One that the encoding lacks (a Latin-1 or C locale, PYTHONIOENCODING) becomes ASCII: a table's
+    line is drawn with `-`, `…` is three dots, `é` an e. A byte of a file's name that is no text
+    goes out as it came. What was asked for in so many words, as PYTHONIOENCODING=ascii:replace,
+    holds. A stream that is closed takes everything, too. `import distlab` calls this.
+    """
+    codecs.register_error("distlab.ascii", _in_ascii)
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115
+        elif isinstance(stream, io.TextIOWrapper) and stream.errors in (
+            *("strict", "surrogateescape"),  # stdout's, and in the C locale
+            "backslashreplace",  # stderr's
+        ):
+            stream.reconfigure(errors="distlab.ascii")
+
+
+def _in_ascii(error: UnicodeError) -> tuple[str | bytes, int]:
+    """For `codecs.register_error`: what stands for the first character that cannot be encoded."""
+    if not isinstance(error, UnicodeEncodeError):
+        raise error
+    character, after = error.object[error.start], error.start + 1
+    if "\udc80" <= character <= "\udcff":  # surrogateescape's, see PEP 383
+        return bytes([ord(character) - 0xDC00]), after
+    plain = unicodedata.normalize("NFKD", character).encode("ascii", "ignore").decode("ascii")
+    code = character.encode("ascii", "backslashreplace").decode("ascii")
+    return IN_ASCII.get(character) or plain or code, after
 
 
 def quantity(value: float | None, unit: str = "") -> str:
@@ -86,13 +123,17 @@ def side_by_side(
 
 def text_table(columns: Sequence[str], rows: Sequence[Sequence[Any]], caption: str = "") -> str:
     """A table for the terminal: numbers to the right, words to the left."""
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
     for index, column in enumerate(columns):
         numeric = rows and not isinstance(rows[0][index], str)
         table.add_column(column, justify="right" if numeric else "left", no_wrap=True)
     for row in rows:
         table.add_row(*(number(cell) for cell in row))
-    buffer = StringIO()
+    buffer = io.StringIO()
     console = Console(
         file=buffer, width=WIDTH, color_system=None, markup=False, emoji=False, highlight=False
     )

@@ -2,12 +2,20 @@
 
 import errno
 import os
+import pwd
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from distlab.errors import RunError, UsageError
+
+CACHES = {  # variables that lead to caches, and the place in our folder where the user's is closed
+    "XDG_CACHE_HOME": "",  # uv's, this bench's, torch's, Hugging Face's, vLLM's
+    "TRITON_HOME": "",
+    "TORCHINDUCTOR_CACHE_DIR": "inductor",
+    "MPLCONFIGDIR": "matplotlib",
+}
 
 
 @contextmanager
@@ -52,6 +60,23 @@ def write_text(path: str | Path, text: str) -> None:
         temporary.write_text(text, encoding="utf-8")
 
 
+def make_synced_folder(folder: Path) -> None:
+    """Make `folder`, and those around it; a power cut does not take the new names away again."""
+    if not folder.is_dir():
+        make_synced_folder(folder.parent)
+        folder.mkdir(exist_ok=True)
+        sync_folder(folder.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Make the names in `folder` last: a new file's name is lost in a power cut without it."""
+    opened = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(opened)
+    finally:
+        os.close(opened)
+
+
 def refuse_unwritable_file(flag: str, path: str | Path) -> None:
     """Make the folder of `path`; `UsageError` if no file can be written there.
 
@@ -87,6 +112,48 @@ def cache_dir() -> Path:
     if chosen := os.environ.get("DISTLAB_CACHE"):
         return Path(chosen)
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "distlab"
+
+
+def have_caches() -> str:
+    """Give this process and its children caches where the user's folder for them cannot be written.
+
+    That folder is $XDG_CACHE_HOME, else ~/.cache. On many a cluster's node, in a container that
+    runs as a mere number (`docker run --user 12345`), and for a service's user there is none. Then
+    the variables of all that keep caches (uv, this bench, torch, Triton, Hugging Face, matplotlib)
+    lead into the environments' folder, or where that cannot be written either, into the temporary
+    one. A user without a name gets one, since torch asks for it. `import distlab` calls this.
+
+    Returns one line that says what was done, empty where nothing was.
+    """
+    if not any(name in os.environ for name in ("LOGNAME", "USER", "LNAME", "USERNAME")):
+        try:
+            pwd.getpwuid(os.getuid())
+        except KeyError:
+            os.environ["LOGNAME"] = f"uid{os.getuid()}"
+    try:
+        usual = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    except RuntimeError:  # no HOME, and no such user
+        usual = None
+    if usual and _may_be_written(usual):
+        return ""
+    environments = Path(
+        os.environ.get("LAB_VENV_DIR") or Path(__file__).resolve().parents[2] / ".venv"
+    )
+    folder = environments.expanduser().absolute() / "cache"
+    if not _may_be_written(folder):
+        folder = Path(tempfile.gettempdir(), f"distlab-{os.getuid()}")
+        folder.mkdir(mode=0o700, exist_ok=True)
+        if folder.stat().st_uid != os.getuid():
+            return ""  # somebody's trap: what needs a cache says that it cannot be written
+    os.environ |= {name: str(folder / place) for name, place in CACHES.items()}
+    if usual is None:
+        os.environ["HOME"] = str(folder)
+    return f"{usual or 'HOME'} cannot be written; caches are kept in {folder}"
+
+
+def _may_be_written(folder: Path) -> bool:
+    there = next(place for place in (folder, *folder.absolute().parents) if os.path.exists(place))
+    return os.path.isdir(there) and os.access(there, os.W_OK | os.X_OK)
 
 
 def repo_root() -> Path:

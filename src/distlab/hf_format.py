@@ -20,6 +20,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from distlab.errors import RunError, UsageError
+from distlab.files import make_synced_folder, sync_folder
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 END_OF_TEXT = ("<|endoftext|>", "<|im_end|>", "</s>")
@@ -203,7 +204,7 @@ def _atomic_directory(target: Path, overwrite: bool) -> Iterator[Path]:
         raise UsageError(f"{target} is a file; name a folder for the model")
     if target.is_dir() and any(target.iterdir()) and not overwrite:
         raise UsageError(f"{target} is not empty; name a new folder, or remove it first")
-    target.parent.mkdir(parents=True, exist_ok=True)
+    make_synced_folder(target.parent)
     scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
     try:
         new, old = scratch / "new", scratch / "old"
@@ -213,6 +214,7 @@ def _atomic_directory(target: Path, overwrite: bool) -> Iterator[Path]:
         if target.exists():
             os.replace(target, old)
         os.replace(new, target)
+        sync_folder(target.parent)  # before the old one goes
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise RunError(
@@ -229,3 +231,4 @@ def _sync(folder: Path) -> None:
         path.chmod(readable)  # safetensors makes its file private; a model is for everybody
         with path.open("rb") as written:
             os.fsync(written.fileno())
+    sync_folder(folder)

@@ -9,6 +9,9 @@ from collections.abc import Iterator
 from functools import cache
 from pathlib import Path, PurePosixPath
 
+PROXIES = ("http_proxy", "https_proxy", "all_proxy", "ftp_proxy")
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
+
 
 def cpu_name() -> str:
     """The processor's name without its decoration; an ARM board's name; else the architecture."""
@@ -21,7 +24,9 @@ def cpu_name() -> str:
             return " ".join(name.split())
     if platform.system() == "Darwin":
         asked = ["sysctl", "-n", "machdep.cpu.brand_string"]
-        return subprocess.run(asked, capture_output=True, text=True, timeout=5).stdout.strip()
+        return subprocess.run(
+            asked, capture_output=True, encoding="utf-8", errors="replace", timeout=5
+        ).stdout.strip()
     return platform.processor() or platform.machine()
 
 
@@ -46,6 +51,21 @@ def interface_bytes() -> tuple[int, int]:
     return sum(pair[0] for pair in counted), sum(pair[1] for pair in counted)
 
 
+def reach_itself() -> None:
+    """Have this process and its children ask this machine's own servers without a proxy.
+
+    A proxy that the user has for the world (http_proxy and its kin) would be asked for 127.0.0.1
+    too, by the OpenAI client, curl and exporters of traces alike, and answers that it knows of no
+    such server. What NO_PROXY holds already stays. `import distlab` calls this.
+    """
+    if not any(name.lower() in PROXIES for name in os.environ):
+        return
+    direct = os.environ.get("no_proxy") or os.environ.get("NO_PROXY") or ""
+    named = [host for host in direct.split(",") if host.strip()]
+    both = ",".join([*named, *(host for host in LOOPBACK if host not in named)])
+    os.environ |= {"no_proxy": both, "NO_PROXY": both}
+
+
 def usable_cores() -> int:
     """Cores that this process may use: its affinity, and whole cores of its cgroup's quota."""
     affinity = getattr(os, "sched_getaffinity", None)  # macOS has none
@@ -60,6 +80,13 @@ def usable_cores() -> int:
         if int(quota) > 0:
             cores = min(cores, int(quota) // int(period))
     return max(1, cores)
+
+
+def threads_asked() -> int | None:
+    """What OMP_NUM_THREADS asks for, as OpenMP reads it: of a list, which is one for each level of
+    nesting, the first; None where it is not set, or is no number above 0 and so ignored."""
+    first = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0].strip()
+    return int(first) if first.isdecimal() and int(first) > 0 else None
 
 
 def usable_memory() -> int:
@@ -104,6 +131,6 @@ def operating_system() -> str:
 def read(path: str | Path) -> str:
     """The text of a file of the system; empty where there is none."""
     try:
-        return Path(path).read_text(errors="replace")
+        return Path(path).read_text(errors="replace", encoding="utf-8")
     except OSError:
         return ""

@@ -77,6 +77,12 @@ def world_size(env: Mapping[str, str] = os.environ) -> int:
     return max(_tasks_of_step(env), next(of_mpi, 1))
 
 
+def own_rank(env: Mapping[str, str] = os.environ) -> int:
+    """This process's rank, also where its launcher's other variables are incomplete."""
+    names = ("RANK", "SLURM_PROCID", *(rank for rank, *_ in MPIS))
+    return next((_integer(env, name) for name in names if name in env), 0)
+
+
 def first_host(nodelist: str) -> str:
     """The first host of Slurm's list: `gpu[07-09,12],login` gives `gpu07`."""
     first = re.match(r"(?:[^,\[]|\[[^\]]*\])+", nodelist)  # commas within brackets do not end it
@@ -135,10 +141,13 @@ def _integer(env: Mapping[str, str], name: str, default: str | None = None) -> i
     try:
         return int(text)
     except ValueError:
-        raise UsageError(f"{name}={text} is no number; start by torchrun") from None
+        raise UsageError(f"{name}={text} is no number; start by torchrun, or unset it") from None
 
 
 def _required(env: Mapping[str, str], name: str) -> str:
     if name not in env:
-        raise UsageError(f"{name} is not set, but other launcher variables are; start by torchrun")
+        raise UsageError(
+            f"{name} is not set, but other launcher variables are; start by torchrun, "
+            "or unset RANK and WORLD_SIZE to run alone"
+        )
     return env[name]

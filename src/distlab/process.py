@@ -19,6 +19,8 @@ MARKER = "LAB_RUN_ID"
 GRACE_S = 5.0
 # Else setproctitle, which vLLM and SGLang call, writes its title over the environment and its mark.
 KEEP_ENVIRON = {"SPT_NOENV": "1"}
+# What is read from a pipe is UTF-8, in whatever language this machine speaks.
+IN_UTF8 = {"PYTHONIOENCODING": "utf-8"}
 # A process may start another between being seen and being killed, so kill more than once.
 SIGNALS = (signal.SIGINT, signal.SIGTERM, *[signal.SIGKILL] * 5)
 
@@ -47,12 +49,17 @@ class Job:
         self.mark = uuid.uuid4().hex
         self.process = subprocess.Popen(
             command,
-            env={**env, **KEEP_ENVIRON, MARKER: f"{os.environ.get(MARKER, '')} {self.mark}"},
+            env={
+                **env,
+                **KEEP_ENVIRON,
+                **IN_UTF8,
+                MARKER: f"{os.environ.get(MARKER, '')} {self.mark}",
+            },
             cwd=cwd,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
-            text=True,
+            encoding="utf-8",
             errors="replace",
             start_new_session=True,
             preexec_fn=hear_interrupts(),

@@ -62,7 +62,12 @@ def commit() -> str | None:
     describe = ["git", "describe", "--always", "--abbrev=12", "--dirty=+", "--exclude=*"]
     try:
         result = subprocess.run(
-            describe, cwd=Path(__file__).parent, capture_output=True, text=True, timeout=20
+            describe,
+            cwd=Path(__file__).parent,
+            capture_output=True,
+            encoding="utf-8",
+            errors="replace",
+            timeout=20,
         )
     except (OSError, subprocess.TimeoutExpired):  # no git here, or one that waits for a slow disk
         return None

@@ -12,6 +12,7 @@ from typing import Any, Self, TypeVar
 
 from distlab import check, files, record
 from distlab.display import quantity, text_table, write_line
+from distlab.launch import own_rank
 
 Item = TypeVar("Item")
 FIGURE_KINDS = ("line", "scatter", "bar", "area", "matrix", "timeline")
@@ -27,7 +28,7 @@ class Run:
 
     def __init__(self, args: argparse.Namespace) -> None:
         self.args = args
-        self.rank = int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", 0)))
+        self.rank = own_rank()
         self.is_main = self.rank == 0
         self.checks: list[check.Check] = []
         self.metrics: dict[str, dict[str, Any]] = {}

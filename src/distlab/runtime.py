@@ -221,8 +221,15 @@ def _meeting(launch: Launch, timeout_s: float) -> Iterator[None]:
         raise RunError(
             f"rank {launch.rank} of {launch.world_size} could not meet the others at "
             f"{launch.master_addr}:{launch.master_port} in {waited:.1f} s "
-            f"(timeout {timeout_s:g} s): {first_line}"
+            f"(timeout {timeout_s:g} s): {first_line}{_if_nobody_launched()}"
         ) from error
+
+
+def _if_nobody_launched() -> str:
+    """A shell may still have the variables of an earlier job, or of a scheduler's."""
+    if "RANK" not in os.environ or "TORCHELASTIC_RUN_ID" in os.environ:
+        return ""
+    return "; if nobody started the others, unset RANK and WORLD_SIZE to run alone"
 
 
 def _meet(launch: Launch, timeout_s: float) -> dist.Store:

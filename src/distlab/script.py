@@ -221,7 +221,8 @@ def status_of(main: Callable[[], int]) -> int:
             where = f" while writing {failure.filename}" if failure.filename else ""
             return _fail(f"the disk is full{where}; free some space and run again", CHECK_FAILED)
         if failure.errno in (errno.EACCES, errno.EROFS, errno.EPERM) and failure.filename:
-            return _fail(f"{failure.filename}: {failure.strerror}", CHECK_FAILED)
+            remedy = "run this as its owner, or in a copy of the checkout that is yours"
+            return _fail(f"{failure.filename}: {failure.strerror}; {remedy}", CHECK_FAILED)
         raise
 
 

@@ -78,6 +78,40 @@ def test_a_folder_is_read_recursively_without_hidden_and_binary_files(tmp_path):
     assert data.read_corpus(str(tmp_path)) == ["first é", "second"]
 
 
+def test_links_are_followed_once_and_what_is_left_out_is_told(tmp_path, capsys, monkeypatch):
+    root, elsewhere = tmp_path / "text", tmp_path / "elsewhere"
+    for name in ("text/a/one.txt", "elsewhere/two.txt", "elsewhere/deep/three.txt"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(Path(name).stem)
+    (root / "b").symlink_to(elsewhere)
+    (root / "c").symlink_to(elsewhere)
+    (root / "file.txt").symlink_to(elsewhere / "two.txt")
+    (elsewhere / "deep" / "circle").symlink_to(tmp_path)
+    (root / "itself").symlink_to("itself")
+    (root / "gone.txt").symlink_to("nowhere")
+    (root / "latin.txt").write_bytes("né".encode("latin-1"))
+    (root / "image.png").write_bytes(b"\x89PNG\0")
+    os.mkfifo(root / "pipe")
+    assert data.read_corpus(str(root)) == ["one", "three", "two", "two"]
+    told = (
+        f"note: --corpus {root}: left out: 1 binary: image.png; 2 broken links: gone.txt, itself; "
+        "1 links to folders that are read already: c; 1 no regular files: pipe; "
+        "1 not UTF-8: latin.txt\n"
+    )
+    assert capsys.readouterr() == ("", told)
+    monkeypatch.setenv("RANK", "1")
+    data.read_corpus(str(root))
+    assert capsys.readouterr() == ("", ""), "one rank of a job tells it"
+
+
+def test_a_folder_without_a_readable_text_says_why_in_one_line(tmp_path):
+    for number in range(5):
+        (tmp_path / f"{number}.txt").write_bytes(b"\xff\xfa")
+    why = r"holds no text files \(left out: 5 not UTF-8: 0.txt, 1.txt, 2.txt and 2 more\); use"
+    with pytest.raises(UsageError, match=why):
+        data.read_corpus(str(tmp_path))
+
+
 @pytest.mark.parametrize("corpus", ["no/such/folder", "empty", "hf:some/data"])
 def test_a_corpus_that_is_not_there_is_named_with_the_remedy(corpus, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

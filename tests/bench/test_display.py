@@ -1,6 +1,9 @@
 """Numbers, quantities and tables, against a table written by hand."""
 
 import math
+import os
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -168,3 +171,30 @@ def test_a_prediction_stands_beside_its_measurement_and_error():
     assert side_by_side(1, 2) == [1, 2, -50]
     assert side_by_side(None, 0.1, 1e3) == [None, 100, None]
     assert side_by_side(1, 0) == [1, 0, None]
+
+
+IN_C = {"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"}
+
+
+@pytest.mark.parametrize(
+    ("variables", "shown"),
+    [
+        (IN_C, b"- x... e 2 ok \\u4e2d \xff"),
+        ({"PYTHONIOENCODING": "ascii"}, b"- x... e 2 ok \\u4e2d \xff"),
+        ({"PYTHONIOENCODING": "latin-1"}, b"- \xd7... \xe9 \xb2 ok \\u4e2d \xff"),
+        ({"PYTHONIOENCODING": "ascii:replace"}, b"? ?? ? ? ? ? ?"),
+        ({"PYTHONIOENCODING": "utf-8"}, "─ ×… é ² ✓ 中 ".encode() + b"\xff"),
+    ],
+)
+def test_every_character_can_be_written_in_every_locale(variables, shown):
+    """The last is a file's name that is no text; "asked for in so many words" holds."""
+    code = r"import distlab; print('\u2500 \xd7\u2026 \xe9 \xb2 \u2713 \u4e2d \udcff')"
+    done = subprocess.run(
+        [sys.executable, "-c", code], env={**os.environ, **variables}, capture_output=True
+    )
+    assert (done.stdout, done.stderr) == (shown + b"\n", b"")
+
+
+def test_a_closed_output_takes_everything():
+    command = f"{sys.executable} -c 'import distlab, sys; print(1); sys.stdout.flush()' >&-"
+    assert subprocess.run(["sh", "-c", command], capture_output=True).stderr == b""

@@ -1,6 +1,7 @@
 """Files appear whole or not at all, whatever ends the writer."""
 
 import errno
+import getpass
 import os
 import resource
 import shutil
@@ -159,6 +160,54 @@ def test_cache_dir(variables, folder, monkeypatch):
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
     assert files.cache_dir() == Path(folder)
+
+
+@pytest.fixture
+def no_caches(monkeypatch, tmp_path):
+    """A user without a name and without a home, as in a container; what may be written is given."""
+
+    def nameless(uid):
+        raise KeyError(uid)
+
+    monkeypatch.setattr("pwd.getpwuid", nameless)
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    for name in ("HOME", "LOGNAME", "USER", "LNAME", "USERNAME", "DISTLAB_CACHE", *files.CACHES):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("LAB_VENV_DIR", str(tmp_path / "venv"))
+    return monkeypatch
+
+
+@pytest.mark.parametrize(
+    ("variables", "what"),
+    [
+        ({}, "HOME"),
+        ({"HOME": "/dev/null"}, "/dev/null/.cache"),
+        ({"HOME": "/", "XDG_CACHE_HOME": "/dev/null/x"}, "/dev/null/x"),
+    ],
+)
+def test_caches_are_had_without_a_home_of_ones_own(variables, what, no_caches, tmp_path):
+    for name, value in variables.items():
+        no_caches.setenv(name, value)
+    folder = tmp_path / "venv" / "cache"
+    assert files.have_caches() == f"{what} cannot be written; caches are kept in {folder}"
+    assert files.cache_dir() == folder / "distlab"
+    assert {Path(os.environ[name]) for name in files.CACHES} >= {folder, folder / "matplotlib"}
+    assert os.environ["HOME"] == variables.get("HOME", str(folder)), "configuration is found there"
+    assert getpass.getuser() == f"uid{os.getuid()}", "torch asks for it"
+    assert files.have_caches() == "", "children, who inherit this, have nothing to say"
+
+
+def test_caches_are_temporary_where_nothing_else_can_be_written(no_caches, tmp_path):
+    no_caches.setenv("LAB_VENV_DIR", "/dev/null")
+    folder = tmp_path / f"distlab-{os.getuid()}"
+    assert str(folder) in files.have_caches()
+    assert stat.S_IMODE(folder.stat().st_mode) == 0o700
+
+
+def test_a_users_own_caches_stay(no_caches, tmp_path):
+    no_caches.setenv("HOME", str(tmp_path))
+    assert files.have_caches() == ""
+    assert not files.CACHES.keys() & os.environ.keys()
 
 
 def test_repo_root_is_around_the_package_else_around_the_working_directory(monkeypatch, tmp_path):

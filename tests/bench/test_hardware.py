@@ -1,6 +1,7 @@
 """What the machine is: usable cores and memory, one line of words, peaks that are never guessed."""
 
 import dataclasses
+import os
 import subprocess
 import sys
 
@@ -66,6 +67,27 @@ def test_cores_are_limited_by_the_quota_of_an_enclosing_group(files, monkeypatch
     assert host.usable_cores() == 3
     files["/sys/fs/cgroup/cpu.max"] = "50000 100000\n"
     assert host.usable_cores() == 1  # half a core is still one to count with
+
+
+@pytest.mark.parametrize(
+    ("variables", "direct"),
+    [
+        ({"HTTPS_PROXY": "http://proxy:1"}, "127.0.0.1,localhost,::1"),
+        (
+            {"all_proxy": "socks5://proxy:1", "NO_PROXY": "inside.example,localhost"},
+            "inside.example,localhost,127.0.0.1,::1",
+        ),
+        ({"NO_PROXY": "inside.example"}, None),
+    ],
+)
+def test_a_proxy_is_not_asked_for_this_machine(variables, direct, monkeypatch):
+    for name in list(os.environ):
+        if name.lower() in ("no_proxy", *host.PROXIES):
+            monkeypatch.delenv(name)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    host.reach_itself()
+    assert os.environ.get("no_proxy") == direct
 
 
 def test_limits_of_control_groups_version_1(files, monkeypatch):

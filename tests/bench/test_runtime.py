@@ -17,7 +17,7 @@ import torch.distributed as dist
 
 from distlab import runtime, script
 from distlab.errors import RunError, UsageError
-from distlab.launch import Launch, detect_launch, first_host
+from distlab.launch import Launch, detect_launch, first_host, own_rank
 from distlab.spawning import fork_context, spawn
 
 TORCHRUN = {
@@ -434,6 +434,28 @@ def meet() -> int:
         return 0
 
 
+@pytest.mark.parametrize(
+    ("variables", "rank"),
+    [
+        ({}, 0),
+        ({"RANK": "3"}, 3),
+        ({"RANK": "3", "SLURM_PROCID": "1"}, 3),
+        ({"SLURM_PROCID": "1"}, 1),
+        ({"OMPI_COMM_WORLD_RANK": "2", "OMPI_COMM_WORLD_SIZE": "4"}, 2),
+        ({"PMI_RANK": "2"}, 2),
+    ],
+)
+def test_one_rank_of_any_launcher_speaks_for_all(variables, rank):
+    assert own_rank(variables) == rank
+
+
+def test_a_variable_that_an_earlier_job_left_is_told_with_the_remedy():
+    with pytest.raises(UsageError, match="RANK=x is no number; start by torchrun, or unset it"):
+        own_rank({"RANK": "x"})
+    with pytest.raises(UsageError, match="RANK is not set, .*unset RANK and WORLD_SIZE to run alo"):
+        detect_launch({"WORLD_SIZE": "8"})
+
+
 @pytest.mark.slow
 def test_ranks_that_do_not_meet_say_so_in_one_line_within_the_timeout():
     common = {**TORCHRUN, "WORLD_SIZE": "3", "MASTER_ADDR": "127.0.0.1", "LOCAL_RANK": "0"}
@@ -449,6 +471,9 @@ def test_ranks_that_do_not_meet_say_so_in_one_line_within_the_timeout():
             f"{where['MASTER_ADDR']}:{where['MASTER_PORT']} in "
         )
         assert " s (timeout 2 s): " in told
+        assert told.endswith(
+            "; if nobody started the others, unset RANK and WORLD_SIZE to run alone\n"
+        )
         assert told.count("\n") == 1
     assert time.monotonic() - started < 20
 

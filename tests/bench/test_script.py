@@ -215,7 +215,8 @@ def test_argument_types(convert, good, bad):
         (
             PermissionError(errno.EACCES, "Permission denied", "x"),
             1,
-            "error: x: Permission denied\n",
+            "error: x: Permission denied; run this as its owner, or in a copy of the checkout "
+            "that is yours\n",
         ),
     ],
 )

@@ -88,6 +88,18 @@ def test_fsdp_is_zero_3_and_bubbles_take_time(estimate: Callable) -> None:
     # the same work on the same GPUs; (4 - 1) / (12 + 4 - 1) of the time is bubble
     work = piped["flops_per_step"] / (4 * 989.4e12 * 0.4)
     assert piped["step_seconds"] == pytest.approx(work / (1 - 3 / 15))
+    assert piped["mfu"] == pytest.approx(0.4 * 12 / 15)
+    mixed, _ = estimate("train --model gpt2 --gpus 4 --pp 4 --accumulation 12 --virtual-stages 3")
+    assert mixed["pipeline_bubble"] == 3 / (3 * 12 + 3)
+
+
+def test_an_mfu_has_recomputation_and_bubble_in_it(estimate: Callable) -> None:
+    """PaLM, appendix B: the model's FLOPs per second over the peak, however they were done."""
+    plan = "train --model gpt2 --gpus 4 --pp 4 --accumulation 12 --activation-checkpointing"
+    record, text = estimate(f"{plan} --mfu 0.4")
+    assert record["step_seconds"] == pytest.approx(record["flops_per_step"] / (4 * 989.4e12 * 0.4))
+    assert record["executed_flops_per_step"] > 1.2 * record["flops_per_step"]
+    assert record["mfu"] == pytest.approx(0.4) and "(--mfu)" in text
 
 
 def test_checkpointing_trades_flops_for_memory(estimate: Callable) -> None:
@@ -207,6 +219,21 @@ def test_a_config_file_or_its_folder(estimate: Callable, tmp_path: Path) -> None
         ("train --gpus 0", "at least 1"),
         ("train --mfu 0", "--mfu 0 would never finish"),
         ("train --mfu 40", "'40' is not a number from 0 to 1"),
+        ("train --mfu 0.4 --efficiency 0.5", "not allowed with argument --mfu"),
+        ("infer --efficiency 0.5", "--efficiency is for train, not for infer"),
+        ("train --virtual-stages 2", "--virtual-stages 2 needs a pipeline; use --pp 2 or more"),
+        ("train --gpus 4 --pp 4 --virtual-stages 2 --accumulation 6", "no multiple of --pp 4"),
+        ("train --gpus 8 --cp 8 --seq-len 1000", "--seq-len 1000 is no multiple of 2 x --cp 8"),
+        ("train --gpus 8 --cp 3", "no multiple of --tp 1 x --pp 1 x --cp 3 = 3"),
+        ("train --gpus 2 --ep 2", "--ep 2 does not divide 1 experts"),
+        ("train --sequence-parallel", "--sequence-parallel divides over --tp, which is 1"),
+        ("train --gpus 8 --replicate 3", "--replicate 3 does not divide 8 ranks"),
+        ("train --offload all", "--offload all is about sharded weights; add --fsdp"),
+        ("train --no-reshard-after-forward", "is about sharded weights; add --fsdp"),
+        ("train --activation-checkpointing some", "invalid choice: 'some'"),
+        ("infer --gpu-memory-utilization 0", "leaves an engine nothing"),
+        ("infer --gpu-memory-utilization 90", "'90' is not a number from 0 to 1"),
+        ("train --max-num-seqs 4", "--max-num-seqs is for infer, not for train"),
         ("train --precision fp8", "--precision fp8 is not for train; use fp32, tf32"),
         ("infer --precision mixed", "--precision mixed is not for infer; use fp32, bf16"),
         ("infer --optimizer sgd", "--optimizer is for train, not for infer"),
@@ -219,6 +246,30 @@ def test_a_config_file_or_its_folder(estimate: Callable, tmp_path: Path) -> None
 )
 def test_mistakes_are_refused(refusal: Callable, command: str, words: str) -> None:
     assert words in refusal(command)
+
+
+def test_weights_of_mixed_types(estimate: Callable, tmp_path: Path) -> None:
+    """A checkpoint's own types; then its files' size, where they are there; then --precision."""
+    config = {
+        "model_type": "llama", "vocab_size": 512, "hidden_size": 64, "intermediate_size": 176,
+        "num_hidden_layers": 2, "num_attention_heads": 8, "num_key_value_heads": 8,
+        "quantization_config": {
+            "quant_method": "awq", "bits": 4, "group_size": 32,
+            "modules_to_not_convert": ["model.layers.1.mlp"],
+        },
+    }  # fmt: skip
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    # 2 layers of attention, 4·64·64, and one MLP, 3·64·176, at 4 bits and 20 for 32 elements
+    narrow = 2 * 16384 + 33792
+    typed, _ = estimate(f"infer --config {tmp_path}")
+    assert typed["weights_bytes"] == narrow * (4 + 20 / 32) / 8 + 2 * (166_208 - narrow)
+    index = {"metadata": {"total_size": 300_000}}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    measured, text = estimate(f"infer --config {tmp_path}")
+    assert measured["weights_bytes"] == pytest.approx(300_000)
+    assert f"weights of {8 * 300_000 / 166_208:.3g} bits" in text
+    named, _ = estimate(f"infer --config {tmp_path} --precision bf16")
+    assert named["weights_bytes"] == 2 * 166_208
 
 
 @pytest.mark.parametrize(

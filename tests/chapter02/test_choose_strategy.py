@@ -65,11 +65,11 @@ def test_70b_gets_tensor_parallelism_inside_its_nodes(choose):
     record, text = choose("--model llama-3-70b --gpus 64 --gpu h100 --interconnect 400gbit")
     assert all(1 < plan["tp"] <= 8 for plan in record["plans"])
     assert record["plans"][0]["zero"] == 1 and record["plans"][0]["pp"] > 1
-    assert "Memory decides: with more than 79 GB" in text
+    assert "Memory decides: with more than 84 GB" in text  # 79.18 GiB less a reserve of 1 GB
     for plan in record["plans"]:
         degrees = [plan[kind] for kind in ("tp", "cp", "pp", "dp")]
         assert degrees[0] * degrees[1] * degrees[2] * degrees[3] == 64
-        assert plan["memory_bytes"] <= 79e9
+        assert plan["memory_bytes"] <= 79.18 * 2**30 - 1e9
         parts = [plan[f"{kind}_seconds"] for kind in ("compute", "bubble", "tp", "cp", "ep")]
         assert sum(parts) + plan["pp_seconds"] + plan["dp_seconds"] == pytest.approx(
             plan["step_seconds"]
@@ -88,8 +88,8 @@ def test_405b_on_eight_gpus_has_no_plan_and_says_why(choose):
     record, text = choose("--model llama-3-405b --gpus 8")
     assert not record["feasible"] and record["plans"] == []
     assert "verdict: no plan fits: the one that needs least" in text
-    # 16 bytes for each of 406 G parameters, over 8 GPUs: 812 GB and some activations
-    assert "needs 81" in text and "79.0 GB can be used" in text
+    # 16 bytes for each of 406 G parameters, over 8 GPUs: 812 GB, some activations and logits
+    assert "needs 81" in text and "84.0 GB can be used" in text
     assert "weights, gradients and optimizer alone are more than a GPU holds" in text
 
 
@@ -163,23 +163,22 @@ def test_the_published_plans_of_megatron_are_near_the_best(model, tp, pp, gpus, 
 def test_the_published_plan_of_llama_3_405b():
     """Llama 3 (arXiv 2407.21783), table 4: TP 8, CP 1, PP 16, DP 128 on 16,384 H100s.
 
-    The first plan here has their TP and PP. It divides sequences by CP 2, because CP 1 would need
-    more than 80 GB without recomputation: the formulas count what autograd saves, and Meta's
-    kernels save less (section 3.3.2). If it fitted, theirs would take 5 % longer. Of the speed,
-    400 TFLOP/s per GPU, the prediction is within 15 %.
+    Meta's kernels save less than autograd does (section 3.3.2), so what a compiler saves is
+    counted. The first plan then has their TP and CP. Theirs fits, and is 11 % slower here, for its
+    bubble; at 400 TFLOP/s per GPU it was measured at, it is within 15 %.
     """
     model = MODELS["llama-3-405b"].architecture
-    found = search(job(model, 16384, 8192, 2048), h100s(16384))
+    task = replace(job(model, 16384, 8192, 2048), kernels="compiled")
+    found = search(task, h100s(16384))
     first = ranked(found.fitting)[0]
-    assert (first.plan.tp, first.plan.pp) == (8, 16)
-    theirs = [
-        one
-        for one in found.candidates
+    assert (first.plan.tp, first.plan.cp) == (8, 1)
+    theirs = min(
+        one.time.total
+        for one in found.fitting
         if (one.plan.tp, one.plan.cp, one.plan.pp) == (8, 1, 16) and not one.plan.checkpointing
-    ]
-    assert min(one.memory.needed for one in theirs) > 80e9
-    assert min(one.time.total for one in theirs) < 1.1 * first.time.total
-    tokens_per_second = first.plan.tokens_per_step / first.time.total / 16384
+    )
+    assert theirs < 1.12 * first.time.total
+    tokens_per_second = first.plan.tokens_per_step / theirs / 16384
     flops = tokens_per_second * predict.training_flops_per_token(model, 8192)
     assert flops == pytest.approx(400e12, rel=0.15)
 
@@ -211,7 +210,7 @@ def test_the_short_cuts_change_nothing():
         plan = one.plan
         assert one.memory.needed == predict.training_memory(LLAMA_8B, plan).needed
         flops = sum(sum(stage_flops(LLAMA_8B, plan, s)[:2]) for s in range(plan.pp))
-        wanted = predict.training_flops_per_token(LLAMA_8B, 4096, plan.checkpointing)
+        wanted = predict.training_flops_per_token(LLAMA_8B, 4096, plan.recompute)
         times = plan.accumulation * plan.data_parallel * plan.cp
         assert flops * times == pytest.approx(wanted * plan.tokens_per_step)
     fastest = min(one.time.total for one in found.fitting)

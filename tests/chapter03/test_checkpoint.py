@@ -10,6 +10,7 @@ import threading
 
 import pytest
 import torch
+from grader_disk import save_until_cut
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
@@ -318,6 +319,26 @@ def test_a_killed_writer_leaves_a_whole_checkpoint(tmp_path, kill, times):
     process.start()
     process.join(200)
     assert process.exitcode == 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("names_kept", [False, True], ids=["names-lost", "names-kept"])
+def test_a_power_cut_at_any_moment_leaves_a_whole_checkpoint(tmp_path, names_kept):
+    def save(folder, step, _):
+        with Checkpoints(folder, keep=9, asynchronous=False) as store:
+            store.save(step, state_of(step))
+
+    folder = tmp_path / "new" / "run"
+    for moment in range(99):
+        for before in (None, 1):  # the second takes the place of the first
+            _, finished = save_until_cut(save, tmp_path, folder, 1, None, moment, names_kept)
+            loaded = Checkpoints(folder).load_newest()
+            assert is_state_of(loaded) if loaded else not (before or finished), (moment, before)
+            save(folder, 1, None)
+        shutil.rmtree(folder.parent)
+        if finished:
+            return
+    raise AssertionError("a save has more than 99 operations on the disk")
 
 
 def test_a_living_writer_s_files_are_not_swept(tmp_path, monkeypatch):

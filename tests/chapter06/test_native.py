@@ -1,5 +1,6 @@
 """The CPU operators' compilation: once a machine, and told where it fails. Their memory."""
 
+import shutil
 import subprocess
 
 import pytest
@@ -28,6 +29,36 @@ def test_a_compiler_that_fails_is_told(monkeypatch, tmp_path):
     broken.chmod(0o755)
     monkeypatch.setenv("CXX", str(broken))
     with pytest.raises(native.BuildError, match="fatal error: no cstring"):
+        native.load()
+
+
+@pytest.mark.parametrize(
+    "named",
+    [
+        "{0} -DMINE=7",
+        "env {0} -DMINE=7",
+        "'{1}/a folder/c++' -DMINE=7",
+        "{1}/a folder/c++",
+        " {0} ",
+    ],
+)
+def test_cxx_is_a_command_or_a_path(monkeypatch, tmp_path, named):
+    """A wrapper, flags, and a path with a space, quoted or not."""
+    compiler = shutil.which("c++")
+    if compiler is None:
+        pytest.skip("no compiler is there")
+    (tmp_path / "a folder").mkdir()
+    (tmp_path / "a folder" / "c++").symlink_to(compiler)
+    monkeypatch.setenv("CXX", named.format(compiler, tmp_path))
+    macros = native._machine_flags(native._compiler())[1]
+    assert ("#define MINE 7" in macros) == ("MINE" in named)
+
+
+def test_cxx_with_an_open_quote_is_told(monkeypatch):
+    monkeypatch.setenv("CXX", "'g++")
+    with pytest.raises(
+        native.BuildError, match="CXX='g\\+\\+ cannot be read: No closing quotation"
+    ):
         native.load()
 
 

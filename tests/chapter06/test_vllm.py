@@ -79,7 +79,10 @@ def test_a_head_that_vllm_cannot_attend_with_is_named(tmp_path, monkeypatch):
         vllm_settings.refuse(model, 4096)
 
 
-@pytest.mark.parametrize(("threads", "bound"), [("1", False), ("", True), ("64", True)])
+@pytest.mark.parametrize(
+    ("threads", "bound"),
+    [("1", False), ("", True), ("64", True), ("1,4", False), ("0", True), ("many", True)],
+)
 def test_threads_are_bound_to_cores_unless_fewer_are_wanted(monkeypatch, threads, bound):
     monkeypatch.setenv("OMP_NUM_THREADS", threads)
     monkeypatch.setattr(vllm_settings.os, "sched_getaffinity", lambda pid: {2, 5, 3}, raising=False)

@@ -48,6 +48,17 @@ def test_a_server_that_tells_no_usage_has_no_throughput(tmp_path, capsys):
     assert json.loads(file.read_text())["metrics"]["output_tokens_at_2"]["value"] is None
 
 
+def test_a_proxy_is_not_asked_for_this_machine_and_one_that_fails_is_told(monkeypatch, capsys):
+    monkeypatch.setenv("ALL_PROXY", "socks5://127.0.0.1:9")
+    with fake_openai() as fake:
+        assert vllm_client.main([*SMOKE, "--base-url", fake.url]) == 0
+    far = [*SMOKE, "--base-url", "http://far.example/v1"]
+    assert script.status_of(lambda: vllm_client.main(far)) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("error: the proxy for http://far.example/v1 cannot be used: ")
+    assert error.count("\n") == 1
+
+
 def test_no_server_is_one_line(capsys):
     with fake_openai() as fake:
         url = fake.url

@@ -1,14 +1,11 @@
 """`lab grade` and `lab student-tree`: fair to every chapter's exercises, and hard to fool."""
 
-import ast
+import functools
 import json
 import os
-import shutil
 import subprocess
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -17,8 +14,7 @@ import pytest
 from distlab.errors import RunError, UsageError
 from distlab.files import repo_root
 from distlab.lab import student_tree as tree
-from distlab.lab.grade import grade, grade_task, read_tasks
-from distlab.lab.grade_process import Limits
+from distlab.lab.grade import grade, read_tasks
 
 EXERCISES = sorted(path.parent for path in repo_root().glob("*/exercises/tasks.toml"))
 SOLVED = [path for path in EXERCISES if (path / "solution").is_dir()]  # none in a student's tree
@@ -71,38 +67,31 @@ def test_solution_gets_full_marks(graded, exercises):
 
 
 @pytest.fixture(scope="module")
-def graded_variants(tmp_path_factory):
-    """What each wrong variant gets, as futures; a variant overrides adapters of the solution."""
+def graded_mistakes(tmp_path_factory):
+    """What the mistakes of a chapter got, by task and file, from `lab mutate --wrong`."""
+    folder = tmp_path_factory.mktemp("mistakes")
 
-    def grade_variant(variant):
-        solution = variant.parents[2]
-        student = tmp_path_factory.mktemp(variant.stem) / "student"
-        shutil.copytree(solution, student, ignore=shutil.ignore_patterns("wrong"))
-        with (student / "adapters.py").open("a") as adapters:
-            adapters.write(variant.read_text())
-        exercises = solution.parent
-        tasks = {task.name: task for task in read_tasks(exercises)}
-        return grade_task(tasks[variant.parent.name], exercises, student, Limits(60, 2**32), SEED)
+    def grade_chapter(number):
+        record = folder / f"{number}.json"
+        command = ["mutate", number, "--wrong", "--seed", str(SEED), "--json", str(record)]
+        subprocess.run(
+            [sys.executable, "-P", "-m", "distlab.lab", *command],
+            cwd=folder, timeout=600, stdout=subprocess.DEVNULL,
+        )  # fmt: skip
+        mistakes = json.loads(record.read_text(encoding="utf-8"))["mistakes"]
+        return {(one["task"], one["file"]): one for one in mistakes}
 
-    pool = ThreadPoolExecutor(2)
-    yield {variant: pool.submit(grade_variant, variant) for variant in WRONG}
-    pool.shutdown(cancel_futures=True)
+    return functools.cache(grade_chapter)
 
 
-@pytest.mark.slow  # dozens of them: the solutions' and the starters' points are in the fast tier
+@pytest.mark.slow  # hundreds of them: the solutions' and the starters' points are in the fast tier
 @pytest.mark.parametrize("variant", WRONG, ids=lambda path: f"{path.parent.name}-{path.stem}")
-def test_typical_mistake_loses_points_and_is_explained(graded_variants, variant):
-    """A wrong variant names in SAYS what the grader must tell its author."""
-    task = graded_variants[variant].result()
-    assert task.points < task.max_points
-    assert said(variant) in task.message
-
-
-def said(variant):
-    for node in ast.parse(variant.read_text()).body:
-        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "SAYS":
-            return ast.literal_eval(node.value)
-    raise AssertionError(f"{variant} has no SAYS")
+def test_typical_mistake_loses_points_and_is_explained(graded_mistakes, variant):
+    """A mistake names in SAYS what the grader must tell its author."""
+    chapter = variant.parents[4].name[len("chapter") :][:2]
+    one = graded_mistakes(chapter)[variant.parent.name, variant.stem]
+    assert one["ended_by"] != ""
+    assert one["says"] in f"{one['ended_by']}: {one['message']}"
 
 
 @needs_solution
@@ -114,24 +103,31 @@ def test_correct_code_may_print_what_it_likes(fooled):
 
 
 @pytest.mark.slow
-def test_endless_loop_is_stopped_with_all_its_processes(fooled, tmp_path):
-    pid_file = tmp_path / "pid"
-    child = "subprocess.Popen(['sleep', '300'], start_new_session=True)"
+def test_endless_loop_is_stopped_with_all_its_processes(fooled):
+    seconds = f"300.{os.getpid()}"  # by which its child is known
     source = (
-        "import pathlib, subprocess, time\n"
+        "import subprocess, time\n"
         "def combine_gradients(gradients, counts):\n"
-        f"    pathlib.Path({str(pid_file)!r}).write_text(str({child}.pid))\n"
+        f"    subprocess.Popen(['sleep', '{seconds}'], start_new_session=True)\n"
         "    while True:\n        time.sleep(0.01)\n"
     )
-    status, points, message = fooled(source, "--time-limit", "4")
+    status, points, message = fooled(source, "--time-limit", "20")
     assert (status, points) == (1, 0)
-    assert message == "test_equal_shards: stopped after 4 s, the time limit"
+    assert message == "test_equal_shards: stopped after 20 s, the time limit"
     end = time.monotonic() + 20  # it is killed, but may be on its way out
-    with suppress(psutil.NoSuchProcess):
-        sleeper = psutil.Process(int(pid_file.read_text()))
-        while sleeper.status() != psutil.STATUS_ZOMBIE:
-            assert time.monotonic() < end, "the child is still there"
-            time.sleep(0.05)
+    while running(seconds):
+        assert time.monotonic() < end, "the child is still there"
+        time.sleep(0.05)
+
+
+def running(argument):
+    """Whether a process has this as an argument."""
+    told = psutil.process_iter(["cmdline", "status"])
+    return any(
+        argument in (process.info["cmdline"] or [])
+        and process.info["status"] != psutil.STATUS_ZOMBIE
+        for process in told
+    )
 
 
 def test_memory_hog_is_stopped(fooled):
@@ -153,55 +149,207 @@ def test_ending_python_gains_nothing(fooled, ending, place):
     end = ending if place == "import" else f"def combine_gradients(g, c):\n    {ending}"
     status, points, message = fooled(f"import os, sys, pytest\n{CORRECT}\n{end}\n")
     assert status == 1
-    assert points <= (place == "call" and ending == "sys.exit(0)")  # gradient_scale is correct
+    assert points <= (place == "call" and ending != "os._exit(0)")  # gradient_scale is correct
     assert message
 
 
-@pytest.mark.parametrize(
-    "source",
-    [
-        "import pytest\n"
-        "honest = pytest.TestReport.from_item_and_call.__func__\n"
-        "def lie(cls, item, call):\n"
-        "    report = honest(cls, item, call)\n"
-        "    report.outcome, report.longrepr = 'passed', None\n"
-        "    return report\n"
-        "pytest.TestReport.from_item_and_call = classmethod(lie)\n",
-        "import numpy as np\n"
-        "np.abs = lambda values: np.zeros(1)\n"
-        "def combine_gradients(gradients, counts):\n    return np.ones(5)\n"
-        "def gradient_scale(*arguments):\n    return 1.0\n",
-    ],
-    ids=["pytest", "numpy"],
-)
-def test_patched_test_tools_are_noticed(fooled, source):
+TRICKS = """
+import gc, sys
+import numpy as np, pytest
+
+for kept in gc.get_objects():
+    if type(kept).__name__ == "Recorder":
+        kept.outcomes = lambda: {name: {"passed": True, "message": ""} for name in kept.phases}
+
+honest = pytest.TestReport.from_item_and_call.__func__
+def lie(cls, item, call):
+    report = honest(cls, item, call)
+    report.outcome, report.longrepr = "passed", None
+    return report
+pytest.TestReport.from_item_and_call = classmethod(lie)
+
+np.abs = lambda values: np.zeros(1)
+np.testing.assert_allclose = lambda *arguments, **options: None
+
+class Equal(float):
+    __rmul__ = __mul__ = __sub__ = __abs__ = lambda self, *other: Equal(0)
+    __lt__ = __eq__ = lambda self, other: True
+
+def gradient_scale(*arguments):
+    return Equal(0)
+
+def combine_gradients(gradients, counts):
+    frame = sys._getframe()
+    while frame:
+        if "gradient_of" in frame.f_globals:
+            return frame.f_globals["gradient_of"](slice(None))
+        frame = frame.f_back
+    return np.ones(5)
+"""
+
+
+def test_what_is_done_to_the_test_tools_is_done_in_vain(fooled):
+    status, points, message = fooled(TRICKS)
+    assert (status, points) == (1, 0)
+    assert "expected the one-machine gradient" in message
+
+
+def test_a_test_that_must_fail_and_does_not_voids_all_others(fooled):
+    source = (
+        "import sys\n"
+        "class Nothing:\n"
+        "    __bool__ = lambda self: False\n"
+        "    gradient_scale = lambda self, count, total, workers: workers * count / total\n"
+        "sys.modules[__name__] = Nothing()\n"
+    )
     status, points, message = fooled(source)
     assert (status, points) == (1, 0)
     assert "changes the test tools" in message
+
+
+THEFTS = """
+import os, subprocess
+
+def output(*command):
+    return subprocess.run(command, capture_output=True).stdout
+
+def linked(link):
+    link(PATH, "stolen.py")
+    return open("stolen.py").read()
+
+def beneath_a_descriptor():
+    root = os.open("/", os.O_RDONLY | os.O_PATH)
+    return os.read(os.open(PATH[1:], os.O_RDONLY, dir_fd=root), 10**6)
+
+ways = {
+    "open": lambda: open(PATH).read(),
+    "child": lambda: output("cat", PATH),
+    "git": lambda: output("git", "-c", "safe.directory=*", "-C", ROOT, "show", f"HEAD:./{NAME}"),
+    "hard link": lambda: linked(os.link),
+    "soft link": lambda: linked(os.symlink),
+    "descriptor": beneath_a_descriptor,
+    "parent": lambda: open(f"/proc/{os.getppid()}/root{PATH}").read(),
+}
+for steal in ways.values():
+    try:
+        exec(steal())
+    except Exception:
+        pass
+"""
+
+
+@needs_solution
+def test_solution_cannot_be_read(graded, tmp_path, monkeypatch):
+    path, root = SOLVED[0] / "solution" / "uneven_shards.py", repo_root()
+    names = f"PATH, ROOT, NAME = {str(path)!r}, {str(root)!r}, {str(path.relative_to(root))!r}\n"
+    stolen = names + THEFTS
+    (tmp_path / "adapters.py").write_text(stolen)
+    status, record = graded(EXERCISES[0], tmp_path, "--task", "uneven-shards")
+    if record["isolation"] == "an audit hook only":
+        return  # nothing keeps a child, or a link, from it on this system: that is what it says
+    assert (status, record["points"]) == (1, 0)
+    message = record["tasks"][0]["message"]
+    assert "has no attribute 'combine_gradients'" in message, "a theft has worked"
+    knowing: dict = {}
+    monkeypatch.chdir(tmp_path)
+    exec(stolen, knowing)
+    assert "combine_gradients" in knowing, "the thefts are none"
+
+
+def test_a_link_in_the_students_folder_is_not_followed(fooled, tmp_path):
+    (tmp_path / "uneven_shards.py").symlink_to(EXERCISES[0] / "tests" / "test_uneven_shards.py")
+    assert "No module named 'uneven_shards'" in fooled("import uneven_shards\n")[2]
+
+
+ENDS = {
+    "import os, signal\nos.kill(os.getpid(), signal.SIGKILL)": "by SIGKILL",
+    "import os\nos._exit(0)": "with status 0",
+    "import os\nos.closerange(3, 1000)": "closed its connection",
+    "import os\nfor n in range(3, 99):\n    try: os.write(n, b'{' * 99)\n"
+    "    except OSError: pass": "is no message",
+}
+
+
+@needs_solution
+@pytest.mark.parametrize("source", ENDS)
+def test_a_process_that_says_no_more_earns_nothing(fooled, source):
+    body = source.replace("\n", "\n    ")
+    status, points, message = fooled(f"{CORRECT}\ndef gradient_scale(*a):\n    {body}\n")
+    assert (status, points) == (1, 0)
+    assert ENDS[source] in message
+
+
+def test_nothing_outside_can_be_written_or_killed(graded, tmp_path):
+    (tmp_path / "adapters.py").write_text(
+        "import os, signal\n"
+        "def combine_gradients(gradients, counts):\n"
+        "    os.kill(os.getppid(), signal.SIGKILL)\n"
+        "def gradient_scale(*arguments):\n"
+        f"    open({str(tmp_path / 'new')!r}, 'w')\n"
+    )
+    _, record = graded(EXERCISES[0], tmp_path, "--task", "uneven-shards")
+    assert record["points"] == 0
+    if "another user" in record["isolation"]:
+        messages = [test["message"] for test in record["tasks"][0]["tests"]]
+        assert all(message.startswith("PermissionError") for message in messages)
+
+
+RANKS = """
+import multiprocessing, tempfile, torch, torch.distributed as dist
+from pathlib import Path
+
+def rank(number, folder, totals):
+    store = dist.FileStore(folder + "/store", 2)
+    dist.init_process_group("gloo", store=store, rank=number, world_size=2)
+    value = torch.ones(1)
+    dist.all_reduce(value)
+    totals.put(int(value))
+
+def combine_gradients(gradients, counts):
+    assert Path.home().is_dir()
+    forking, folder = multiprocessing.get_context("fork"), tempfile.mkdtemp()
+    totals = forking.Queue()
+    ranks = [forking.Process(target=rank, args=(n, folder, totals)) for n in range(2)]
+    for process in ranks:
+        process.start()
+    raise RuntimeError(f"the ranks say {[totals.get(timeout=60) for _ in ranks]}")
+"""
+
+
+@pytest.mark.slow
+def test_ranks_can_be_spawned_and_talk(fooled):
+    assert "the ranks say [2, 2]" in fooled(RANKS)[2]
+
+
+@needs_solution
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", [[], ["--in-process"]])
+def test_a_student_may_use_plain_pytest(tmp_path, mode):
+    test = SOLVED[0] / "tests" / "test_uneven_shards.py"
+    solution = ["--student", str(SOLVED[0] / "solution"), *mode]
+    flags = ["-p", "distlab.lab.grade_plugin", "-p", "no:cacheprovider", "-q", "-s"]
+    command = [sys.executable, "-m", "pytest", *flags, *solution, str(test)]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
 def test_forged_report_counts_for_nothing(fooled):
     outcomes = {name: {"passed": True, "message": ""} for name in ("test_equal_shards", "test_x")}
     forged = json.dumps({"token": "guessed", "outcomes": outcomes})
     status, points, message = fooled(
-        f"import os, pathlib\npathlib.Path('../report.json').write_text({forged!r})\nos._exit(0)\n"
+        "import contextlib, os, pathlib\n"
+        "with contextlib.suppress(OSError):\n"
+        f"    pathlib.Path('../report.json').write_text({forged!r})\n"
+        "os._exit(0)\n"
     )
     assert (status, points) == (1, 0)
-    assert message == "Python ended before the tests did"
+    assert message == "your code ended its Python process, with status 0"
 
 
 @needs_solution
 def test_own_file_cannot_stand_for_numpy(fooled, tmp_path):
     (tmp_path / "numpy.py").write_text("raise RuntimeError('not the real one')\n")
     assert fooled(CORRECT)[:2] == (0, 4)
-
-
-@needs_solution
-def test_solution_cannot_be_read(fooled):
-    path = SOLVED[0] / "solution" / "uneven_shards.py"
-    status, points, message = fooled(f"exec(open({str(path)!r}).read())\n")
-    assert (status, points) == (1, 0)
-    assert "the reference solution is not to be read" in message
 
 
 def test_broken_adapters_are_explained(fooled):

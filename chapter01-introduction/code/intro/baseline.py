@@ -7,6 +7,7 @@ import torch
 
 from distlab import data, hardware, measure, predict
 from distlab.model import Llama, ModelConfig
+from distlab.predict.activations import Recompute
 from distlab.runtime import Runtime
 from distlab.script import Run
 
@@ -62,9 +63,8 @@ def report_memory(run: Run, args: Namespace, config: ModelConfig, training: Trai
     a = config.architecture
     precision = "autocast" if args.dtype == "bfloat16" else "fp32"
     state = predict.model_state(predict.total_parameters(a), precision, "adamw").total
-    activations = predict.peak_activations(
-        a, precision, args.seq_len, args.batch_size, args.gradient_checkpointing
-    )
+    recompute: Recompute = "full" if args.gradient_checkpointing else "none"
+    activations = predict.peak_activations(a, precision, args.seq_len, args.batch_size, recompute)
     logits = 12 * a.vocab_size * args.batch_size * args.seq_len
     activations -= logits * (1 - 1 / args.loss_chunks)
     run.compare("weights, gradients and optimizer", state, training.state_bytes, "B")

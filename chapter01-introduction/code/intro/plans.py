@@ -1,42 +1,47 @@
-"""What to estimate, as flags describe it, and what to change in a plan that does not fit."""
+"""What to estimate, as flags describe it."""
 
 import argparse
-from collections.abc import Callable
-from dataclasses import dataclass, fields, replace
-from itertools import combinations, product
-from typing import Any, TypeVar
+from dataclasses import replace
+from typing import get_args
 
 from distlab import script
 from distlab.catalog import GPUS, MODELS, GpuSpec
-from distlab.errors import UsageError
 from distlab.predict import (
     DTYPE_BYTES,
     MOMENTS,
     PRECISIONS,
-    Memory,
+    Architecture,
     ServingPlan,
     TrainingPlan,
     check_degrees,
+    check_plan,
+    default_batch,
+    measured_weight_bytes,
     read_architecture,
+    read_config_json,
+    read_quantization,
 )
-from distlab.predict.architecture import Architecture
+from distlab.predict.activations import Kernels, Recompute
 
-Plan = TypeVar("Plan", TrainingPlan, ServingPlan)
-Change = dict[str, Any]  # fields of the plan and their new values
 PRESETS = {size: {"verify_size": size} for size in ("smoke", "laptop", "gpu")}
-MOST_SHOWN, MOST_DOUBLINGS = 3, 12  # suggestions; times that the GPUs are doubled for one
 GPU_NUMBERS = ("gpu_memory_gb", "gpu_tflops", "gpu_bandwidth_gbs")
 
-# What a flag is when it is not given, for the one workload and for the other.
-SHARED = {"gpus": 1, "tp": 1, "pp": 1, "mfu": 0.4, "usd_per_gpu_hour": 2.5, "reserve_gb": 1.0}
+# What a flag is when it is not given, for the one workload and for the other; None: see the plan.
+SHARED = {"gpus": 1, "tp": 1, "pp": 1, "mfu": None, "usd_per_gpu_hour": 2.5, "reserve_gb": None}
 TRAINING = SHARED | {
     "precision": "mixed", "optimizer": "adamw", "zero": 0, "fsdp": False, "seq_len": None,
-    "micro_batch": 1, "accumulation": 1, "activation_checkpointing": False, "tokens": 1e12,
+    "micro_batch": 1, "accumulation": 1, "activation_checkpointing": "none", "kernels": "eager",
+    "cp": 1, "ep": 1, "virtual_stages": 1, "sequence_parallel": False, "offload": "none",
+    "replicate": 1, "no_reshard_after_forward": False, "no_gradient_sync": False,
+    "efficiency": None, "tokens": 1e12,
 }  # fmt: skip
 SERVING = SHARED | {
-    "precision": "bf16", "kv_dtype": "bf16", "batch": 1, "context": None,
-    "prefill_chunk": 2048, "tokens": 1e6, "target_tokens_per_second": None,
+    "precision": None, "kv_dtype": "bf16", "batch": 1, "context": None,
+    "gpu_memory_utilization": 0.9, "max_num_batched_tokens": None, "max_num_seqs": None,
+    "tokens": 1e6, "target_tokens_per_second": None,
 }  # fmt: skip
+MFU = EFFICIENCY = 0.4  # of the peak, where no flag says another
+TRAINING_RESERVE = 1e9  # bytes: CUDA's context and NCCL's buffers
 
 
 def parse_args(doc: str | None, argv: list[str] | None) -> argparse.Namespace:
@@ -76,20 +81,28 @@ def _with_defaults(args: argparse.Namespace) -> argparse.Namespace:
         if getattr(args, name) is None:
             setattr(args, name, default)
     known = PRECISIONS if args.workload == "train" else DTYPE_BYTES
-    if args.precision not in known:
+    if args.precision is not None and args.precision not in known:
         raise script.UsageError(
             f"--precision {args.precision} is not for {args.workload}; use {', '.join(known)}"
         )
-    if args.mfu == 0:
-        raise script.UsageError("--mfu 0 would never finish; use a number above 0, such as 0.4")
+    for name, why in (
+        ("mfu", "would never finish"),
+        ("efficiency", "would never finish"),
+        ("gpu_memory_utilization", "leaves an engine nothing"),
+    ):
+        if getattr(args, name, None) == 0:
+            raise script.UsageError(f"{_flag(name)} 0 {why}; use a number above 0, such as 0.4")
     return args
 
 
 def _refuse_impossible(args: argparse.Namespace) -> None:
     """Find what cannot be, in the model, the GPU or the degrees, before anything is printed."""
     _, a = chosen_model(args)
-    plan = training_plan(a, args) if args.workload == "train" else serving_plan(a, args)
-    check_degrees(a, plan.gpus, plan.tp, plan.pp)
+    if args.workload == "train":
+        check_plan(a, training_plan(a, args))
+    else:
+        check_degrees(a, args.gpus, args.tp, args.pp)
+        serving_plan(a, args)
     chosen_gpu(args)
 
 
@@ -112,14 +125,24 @@ def add_plan(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--precision",
         choices=tuple(dict.fromkeys([*PRECISIONS, *DTYPE_BYTES])),
-        help=f"train: {', '.join(PRECISIONS)} (mixed); infer: {', '.join(DTYPE_BYTES)} (bf16)",
+        help=f"train: {', '.join(PRECISIONS)} (mixed); infer: {', '.join(DTYPE_BYTES)} (the "
+        "--config's, or bf16)",
     )
-    group.add_argument("--mfu", type=script.fraction, help="assumed share of the peak (0.4)")
+    use = group.add_mutually_exclusive_group()
+    use.add_argument(
+        "--mfu", type=script.fraction,
+        help="share of the peak that the model's own FLOPs are, bubble and recomputation inside",
+    )  # fmt: skip
+    use.add_argument(
+        "--efficiency", type=script.fraction,
+        help="share of the peak while a GPU computes; recomputation and bubble on top (0.4)",
+    )  # fmt: skip
     group.add_argument("--tokens", type=script.positive_float, help="cost of (1e12; infer 1e6)")
     group.add_argument("--usd-per-gpu-hour", type=script.positive_float, help="assumed price (2.5)")
     group.add_argument(
-        "--reserve-gb", type=script.positive_float, help="CUDA context, NCCL buffers (1)"
-    )
+        "--reserve-gb", type=script.positive_float, metavar="GB",
+        help="what other than torch takes: CUDA, NCCL (1; infer: as engines' logs have it)",
+    )  # fmt: skip
 
 
 def add_training(parser: argparse.ArgumentParser) -> None:
@@ -135,10 +158,41 @@ def add_training(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--accumulation", type=script.positive_int, help="micro-batches a step (1)")
     group.add_argument(
         "--activation-checkpointing",
-        action="store_true",
-        default=None,
-        help="recompute each layer in the backward pass",
+        nargs="?",
+        const="full",
+        choices=get_args(Recompute),
+        help="recompute in the backward pass: whole layers (full), or all but attention and every "
+        "second matrix product (selective)",
     )
+    group.add_argument("--kernels", choices=get_args(Kernels), help="what is fused (eager)")
+    group.add_argument(
+        "--sequence-parallel", action="store_true", default=None, help="--tp divides norms, too"
+    )
+    group.add_argument("--cp", type=script.positive_int, help="context parallel degree (1)")
+    group.add_argument("--ep", type=script.positive_int, help="expert parallel degree (1)")
+    group.add_argument(
+        "--virtual-stages", type=script.positive_int, metavar="N",
+        help="model chunks per pipeline stage, interleaved (1)",
+    )  # fmt: skip
+    add_sharding(group)
+
+
+def add_sharding(group: "argparse._ArgumentGroup") -> None:
+    group.add_argument(
+        "--offload", choices=("none", "optimizer", "all"), help="to the host's memory (none)"
+    )
+    group.add_argument(
+        "--replicate", type=script.positive_int, metavar="N",
+        help="hybrid sharding: groups of ranks that each hold all shards (1)",
+    )  # fmt: skip
+    group.add_argument(
+        "--no-reshard-after-forward", action="store_true", default=None,
+        help="--fsdp keeps weights gathered for the whole step, as pipelines do",
+    )  # fmt: skip
+    group.add_argument(
+        "--no-gradient-sync", action="store_true", default=None,
+        help="whole gradients until the last micro-batch of a step",
+    )  # fmt: skip
 
 
 def add_serving(parser: argparse.ArgumentParser) -> None:
@@ -146,7 +200,17 @@ def add_serving(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--batch", type=script.positive_int, help="sequences per replica (1)")
     group.add_argument("--context", type=script.positive_int, help="tokens of each (4096)")
     group.add_argument("--kv-dtype", choices=tuple(DTYPE_BYTES), help="type of the cache (bf16)")
-    group.add_argument("--prefill-chunk", type=script.positive_int, help="tokens at once (2048)")
+    group.add_argument(
+        "--gpu-memory-utilization", type=script.fraction, help="share for the engine (0.9)"
+    )
+    group.add_argument(
+        "--max-num-batched-tokens", type=script.positive_int, metavar="N",
+        help="tokens of the largest pass (8192 from 70 GiB on, but for A100s; else 2048)",
+    )  # fmt: skip
+    group.add_argument(
+        "--max-num-seqs", type=script.positive_int, metavar="N",
+        help="sequences of the largest batch (1024 and 256, likewise)",
+    )  # fmt: skip
     group.add_argument(
         "--target-tokens-per-second", type=script.positive_float, metavar="N", help="of all GPUs"
     )
@@ -192,21 +256,53 @@ def training_plan(a: Architecture, args: argparse.Namespace) -> TrainingPlan:
         seq_len=_length(a, "--seq-len", args.seq_len),
         micro_batch=args.micro_batch,
         accumulation=args.accumulation,
-        checkpointing=args.activation_checkpointing,
+        recompute=args.activation_checkpointing,
+        cp=args.cp,
+        ep=args.ep,
+        chunks=args.virtual_stages,
+        sequence_parallel=args.sequence_parallel,
+        kernels=args.kernels,
+        offload=args.offload,
+        replicate=args.replicate,
+        reshard_after_forward=not args.no_reshard_after_forward,
+        reduce_each=not args.no_gradient_sync,
     )
 
 
 def serving_plan(a: Architecture, args: argparse.Namespace) -> ServingPlan:
+    """The plan; weights as --precision says, else as the --config's folder and file do."""
+    gpu = chosen_gpu(args)
+    tokens, sequences = default_batch(gpu.memory_bytes, " ".join(gpu.device_names))
+    quantization = weight_bytes = None
+    if args.config is not None and args.precision is None:
+        quantization = read_quantization(read_config_json(args.config))
+        weight_bytes = measured_weight_bytes(args.config)
     return ServingPlan(
         gpus=args.gpus,
         tp=args.tp,
         pp=args.pp,
-        precision=args.precision,
+        precision=args.precision or "bf16",
         kv_dtype=args.kv_dtype,
         batch=args.batch,
         context=_length(a, "--context", args.context),
-        prefill_chunk=args.prefill_chunk,
+        batched_tokens=args.max_num_batched_tokens or tokens,
+        max_sequences=args.max_num_seqs or sequences,
+        quantization=quantization,
+        weight_bytes=weight_bytes,
+        reserve=_reserve(args),
+        nvlink=gpu.nvlink_bandwidth is not None,
     )
+
+
+def usable_bytes(args: argparse.Namespace, gpu: GpuSpec) -> float:
+    """What a plan may use of one GPU."""
+    if args.workload == "train":
+        return gpu.memory_bytes - (_reserve(args) or TRAINING_RESERVE)
+    return gpu.memory_bytes * args.gpu_memory_utilization
+
+
+def _reserve(args: argparse.Namespace) -> float | None:
+    return None if args.reserve_gb is None else args.reserve_gb * 1e9
 
 
 def _length(a: Architecture, flag: str, length: int | None) -> int:
@@ -223,111 +319,3 @@ def _length(a: Architecture, flag: str, length: int | None) -> int:
 
 def _flag(name: str) -> str:
     return "--" + name.replace("_", "-")
-
-
-@dataclass(frozen=True)
-class Suggestion:
-    """Flags to add or change, and what the fullest GPU then holds."""
-
-    flags: str
-    gpus: int
-    memory: Memory
-
-
-def suggest(
-    plan: Plan, kinds: list[list[Change]], memory_of: Callable[[Plan], Memory], limit: float
-) -> list[Suggestion]:
-    """Up to three ways to bring `plan` to `limit` bytes or fewer: fewest GPUs, then fewest changes.
-
-    `kinds` are kinds of change, the mildest first, each a list of changes to try. Of every set of
-    kinds the first plan that fits counts, unless fewer of the same kinds do. GPUs are doubled only
-    when nothing else will do.
-    """
-    for doublings in range(MOST_DOUBLINGS + 1):
-        larger = replace(plan, gpus=plan.gpus * 2**doublings)
-        found: dict[frozenset[int], Suggestion] = {}
-        for count in range(len(kinds) + 1):
-            for chosen in map(frozenset, combinations(range(len(kinds)), count)):
-                if len(found) == MOST_SHOWN or any(fewer <= chosen for fewer in found):
-                    continue
-                tried = [kinds[index] for index in sorted(chosen)]
-                if fitting := _first_that_fits(plan, larger, tried, memory_of, limit):
-                    found[chosen] = fitting
-        if found:
-            return list(found.values())
-    return []
-
-
-def training_changes(plan: TrainingPlan) -> list[list[Change]]:
-    """Sharding costs least, then recomputation; another optimizer comes last."""
-    halvings = [2**n for n in range(1, 12) if plan.micro_batch % 2**n == 0]
-    return [
-        [{"zero": stage} for stage in range(plan.zero + 1, 4)],
-        [] if plan.checkpointing else [{"checkpointing": True}],
-        [
-            {"micro_batch": plan.micro_batch // n, "accumulation": plan.accumulation * n}
-            for n in halvings
-        ],
-        [{"tp": plan.tp * n} for n in (2, 4, 8) if plan.tp * n <= 8],
-        [{"pp": plan.pp * n} for n in (2, 4, 8, 16)],
-        [{"optimizer": "adamw-8bit"}] if plan.optimizer == "adamw" else [],
-    ]
-
-
-def serving_changes(plan: ServingPlan) -> list[list[Change]]:
-    """A narrower cache and a smaller batch come before narrower weights."""
-    wide = ("fp32", "bf16", "fp16")
-    return [
-        [{"kv_dtype": "fp8"}] if plan.kv_dtype in wide else [],
-        [{"batch": plan.batch // 2**n} for n in range(1, 20) if plan.batch // 2**n],
-        [{"precision": "fp8"}, {"precision": "int4"}] if plan.precision in wide else [],
-        [{"tp": plan.tp * n} for n in (2, 4, 8) if plan.tp * n <= 8],
-        [{"pp": plan.pp * n} for n in (2, 4, 8, 16)],
-    ]
-
-
-def largest_batch(
-    plan: ServingPlan, memory_of: Callable[[ServingPlan], Memory], limit: float
-) -> int:
-    """The most sequences per replica that fit, 0 where not even one does; found by bisection."""
-
-    def fits(batch: int) -> bool:
-        return memory_of(replace(plan, batch=batch)).needed <= limit
-
-    low, high = 0, 1
-    while fits(high):
-        low, high = high, 2 * high
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (middle, high) if fits(middle) else (low, middle)
-    return low
-
-
-def _first_that_fits(
-    plan: Plan,
-    larger: Plan,
-    kinds: list[list[Change]],
-    memory_of: Callable[[Plan], Memory],
-    limit: float,
-) -> Suggestion | None:
-    for changes in product(*kinds):
-        changed = larger
-        for change in changes:
-            changed = replace(changed, **change)
-        try:
-            memory = memory_of(changed)
-        except UsageError:  # degrees that this model or number of GPUs cannot have
-            continue
-        if memory.needed <= limit:
-            return Suggestion(_flags(plan, changed), changed.gpus, memory)
-    return None
-
-
-def _flags(plan: Plan, changed: Plan) -> str:
-    words = []
-    for name in (field.name for field in fields(plan)):
-        if (value := getattr(changed, name)) == getattr(plan, name):
-            continue
-        flag = name.replace("_", "-")
-        words.append("--activation-checkpointing" if value is True else f"--{flag} {value}")
-    return " ".join(words)

@@ -174,5 +174,5 @@ def asleep_seconds() -> float:
     waited = 0.0
     file = Path("/proc/thread-self/schedstat")
     if file.exists():
-        waited = int(file.read_text().split()[1]) / 1e9
+        waited = int(file.read_text(encoding="utf-8").split()[1]) / 1e9
     return time.perf_counter() - time.thread_time() - waited

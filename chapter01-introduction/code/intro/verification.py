@@ -14,6 +14,7 @@ from distlab import predict
 from distlab.hardware import default_device, has_cuda
 from distlab.measure import LiveBytes, PeakMemory, tensor_bytes
 from distlab.model import SIZES, Llama, ModelConfig
+from distlab.predict.activations import Recompute
 from distlab.run import Run
 
 BATCH = 2
@@ -46,6 +47,10 @@ class Case:
     precision: str
     checkpointing: bool
     seq_len: int
+
+    @property
+    def recompute(self) -> Recompute:
+        return "full" if self.checkpointing else "none"
 
 
 def verify(run: Run, size: str) -> None:
@@ -90,7 +95,7 @@ def _cases(size: str) -> list[Case]:
 def _compared(case: Case) -> Iterator[Compared]:
     a, precision, seq_len = case.config.architecture, case.precision, case.seq_len
     step = Step(case)
-    flops = predict.training_flops_per_token(a, seq_len, case.checkpointing) * BATCH * seq_len
+    flops = predict.training_flops_per_token(a, seq_len, case.recompute) * BATCH * seq_len
     yield Compared("FLOPs per step", flops, step.count_flops(), "FLOP")
 
     step.optimizer.step()
@@ -101,7 +106,7 @@ def _compared(case: Case) -> Iterator[Compared]:
         loss = step.forward()
         saved = live.bytes
         loss.backward()
-    sizes = (a, precision, seq_len, BATCH, case.checkpointing)
+    sizes = (a, precision, seq_len, BATCH, case.recompute)
     yield Compared("saved activations", predict.saved_activations(*sizes), saved)
     yield Compared("peak activations", predict.peak_activations(*sizes), live.peak)
     if step.device.type == "cuda":

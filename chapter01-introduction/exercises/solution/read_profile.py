@@ -8,7 +8,9 @@ Interval = tuple[float, float]
 
 def time_shares(trace: Path) -> dict[str, float]:
     """Each cause gets the time that it covers beyond the causes before it."""
-    events = [e for e in json.loads(trace.read_text())["traceEvents"] if e["ph"] == "X"]
+    events = [
+        e for e in json.loads(trace.read_text(encoding="utf-8"))["traceEvents"] if e["ph"] == "X"
+    ]
     annotations = [e for e in events if e["cat"] == "user_annotation"]
     kernels = [e for e in events if e["cat"] == "kernel"]
     steps = intervals(e for e in annotations if e["name"].startswith("ProfilerStep#"))

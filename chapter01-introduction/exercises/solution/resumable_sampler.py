@@ -11,6 +11,8 @@ class ResumableSampler:
     ) -> None:
         if global_batch % world_size:
             raise ValueError(f"{world_size} ranks do not divide a global batch of {global_batch}")
+        if global_batch > num_examples:
+            raise ValueError(f"{num_examples} examples fill no global batch of {global_batch}")
         self.num_examples = num_examples
         self.global_batch = global_batch
         self.rank = rank

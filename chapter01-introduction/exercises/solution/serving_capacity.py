@@ -27,8 +27,8 @@ def latencies(arrivals: np.ndarray, service_seconds: np.ndarray, servers: int) -
     """A heap holds the time at which each server is free."""
     free = [0.0] * servers
     found = []
-    for arrival, service in zip(arrivals, service_seconds, strict=True):
+    for arrival, service in zip(arrivals.tolist(), service_seconds.tolist(), strict=True):
         end = max(arrival, heapq.heappop(free)) + service
         heapq.heappush(free, end)
         found.append(end - arrival)
-    return np.array(found)
+    return np.array(found, dtype=np.float64)

@@ -9,7 +9,7 @@ def combine_gradients(gradients: list[np.ndarray], counts: list[int]) -> np.ndar
     combined = np.zeros(np.shape(gradients[0]))
     for gradient, count in zip(gradients, counts, strict=True):
         if count:
-            combined += count / total * gradient
+            combined += count / total * np.asarray(gradient, dtype=np.float64)
     return combined
 
 

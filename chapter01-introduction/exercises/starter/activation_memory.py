@@ -11,11 +11,13 @@ import torch
 def saved_bytes(
     forward: Callable[[], torch.Tensor], parameters: Iterable[torch.nn.Parameter]
 ) -> int:
-    """The bytes that autograd keeps while `forward()` runs, besides `parameters`.
+    """The bytes that autograd keeps while `forward()` runs, once, besides `parameters`.
 
-    Use `torch.autograd.graph.saved_tensors_hooks`: its pack hook sees every tensor that is saved.
-    Two saved tensors that share one storage (a view, or the same tensor twice) occupy it once,
-    and a storage counts whole, even if a view saved only a part of it.
+    Use `torch.autograd.graph.saved_tensors_hooks`: its pack hook sees every tensor that is saved,
+    of any dtype, an index or a constant too. Two saved tensors that share one storage (a view of
+    any part, or the same tensor twice) occupy it once, and a storage counts whole, even if a view
+    saved only a part of it. `parameters` may be an iterator, which can be read once, and hold some
+    that are not saved; what has a parameter's shape need not be one.
     """
     raise NotImplementedError("activation_memory.saved_bytes is yours to write")
 
@@ -34,6 +36,8 @@ def block_activation_bytes(
 
     batch, seq_len: the input is [batch, seq_len, hidden_size].
     num_heads has head_dim = hidden_size / num_heads; num_kv_heads divides it (grouped queries).
-    What grows only with the sequence, or only with the model, may be left out: 2 % are tolerated.
+    bytes_per_element: of every tensor that is kept; the block computes in one dtype.
+    Of the probabilities the whole matrix is kept, the masked half too. 2 % are tolerated, so a
+    number or two per token may be left out. The sizes may be larger than any machine's memory.
     """
     raise NotImplementedError("activation_memory.block_activation_bytes is yours to write")

@@ -6,13 +6,16 @@ class ResumableSampler:
 
     An epoch has num_examples // global_batch steps. In each epoch every example appears at most
     once over all ranks; the examples that fill no whole batch are left out of that epoch. The
-    order is a new permutation in each epoch, and depends on the seed and the epoch alone: not on
-    `random`'s or NumPy's global state, which belongs to the model.
+    order is a new permutation of all examples in each epoch, so that an example left out once comes
+    another time. It depends on the seed and the epoch alone: not on `random`'s or NumPy's global
+    state, which belongs to the model and is not changed either, nor on other samplers of this
+    process. Two seeds share no epoch: the second epoch of seed 7 is not the first one of seed 8.
 
     At every step the ranks' batches are disjoint, and together they are the same set of examples
     at every world size: the training run does not change with the number of workers.
 
-    Raises `ValueError`, naming both numbers, when world_size does not divide global_batch.
+    Raises `ValueError`, naming both numbers, when world_size does not divide global_batch, and when
+    global_batch is larger than num_examples.
     """
 
     def __init__(
@@ -25,9 +28,15 @@ class ResumableSampler:
         raise NotImplementedError
 
     def state_dict(self) -> dict:
-        """Where the run stands: small, made of what JSON can hold, and equal on all ranks."""
+        """Where the run stands: small, made of what JSON can hold, and equal on all ranks.
+
+        Its size grows neither with the examples nor with the steps.
+        """
         raise NotImplementedError
 
     def load_state_dict(self, state: dict) -> None:
-        """Continue behind the last batch before `state_dict()`, whatever world size wrote it."""
+        """Continue behind the last batch before `state_dict()`, whatever world size wrote it.
+
+        The sampler may have given batches before; `state` is not changed.
+        """
         raise NotImplementedError

@@ -4,20 +4,24 @@ import json
 import random
 
 
-def write(folder, events):
-    """Write a trace with these events, and those that every trace has, in no order."""
+def write(folder, events, chance, warm_up=True):
+    """Write a trace with these events, and those that every trace has, in an order by chance."""
+    first = min(event["ts"] for event in events)
     always = [
         {"ph": "M", "name": "process_name", "pid": 1, "tid": 0, "args": {"name": "python"}},
         {"ph": "i", "name": "Iteration Start: PyTorch Profiler", "ts": 1, "pid": 1, "tid": 0},
+        {"ph": "i", "cat": "kernel", "name": "a mark", "ts": first + 1, "pid": 0, "tid": 7},
         {"ph": "s", "id": 7, "cat": "ac2g", "name": "ac2g", "ts": 120, "pid": 1, "tid": 1},
-        # the warm-up: before the first profiled step
-        complete("kernel", "warm_up_kernel", 0, 90),
-        complete("user_annotation", "data", 90, 10),
     ]
+    if warm_up:  # before the first profiled step
+        always += [
+            complete("kernel", "warm_up_kernel", first - 100, 90),
+            complete("user_annotation", "data", first - 10, 10),
+        ]
     everything = [*always, *events]
-    random.Random(len(everything)).shuffle(everything)
-    path = folder / "trace.json"
-    path.write_text(json.dumps({"schemaVersion": 1, "traceEvents": everything}))
+    path = folder / f"trace-{chance.integers(10**9)}.json"
+    shuffled = [everything[i] for i in chance.permutation(len(everything))]
+    path.write_text(json.dumps({"schemaVersion": 1, "traceEvents": shuffled}), encoding="utf-8")
     return path
 
 

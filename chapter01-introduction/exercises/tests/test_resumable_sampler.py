@@ -4,121 +4,240 @@ import json
 import random
 
 import numpy as np
+from grader_global_state import batches_and_next_draws
 
 EXAMPLES, GLOBAL_BATCH, SEED = 103, 12, 7
 STEPS_PER_EPOCH = EXAMPLES // GLOBAL_BATCH
-LARGEST_STATE = 1000  # characters of JSON: constant, however long the run
+LARGEST_STATE = 1000  # characters of JSON: constant, however many examples and steps
+RANDOM_RUNS = 6
 
 
-def test_ranks_are_disjoint_and_cover_the_epoch(student):
-    epochs = [[], []]
-    ranks = samplers(student, world_size=3)
-    for epoch in epochs:
-        for step in range(STEPS_PER_EPOCH):
-            batches = [rank.next_batch() for rank in ranks]
-            sizes = [len(batch) for batch in batches]
-            assert sizes == [4, 4, 4], (
-                f"3 ranks share a global batch of 12: expected 4 examples each, got {sizes}"
-            )
-            seen = [int(example) for batch in batches for example in batch]
-            assert all(0 <= example < EXAMPLES for example in seen), (
-                f"step {step}: there are {EXAMPLES} examples, numbered from 0; got {sorted(seen)}"
-            )
-            repeated = {e for e in seen if seen.count(e) > 1} | (set(seen) & set(epoch))
-            assert not repeated, (
-                f"step {step}: the examples {sorted(repeated)} come twice in one epoch"
-            )
-            epoch.extend(seen)
-    assert epochs[0] != sorted(epochs[0]), "the first epoch is not shuffled"
-    assert epochs[0] != epochs[1], "the second epoch has the order of the first"
-    check_private_randomness(student)
+def test_ranks_are_disjoint_and_cover_the_epoch(student, chance):
+    check_epochs(student, (EXAMPLES, GLOBAL_BATCH, SEED), world_size=3, epochs=2)
+    check_epochs(student, (GLOBAL_BATCH, GLOBAL_BATCH, SEED), world_size=3, epochs=3)
+    for _ in range(RANDOM_RUNS):
+        run = drawn_run(chance)
+        check_epochs(student, run, drawn_world_size(chance, run[1]), epochs=3)
+    check_every_example_is_read(student, chance)
+    check_order_is_shuffled(student, chance)
+    check_private_randomness(student, chance)
 
 
-def check_private_randomness(student):
-    random.seed(1)
-    np.random.seed(1)
-    first = global_batches(student, world_size=1, steps=4)
-    random.seed(2)
-    np.random.seed(2)
-    assert global_batches(student, world_size=1, steps=4) == first, (
-        "the same seed gives other batches when the global random state differs; "
-        "use a generator of your own"
-    )
-    other = make(student, seed=SEED + 1)
-    assert [sorted(other.next_batch()) for _ in range(4)] != first, (
-        f"the seeds {SEED} and {SEED + 1} give the same batches"
+def test_global_batch_is_the_same_for_every_world_size(student, chance):
+    for run in [(EXAMPLES, GLOBAL_BATCH, SEED), drawn_run(chance), drawn_run(chance)]:
+        examples, global_batch, seed = run
+        steps = examples // global_batch + 3
+        alone = global_batches(student, run, 1, steps)
+        for world_size in divisors(global_batch):
+            together = global_batches(student, run, world_size, steps)
+            for step, (got, expected) in enumerate(zip(together, alone, strict=True)):
+                assert got == expected, (
+                    f"{named(run)}, step {step}: {world_size} ranks together read {got}, one rank "
+                    f"reads {expected}"
+                )
+    check_refused(student, (103, 12, 0, 5), 5, 12)
+    check_refused(student, (11, 12, 0, 4), 11, 12)
+    global_batch = 2 * int(chance.integers(10, 50))
+    check_refused(
+        student, (1000, global_batch, 0, global_batch - 1), global_batch, global_batch - 1
     )
 
 
-def test_global_batch_is_the_same_for_every_world_size(student):
-    steps = STEPS_PER_EPOCH + 3
-    alone = global_batches(student, world_size=1, steps=steps)
-    for world_size in (2, 3, 4, 12):
-        together = global_batches(student, world_size, steps)
-        for step, (got, expected) in enumerate(zip(together, alone, strict=True)):
-            assert got == expected, (
-                f"step {step}: {world_size} ranks together read {got}, one rank reads {expected}"
-            )
-    try:
-        make(student, world_size=5)
-    except ValueError as error:
-        assert "5" in str(error) and "12" in str(error), (
-            f"the ValueError for 5 ranks and a global batch of 12 names not both: {error}"
-        )
-    else:
-        raise AssertionError("5 ranks do not divide a global batch of 12: expected a ValueError")
-
-
-def test_resumes_at_another_world_size(student):
+def test_resumes_at_another_world_size(student, chance):
     for before, after in ((2, 2), (4, 1), (1, 3), (3, 4)):
-        check_resume(student, before, after, steps=5)
+        check_resume(student, (EXAMPLES, GLOBAL_BATCH, SEED), before, after, steps=5)
+    for _ in range(RANDOM_RUNS):
+        run = drawn_run(chance)
+        worlds = [drawn_world_size(chance, run[1]) for _ in range(2)]
+        check_resume(student, run, *worlds, steps=int(chance.integers(run[0] // run[1] + 1)))
 
 
-def test_resumes_in_a_later_epoch_from_a_small_state(student):
+def test_resumes_in_a_later_epoch_from_a_small_state(student, chance):
     for steps in (STEPS_PER_EPOCH, 2 * STEPS_PER_EPOCH + 3):
-        check_resume(student, 2, 4, steps)
-    sampler = make(student)
-    for _ in range(20 * STEPS_PER_EPOCH):
+        check_resume(student, (EXAMPLES, GLOBAL_BATCH, SEED), 2, 4, steps)
+    for _ in range(RANDOM_RUNS):
+        run = drawn_run(chance)
+        worlds = [drawn_world_size(chance, run[1]) for _ in range(2)]
+        steps_per_epoch = run[0] // run[1]
+        check_resume(student, run, *worlds, steps=int(chance.integers(1, 5)) * steps_per_epoch)
+        check_resume(student, run, *worlds, steps=int(chance.integers(1, 4 * steps_per_epoch + 1)))
+    sampler = student.make_sampler(5000, 100, 0, 1, SEED)
+    for _ in range(177):
         sampler.next_batch()
     size = len(json.dumps(sampler.state_dict()))
     assert size <= LARGEST_STATE, (
-        f"after 20 epochs the state has {size} characters of JSON; expected at most "
-        f"{LARGEST_STATE}: store where the run stands, not what it has read"
+        f"5000 examples, 27 steps into the fourth epoch: the state has {size} characters of JSON; "
+        f"expected at most {LARGEST_STATE}: store where the run stands, not what it has read"
     )
 
 
-def check_resume(student, before, after, steps):
+def check_epochs(student, run, world_size, epochs):
+    """Equal shares, example numbers that exist, and none twice in an epoch."""
+    examples, global_batch, _ = run
+    share = global_batch // world_size
+    ranks = samplers(student, run, world_size)
+    orders = []
+    for epoch in range(epochs):
+        order = []
+        for step in range(examples // global_batch):
+            batches = [rank.next_batch() for rank in ranks]
+            sizes = [len(batch) for batch in batches]
+            assert sizes == [share] * world_size, (
+                f"{named(run)}: {world_size} ranks share a global batch, expected {share} examples "
+                f"each, got {sizes}"
+            )
+            seen = [int(example) for batch in batches for example in batch]
+            place = f"{named(run)}, {world_size} ranks, epoch {epoch}, step {step}"
+            kinds = {type(batch).__name__ for batch in batches}
+            assert kinds == {"list"}, f"{place}: expected lists of numbers, got {kinds}"
+            assert all(0 <= example < examples for example in seen), (
+                f"{place}: the examples are numbered 0 to {examples - 1}; got {sorted(seen)}"
+            )
+            repeated = {e for e in seen if seen.count(e) > 1} | (set(seen) & set(order))
+            assert not repeated, f"{place}: the examples {sorted(repeated)} come twice in one epoch"
+            order.extend(seen)
+        orders.append(order)
+    if examples > 50:  # of so many, two orders are equal by mistake only
+        assert orders[0] != sorted(orders[0]), f"{named(run)}: the first epoch is not shuffled"
+        assert orders[0] != orders[1], f"{named(run)}: the second epoch has the order of the first"
+
+
+def check_every_example_is_read(student, chance):
+    """Each epoch leaves others out, so none is left out for ever."""
+    examples = int(chance.integers(15, 20))
+    run = (examples, 10, int(chance.integers(1000)))
+    epochs = 80  # half are left out each time: the chance that one always is, is below 2^-70
+    read = {example for batch in global_batches(student, run, 2, epochs) for example in batch}
+    never = sorted(set(range(examples)) - read)
+    assert not never, (
+        f"{named(run)}: after {epochs} epochs of one step the examples {never} were never read"
+    )
+
+
+def check_order_is_shuffled(student, chance):
+    """No rotation, no constant stride, no shuffling of near neighbours or of whole batches."""
+    run = (60, 1, int(chance.integers(1000)))
+    order = [batch[0] for batch in global_batches(student, run, 1, 60)]
+    strides = {(b - a) % 60 for a, b in zip(order, order[1:], strict=False)}
+    far = float(np.mean(np.abs(np.array(order) - np.arange(60))))  # 20 on average, give or take 1.7
+    assert len(strides) > 15 and far > 8, (
+        f"{named(run)}: the first epoch's order is no random permutation: {order}"
+    )
+    run = (120, 4, run[2])
+    batches = [tuple(batch) for batch in global_batches(student, run, 1, 60)]
+    again = set(batches[:30]) & set(batches[30:])
+    assert len(again) < 5, (
+        f"{named(run)}: {len(again)} of the second epoch's 30 batches are batches of the first: "
+        "permute the examples, not the batches"
+    )
+
+
+def check_private_randomness(student, chance):
+    run = (EXAMPLES, GLOBAL_BATCH, int(chance.integers(1000)))
+    arguments = (*run[:2], 0, 1, run[2])
+    first, drawn = batches_and_next_draws(student, 1, 4, *arguments)
+    other, _ = batches_and_next_draws(student, 2, 4, *arguments)
+    assert other == first, (
+        f"{named(run)}: the same seed gives other batches when the global random state differs; "
+        "use a generator of your own"
+    )
+    expected = random.Random(1).random(), float(np.random.RandomState(1).random())
+    assert drawn == expected, (
+        f"{named(run)}: the sampler changes the global random state of `random` or NumPy, which "
+        "belongs to the model; use a generator of your own"
+    )
+    check_seeds_share_nothing(student, run[2])
+    batches = global_batches(student, run, 1, 5)
+    one, two = (student.make_sampler(*run[:2], 0, 1, run[2]) for _ in range(2))
+    for step in range(5):
+        pair = [sorted(int(example) for example in sampler.next_batch()) for sampler in (one, two)]
+        assert pair == [batches[step], batches[step]], (
+            f"{named(run)}, step {step}: two equal samplers in one process read {pair[0]} and "
+            f"{pair[1]}, one alone reads {batches[step]}"
+        )
+
+
+def check_seeds_share_nothing(student, seed):
+    run, steps = (50, 20, seed), 120  # 60 epochs of two steps
+    batches = global_batches(student, run, 1, steps)
+    for step in range(1, 4):
+        neighbour = (50, 20, seed + step)
+        shared = [b for b in global_batches(student, neighbour, 1, steps) if b in batches]
+        assert not shared, (
+            f"{named(run)} and seed {seed + step}: the two runs share the batch {shared[0]}; "
+            "neighbouring seeds must share no epoch"
+        )
+
+
+def check_refused(student, arguments, *numbers):
+    examples, global_batch, rank, world_size = arguments
+    case = f"{examples} examples, a global batch of {global_batch}, {world_size} ranks"
+    try:
+        student.make_sampler(examples, global_batch, rank, world_size, 0)
+    except ValueError as error:
+        assert all(str(number) in str(error) for number in numbers), (
+            f"{case}: the ValueError does not name both {numbers[0]} and {numbers[1]}: {error}"
+        )
+    else:
+        raise AssertionError(f"{case}: expected a ValueError")
+
+
+def check_resume(student, run, before, after, steps):
     """A run of `steps` steps at one world size, continued at another, equals the unbroken run."""
-    unbroken = global_batches(student, 1, steps + STEPS_PER_EPOCH)
-    ranks = samplers(student, before)
+    steps_per_epoch = run[0] // run[1]
+    unbroken = global_batches(student, run, 1, steps + steps_per_epoch + 1)
+    ranks = samplers(student, run, before)
     for _ in range(steps):
         for rank in ranks:
             rank.next_batch()
     states = [json.dumps(rank.state_dict(), sort_keys=True) for rank in ranks]
     assert len(set(states)) == 1, f"the ranks' states differ: {states[0]} and {states[-1]}"
-    resumed = samplers(student, after)
+    resumed = samplers(student, run, after)
+    resumed[-1].next_batch()  # a sampler that was in use forgets where it stood
     for rank in resumed:
-        rank.load_state_dict(json.loads(states[0]))
-    for step in range(steps, steps + STEPS_PER_EPOCH):
+        given = json.loads(states[0])
+        rank.load_state_dict(given)
+        assert given == json.loads(states[0]), "load_state_dict changes the state that it is given"
+    for step in range(steps, len(unbroken)):
         got = sorted(int(example) for rank in resumed for example in rank.next_batch())
         assert got == unbroken[step], (
-            f"saved after {steps} steps by {before} ranks, resumed by {after}: step {step} reads "
-            f"{got}, the unbroken run {unbroken[step]}"
+            f"{named(run)}, saved after {steps} steps by {before} ranks, resumed by {after}: step "
+            f"{step} reads {got}, the unbroken run {unbroken[step]}"
         )
 
 
-def global_batches(student, world_size, steps):
+def drawn_run(chance):
+    """(num_examples, global_batch, seed); the batch may divide the examples, or be all of them."""
+    global_batch = int(chance.choice([1, 2, 6, 12, 13, 16]))
+    examples = global_batch * int(chance.integers(1, 10)) + int(chance.integers(global_batch))
+    return examples, global_batch, int(chance.integers(10**6))
+
+
+def drawn_world_size(chance, global_batch):
+    return int(chance.choice(divisors(global_batch)))
+
+
+def divisors(number):
+    return [divisor for divisor in range(1, number + 1) if number % divisor == 0]
+
+
+def named(run):
+    examples, global_batch, seed = run
+    return f"{examples} examples, global batch {global_batch}, seed {seed}"
+
+
+def global_batches(student, run, world_size, steps):
     """The sorted examples of all ranks together at each step."""
-    ranks = samplers(student, world_size)
+    ranks = samplers(student, run, world_size)
     return [
         sorted(int(example) for rank in ranks for example in rank.next_batch())
         for _ in range(steps)
     ]
 
 
-def samplers(student, world_size):
-    return [make(student, rank, world_size) for rank in range(world_size)]
-
-
-def make(student, rank=0, world_size=1, seed=SEED):
-    return student.make_sampler(EXAMPLES, GLOBAL_BATCH, rank, world_size, seed)
+def samplers(student, run, world_size):
+    examples, global_batch, seed = run
+    return [
+        student.make_sampler(examples, global_batch, rank, world_size, seed)
+        for rank in range(world_size)
+    ]

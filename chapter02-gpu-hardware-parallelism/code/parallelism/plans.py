@@ -5,15 +5,18 @@ import math
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from typing import get_args
 
 from distlab import predict, script
 from distlab.catalog import GPUS, MODELS, GpuSpec
 from distlab.cluster.links import parse_rate
 from distlab.predict import Architecture, Memory, TrainingPlan, training_stage_memory
+from distlab.predict.activations import Kernels, Recompute
 from parallelism.cost import Cluster, StepTime, stage_kinds, step_time
 
 MOST_CHUNKS = 8  # of a pipeline stage; more is not seen in practice
 SHORTEST_PIECE = 4096  # tokens: with less the kernels get slow, which the cost model does not see
+RECOMPUTE: tuple[Recompute, ...] = ("none", "full")
 MOST_SHORT = 3  # pipeline stages that have one layer less than the others
 
 
@@ -28,6 +31,7 @@ class Job:
     global_batch: int  # sequences
     precision: str = "mixed"
     optimizer: str = "adamw"
+    kernels: Kernels = "eager"
 
 
 @dataclass(frozen=True)
@@ -99,10 +103,11 @@ def variants(job: Job, d: Degrees) -> Iterator[TrainingPlan]:
         accumulation = local_batch // micro_batch
         for chunks in chunk_counts(job.model, d.pp, accumulation):
             for zero in range(4) if d.dp * d.ep * d.cp > 1 else [0]:
-                for checkpointing in (False, True):
+                for recompute in RECOMPUTE:
                     yield TrainingPlan(
                         job.gpus, d.tp, d.pp, zero, job.precision, job.optimizer, job.seq_len,
-                        micro_batch, accumulation, checkpointing, d.cp, d.ep, chunks, d.tp > 1,
+                        micro_batch, accumulation, recompute, d.cp, d.ep, chunks, d.tp > 1,
+                        job.kernels,
                     )  # fmt: skip
 
 
@@ -257,6 +262,9 @@ def parse_args(doc: str | None, argv: list[str] | None) -> argparse.Namespace:
     batch.add_argument("--global-batch-tokens", type=script.positive_int, help="the same in tokens")
     group.add_argument("--precision", choices=tuple(predict.PRECISIONS), default="mixed")
     group.add_argument("--optimizer", choices=tuple(predict.MOMENTS), default="adamw")
+    group.add_argument(
+        "--kernels", choices=get_args(Kernels), default="eager", help="what is fused (eager)"
+    )
 
     group = parser.add_argument_group("the cluster")
     group.add_argument("--gpus", type=script.positive_int, default=64)
@@ -303,7 +311,14 @@ def chosen_job(args: argparse.Namespace) -> tuple[str, Job]:
         )
     per_node = min(args.gpus_per_node, args.gpus)
     return name, Job(
-        a, args.gpus, per_node, args.seq_len, _sequences(args), args.precision, args.optimizer
+        a,
+        args.gpus,
+        per_node,
+        args.seq_len,
+        _sequences(args),
+        args.precision,
+        args.optimizer,
+        args.kernels,
     )
 
 

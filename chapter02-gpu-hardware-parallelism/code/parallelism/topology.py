@@ -227,10 +227,6 @@ def _ends(piece: str) -> tuple[int, int]:
     return int(low), int(high or low)
 
 
-def count_cores(cores: str) -> int:
-    return sum(high - low + 1 for low, high in map(_ends, cores.split(",")))
-
-
 MOST_CORES = 256  # a picture of more is no longer read
 SHARES = {  # what two cores share, by what the kernel calls the list; the closest first
     "thread_siblings_list": "one core",

@@ -16,7 +16,7 @@ class Routing:
 def route(scores, capacity):
     tokens, num_experts = scores.shape
     experts = np.argsort(-scores, axis=1, kind="stable")[:, :2]
-    chosen = np.take_along_axis(scores, experts, axis=1)
+    chosen = np.take_along_axis(scores, experts, axis=1).astype(np.float64)
     weights = np.exp(chosen - chosen.max(axis=1, keepdims=True))
     weights /= weights.sum(axis=1, keepdims=True)
     slots = np.full((tokens, 2), -1)

@@ -18,12 +18,12 @@ class Network:
             for source in range(world_size)
             for to in range(world_size)
         }
-        self.sent = []  # (source, to, elements)
+        self.sent = []  # (source, to, elements, dtype)
 
     def sender(self, rank):
         def send(to, array):
             copied = np.array(array)
-            self.sent.append((rank, to, copied.size))
+            self.sent.append((rank, to, copied.size, str(copied.dtype)))
             self.messages[rank, to].put(copied)
 
         return send
@@ -39,6 +39,10 @@ class Network:
                 ) from None
 
         return receive
+
+    def waiting(self):
+        """(source, to) of the messages that nobody has received."""
+        return [pair for pair, messages in self.messages.items() if not messages.empty()]
 
 
 def run_workers(world_size, work):

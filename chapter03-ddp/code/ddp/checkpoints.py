@@ -19,8 +19,9 @@ import torch
 from filelock import FileLock
 from torch import Tensor
 
-from distlab.checkpoint_files import Damaged, encode, read_files, sync_folder, write_files
+from distlab.checkpoint_files import Damaged, encode, read_files, write_files
 from distlab.errors import RunError, UsageError
+from distlab.files import make_synced_folder, sync_folder
 
 NAME = re.compile(r"step_(\d{8,})")
 SAVE_WAITS_S = 5.0  # for the one before: less than the other ranks wait in a collective
@@ -62,7 +63,7 @@ class Checkpoints:
         self._writer: threading.Thread | None = None
         self._failure: BaseException | None = None
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
+            make_synced_folder(self.folder)
         except OSError as error:
             raise UsageError(f"the folder of checkpoints {folder}: {error.strerror}") from error
         self._sweep()

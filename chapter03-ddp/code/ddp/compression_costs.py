@@ -167,7 +167,7 @@ def no_step() -> float:
 
 def bytes_sent(interface: str) -> float:
     """Bytes that `interface` has sent, headers included; see proc_pid_net(5)."""
-    for line in Path("/proc/self/net/dev").read_text().splitlines():
+    for line in Path("/proc/self/net/dev").read_text(encoding="utf-8").splitlines():
         name, _, counts = line.partition(":")
         if name.strip() == interface:
             return float(counts.split()[8])
@@ -207,7 +207,7 @@ def change_links(cluster: VirtualCluster, folder: Path, ended: threading.Event) 
     while not ended.wait(LOOK_EVERY_S):
         if request.exists():
             for node in cluster.names:
-                cluster.rate(node, request.read_text())
+                cluster.rate(node, request.read_text(encoding="utf-8"))
             request.unlink()
 
 

@@ -50,7 +50,7 @@ class StepLog:
 def read_log(folder: Path) -> list[Line]:
     """All lines so far, but the one that is being written. Raises `RunError` when one is torn."""
     path = folder / FILE
-    text = path.read_text() if path.exists() else ""
+    text = path.read_text(encoding="utf-8") if path.exists() else ""
     lines = []
     for number, line in enumerate(text.rpartition("\n")[0].splitlines(), start=1):
         try:

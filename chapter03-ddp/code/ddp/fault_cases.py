@@ -167,10 +167,10 @@ class ForkedRanks:
         return status
 
     def output(self) -> str:
-        return Path(self._file("stdout")).read_text(errors="replace")
+        return Path(self._file("stdout")).read_text(errors="replace", encoding="utf-8")
 
     def errors(self) -> str:
-        return Path(self._file("stderr")).read_text(errors="replace")
+        return Path(self._file("stderr")).read_text(errors="replace", encoding="utf-8")
 
     def _file(self, stream: str) -> str:
         return str(Path(self.folder.name) / stream)

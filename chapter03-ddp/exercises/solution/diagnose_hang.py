@@ -26,8 +26,9 @@ def diagnose(dumps, world_size):
                 return Diagnosis(kind(call, usual, rank, calls), rank, seq)
     last = {rank: max(own, default=0) for rank, own in calls.items()}
     slowest = min(last, key=last.__getitem__)
+    others = calls.keys() - {slowest}
     waiting = {d["rank"] for d in dumps if d["stack"] and d["stack"][0]["function"] == "wait"}
-    if waiting == calls.keys() - {slowest}:
+    if waiting == others and all(last[rank] > last[slowest] for rank in others):
         return Diagnosis(STRAGGLER, slowest, last[slowest] + 1)
     return Diagnosis(HEALTHY)
 

@@ -35,7 +35,12 @@ def diagnose(dumps: Sequence[dict[str, Any]], world_size: int) -> Diagnosis:
 
     At least three ranks are in a job, and at most one has a fault; what the majority does is right.
     Two calls are the same when they stand at the same place: the file and line of their innermost
-    frame. After the first wrong collective the later ones are wrong too; they are consequences. In
-    a healthy job, too, some ranks may be further than others, as long as not all the others wait.
+    frame; by which way a rank came there does not matter. After the first wrong collective the
+    later ones are wrong too; they are consequences. Two shapes differ also where they have as many
+    elements.
+
+    A straggler is not in wait and has called fewer collectives than each of the others, perhaps
+    none yet, and all of these are in wait. In a healthy job, too, some ranks may be further than
+    others, as long as not all the others wait for one. The dumps are not changed.
     """
     raise NotImplementedError("diagnose_hang.diagnose is yours to write")

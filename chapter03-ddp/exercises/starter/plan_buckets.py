@@ -21,12 +21,15 @@ def plan_buckets(
 
     `parameters` come in the order in which the forward pass uses them; their gradients are ready in
     the opposite order, and fill the buckets in it. A tied weight's gradient is whole only when the
-    backward pass has come to its first use: it counts once, there, and under that name. A frozen
-    parameter (requires_grad False) has no gradient.
+    backward pass has come to its first use: it counts once, there, and under that name, however
+    many names it has. A frozen parameter (requires_grad False) has no gradient. Names and numbers
+    of storages say nothing of the order. `parameters` is not changed.
 
     A bucket takes the next gradient if with it it holds at most `bucket_bytes`, the first bucket at
     most `first_bucket_bytes`: it is sent early when it is small. Else the bucket is closed. A
-    gradient that is larger than the cap has a bucket of its own. No bucket is empty.
+    gradient that is larger than the cap has a bucket of its own, the first too. No bucket is empty,
+    and where there is no gradient there is no bucket. All sizes are whole bytes, 1 or more; either
+    cap may be the larger one.
     Source: Li et al., "PyTorch Distributed", VLDB 2020, section 3.2.3.
     """
     raise NotImplementedError("plan_buckets.plan_buckets is yours to write")

@@ -13,7 +13,7 @@ DTYPES = ("Float", "BFloat16", "Half", "Long")
 def recorded_jobs():
     """(name, job) of each job that really ran; a job's "rank" and "seq" are what is to be said."""
     for path in sorted(RECORDED.glob("*.json")):
-        job = json.loads(path.read_text())
+        job = json.loads(path.read_text(encoding="utf-8"))
         job["world_size"] = 3
         first_of_step = {"rank-only collective": 6, "order swap": 6, "mismatch": 6, "straggler": 6}
         job["seq"] = first_of_step.get(job["cause"])  # step 2 begins after 1 + 2 * 2 collectives
@@ -49,40 +49,51 @@ def new_job(cause, chance):
     """A job nobody has seen: `steps` times the same calls, and in one step a fault."""
     world_size, steps = chance.randint(3, 9), chance.randint(3, 6)
     calls = program(chance)
-    faulty, bad_step = chance.randrange(world_size), chance.randint(1, steps - 1)
+    begin = chance.choice([1, 77, 4096 - chance.randint(2, 9)])
+    faulty = chance.randrange(world_size)
+    bad_step = chance.randint(0 if begin == 1 else 1, steps - 1)
     place = chance.randrange(len(calls))
-    at_once = (
-        chance.random() < 0.5
-    )  # all calls of a step are started before the first is waited for
+    # all calls of a step may be started before the first is waited for
+    at_once = chance.random() < 0.5
     right = [call for _ in range(steps) for call in calls]
     at = bad_step * len(calls) + place
     wrong = list(right)
     if cause == "rank-only collective":
-        wrong.insert(at, call_at(chance, line=990))
+        due = wrong[at]
+        own = call_at(chance, "loss.py", chance.choice([990, due["stack"][0]["line"]]))
+        alike = chance.random() < 0.5  # only the place tells it from the call that is due
+        wrong.insert(at, {**due, "stack": own["stack"]} if alike else own)
     elif cause == "order swap":
-        place = chance.randrange(len(calls) - 1)
-        at = bad_step * len(calls) + place
+        at = bad_step * len(calls) + chance.randrange(len(calls) - 1)
         wrong[at], wrong[at + 1] = wrong[at + 1], wrong[at]
+        at_once = at_once or bad_step == 0  # else nobody has called the second one yet
     elif cause == "mismatch":
         wrong[at] = otherwise(wrong[at], chance)
-    step_ends = (bad_step + 1) * len(calls)
-    issued = step_ends if at_once else at + 1
-    window, begin = 3 * len(calls), chance.choice([1, 77, 4000])
+    issued = (bad_step + 1) * len(calls) if at_once else at + 1
     dumps = []
     for rank in range(world_size):
-        own, count = (wrong, issued) if rank == faulty else (right, issued)
-        function = "wait"
-        if cause == "straggler":
-            function = "backward" if rank == faulty else "wait"
-            count = at if rank == faulty else issued
+        own, count, function = right, issued, "wait"
+        if rank == faulty:
+            own = wrong
+            if cause == "straggler":
+                count, function = at, computing(chance)
         if cause == "healthy":
-            # ranks on their way: a few calls ahead of each other, and not all but one wait
-            count = issued - chance.randint(0, 2) if at_once else issued
-            function = "wait" if rank < world_size - 2 else "backward"
+            count, function = on_its_way(rank, world_size, issued, at_once, chance)
+        # what is older than two steps may be overwritten, but not the fault
+        window = chance.randint(2 * len(calls), 3 * len(calls))
         numbered = list(enumerate(own[:count], start=begin))[-window:]
-        entries = [{"seq": seq, **copy.deepcopy(call)} for seq, call in numbered]
-        stack = [frame(function, 40 if function == "wait" else 300)]
-        dumps.append({"rank": rank, "entries": entries, "stack": [*stack, frame("train", 12)]})
+        entries = [
+            {"seq": seq, **called_from(chance.randint(1, 19), call)} for seq, call in numbered
+        ]
+        dumps.append({"rank": rank, "entries": entries, "stack": main_thread(function)})
+    if cause == "healthy" and chance.random() < 0.5:
+        # all the others wait, and not all of them for what this one has not called
+        same, others = dumps[0]["entries"], [rank for rank in range(world_size) if rank != faulty]
+        behind = chance.choice([set(others), {others[0]}, {others[-1]}])
+        for dump in dumps:
+            back = dump["rank"] == faulty or dump["rank"] in behind
+            dump["entries"] = copy.deepcopy(same[: len(same) - back])
+            dump["stack"] = main_thread(computing(chance) if dump["rank"] == faulty else "wait")
     if cause == "missing rank":
         dumps = [dump for dump in dumps if dump["rank"] != faulty]
     chance.shuffle(dumps)
@@ -96,30 +107,52 @@ def new_job(cause, chance):
     }
 
 
+def on_its_way(rank, world_size, issued, at_once, chance):
+    """How much a rank of a healthy job has issued, and where it is: not all but one wait."""
+    count = issued - chance.randint(0, 2) if at_once else issued
+    return max(0, count), "wait" if rank < world_size - 2 else computing(chance)
+
+
+def computing(chance):
+    return chance.choice(["backward", "forward", "wait_for_batch", "read"])
+
+
 def program(chance):
-    """The calls of a step: at different lines, and often of one shape."""
+    """The calls of a step: at different places, and often of one op, shape and dtype."""
     shape = [chance.randint(2, 64), 8]
-    lines = chance.sample(range(20, 200), chance.randint(2, 6))
-    return [call_at(chance, line, shape if chance.random() < 0.5 else None) for line in lines]
+    places = [(file, line) for file in ("train.py", "model.py") for line in range(20, 40)]
+    return [
+        call_at(chance, *place, shape if chance.random() < 0.5 else None)
+        for place in chance.sample(places, chance.randint(2, 6))
+    ]
 
 
-def call_at(chance, line, shape=None):
+def call_at(chance, file, line, shape=None):
     return {
         "op": chance.choice(OPS[: 1 if shape else None]),
         "shape": shape or [chance.randint(1, 4096)],
         "dtype": "Float" if shape else chance.choice(DTYPES),
-        "stack": [frame("reduce", line), frame("train", 12)],
+        "stack": [frame("reduce", line, file)],
     }
 
 
+def called_from(line, call):
+    """The call as a rank records it: the ranks may have come to it by different ways."""
+    return {**copy.deepcopy(call), "stack": [*call["stack"], frame("train", line)]}
+
+
 def otherwise(call, chance):
-    changed = copy.deepcopy(call)
-    if chance.random() < 0.5:
-        changed["shape"] = [*call["shape"][:-1], call["shape"][-1] + 1]
-    else:
-        changed["dtype"] = "Double"
-    return changed
+    """The call with another shape, perhaps of as many elements, or with another dtype."""
+    shape = call["shape"]
+    shapes = [[*shape[:-1], shape[-1] + 1], [shape[0] + 1, *shape[1:]], [*shape, 1], [1, *shape]]
+    if chance.random() < 0.6:
+        return {**call, "shape": chance.choice(shapes)}
+    return {**call, "dtype": "Double"}
 
 
-def frame(function, line):
-    return {"function": function, "file": "train.py", "line": line}
+def main_thread(function):
+    return [frame(function, 40 if function == "wait" else 300), frame("train", 12)]
+
+
+def frame(function, line, file="train.py"):
+    return {"function": function, "file": file, "line": line}

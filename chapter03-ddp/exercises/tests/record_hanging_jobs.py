@@ -35,7 +35,7 @@ def main():
         job = {"cause": cause, "rank": None if cause == "healthy" else faulty}
         job["dumps"] = run_job(cause, faulty)
         name = cause.replace(" ", "_").replace("-", "_")
-        (FOLDER / f"{name}.json").write_text(json.dumps(job, indent=1) + "\n")
+        (FOLDER / f"{name}.json").write_text(json.dumps(job, indent=1) + "\n", encoding="utf-8")
 
 
 def run_job(cause, faulty):
@@ -49,7 +49,10 @@ def run_job(cause, faulty):
         for rank in ranks:
             rank.kill()
             rank.join()
-        return [json.loads(path.read_text()) for path in sorted(Path(folder).glob("*.json"))]
+        return [
+            json.loads(path.read_text(encoding="utf-8"))
+            for path in sorted(Path(folder).glob("*.json"))
+        ]
 
 
 def wait_until_quiet(folder, expected):
@@ -137,7 +140,9 @@ class Teller:
         innermost_first = reversed(traceback.extract_stack())
         stack = own_frames((f.name, f.filename, f.lineno) for f in innermost_first)
         part = self.path.with_suffix(".part")
-        part.write_text(json.dumps({"rank": self.rank, "entries": entries, "stack": stack}))
+        part.write_text(
+            json.dumps({"rank": self.rank, "entries": entries, "stack": stack}), encoding="utf-8"
+        )
         part.rename(self.path)
 
 

@@ -1,29 +1,34 @@
-"""Task 2: timelines by hand, then bucket sizes against every candidate tried."""
+"""Task 2: timelines by hand, random ones by a formula without a clock, and every size tried."""
 
-import random
+import itertools
 
 TOLERANCE = 1e-9
+TIED_S = 1e-12
 MIB = 2**20
 
 
 def assert_end(student, ready, sizes, alpha, beta, expected, why):
-    got = student.step_end(list(ready), list(sizes), alpha, beta)
-    assert abs(got - expected) < TOLERANCE, (
+    handed = list(ready), list(sizes)
+    got = student.step_end(*handed, alpha, beta)
+    assert handed == (list(ready), list(sizes)), "step_end changed the lists that it was given"
+    assert abs(got - expected) < TOLERANCE * max(1.0, expected), (
         f"buckets full at {list(ready)} s with {list(sizes)} bytes, alpha {alpha} s, beta {beta} "
         f"s/B: the step ends at {got} s, expected {expected}: {why}"
     )
 
 
-def test_steps_by_hand(student):
+def test_steps_by_hand(student, chance):
     assert_end(student, [], [], 0.5, 0.1, 0.0, "there is no bucket")
     assert_end(student, [2.0], [10], 0.5, 0.1, 3.5, "one bucket starts when it is full")
     assert_end(
         student, [1.0, 2.0], [5, 5], 0.0, 0.1, 2.5, "the first is reduced beside the backward pass"
     )
     assert_end(student, [0.0, 0.0], [5, 5], 0.25, 0.1, 1.5, "each all-reduce has its own alpha")
+    for _ in range(20):
+        assert_random_end(student, chance, int(chance.integers(1, 3)), in_order=True)
 
 
-def test_buckets_go_one_after_another_in_their_order(student):
+def test_buckets_go_one_after_another_in_their_order(student, chance):
     assert_end(
         student, [1.0, 1.5, 2.0], [10, 10, 10], 0.0, 0.1, 4.0, "the link carries one at once"
     )
@@ -35,19 +40,63 @@ def test_buckets_go_one_after_another_in_their_order(student):
     assert_end(
         student, [1.0, 1.0, 9.0], [10, 40, 10], 0.0, 0.1, 10.0, "a queue that is gone delays nobody"
     )
+    for in_order in [True, False] * 20:
+        assert_random_end(student, chance, int(chance.integers(3, 30)), in_order)
 
 
-def test_a_bucket_waits_for_its_last_gradient(student):
+def assert_random_end(student, chance, buckets, in_order):
+    ready = chance.uniform(0, 1, buckets).round(3).tolist()
+    sizes = chance.integers(1, 10**6, buckets).tolist()
+    alpha = float(chance.choice([0.0, 1e-3, 0.05]))
+    beta = float(chance.choice([0.0, 1e-9, 1e-6 / buckets, 1e-6]))
+    ready = sorted(ready) if in_order else ready
+    expected = end_by_delays(ready, sizes, alpha, beta)
+    assert_end(student, ready, sizes, alpha, beta, expected,
+               "no bucket, with all that are sent after it, fits in later")  # fmt: skip
+
+
+def end_by_delays(ready, sizes, alpha, beta):
+    """From each bucket on the link may be busy to the end: the latest of these ends."""
+    costs = [alpha + beta * size for size in sizes]
+    return max((when + sum(costs[i:]) for i, when in enumerate(ready)), default=0.0)
+
+
+def test_a_bucket_waits_for_its_last_gradient(student, chance):
     gradients = [(1.0, 4), (2.0, 4), (3.0, 4), (4.0, 20), (5.0, 4)]
     assert_buckets(student, gradients, 8, [2.0, 3.0, 4.0, 5.0], [8, 4, 20, 4])
     assert_buckets(student, gradients, 12, [3.0, 4.0, 5.0], [12, 20, 4])
     assert_buckets(student, gradients, 1, [1.0, 2.0, 3.0, 4.0, 5.0], [4, 4, 4, 20, 4])
     assert_buckets(student, gradients, 1000, [5.0], [36])
     assert_buckets(student, [], 8, [], [])
+    for _ in range(60):
+        gradients = random_gradients(chance, int(chance.integers(1, 30)), largest=9)
+        cap = int(chance.integers(1, 30))
+        assert_buckets(student, gradients, cap, *whole_buckets(gradients, cap))
+
+
+def random_gradients(chance, count, largest):
+    """Ready one after another, some at the same time."""
+    steps = chance.choice([0.0, 0.001, 0.004, 0.01], count) * chance.uniform(0.5, 2)
+    sizes = chance.integers(1, largest + 1, count).tolist()
+    return list(zip(steps.cumsum().tolist(), sizes, strict=True))
+
+
+def whole_buckets(gradients, cap):
+    """(ready, sizes): each bucket is the longest run that fits, or one gradient."""
+    ready, sizes = [], []
+    while gradients:
+        sums = list(itertools.accumulate(size for _, size in gradients))
+        count = max(1, sum(total <= cap for total in sums))
+        ready.append(gradients[count - 1][0])
+        sizes.append(sums[count - 1])
+        gradients = gradients[count:]
+    return ready, sizes
 
 
 def assert_buckets(student, gradients, cap, ready, sizes):
-    got = tuple(list(part) for part in student.fill_buckets(list(gradients), cap))
+    handed = list(gradients)
+    got = tuple(list(part) for part in student.fill_buckets(handed, cap))
+    assert handed == list(gradients), "fill_buckets changed the list that it was given"
     assert got[1] == sizes, (
         f"gradients (ready, bytes) {gradients} in buckets of at most {cap} bytes: the sizes are "
         f"{got[1]}, expected {sizes}"
@@ -58,32 +107,35 @@ def assert_buckets(student, gradients, cap, ready, sizes):
     )
 
 
-def test_the_best_bucket_size(student):
-    for seed in range(40):
-        chance = random.Random(seed)
-        now, gradients = 0.0, []
-        for _ in range(chance.randint(1, 40)):
-            now += chance.uniform(0.001, 0.01)
-            gradients.append((now, chance.randint(1, 4 * MIB)))
-        alpha, beta = chance.choice([0.0, 1e-4, 1e-2]), chance.choice([1e-10, 8e-9])
-        candidates = chance.sample([MIB // 4, MIB, 4 * MIB, 25 * MIB, 1000 * MIB], 4)
-        ends = {one: end_of(gradients, one, alpha, beta) for one in candidates}
-        best = max(one for one in candidates if ends[one] - min(ends.values()) < 1e-12)
-        got = student.best_bucket_bytes(list(gradients), list(candidates), alpha, beta)
-        assert got in ends, f"{got} is none of the candidates {candidates}"
-        assert got == best, (
-            f"{len(gradients)} gradients, alpha {alpha} s, beta {beta} s/B: buckets of {got:,} "
-            f"bytes end the step at {ends[got]:.6f} s, those of {best:,} bytes at {ends[best]:.6f} "
-            "s, and of equally good ones the largest is wanted"
-        )
+def test_the_best_bucket_size(student, chance):
+    assert_best(student, [], chance.permutation([3, 1, 2]).tolist(), 0.1, 0.1)
+    for apart in (0.0, 2e-13, 5e-12):
+        # two buckets end the step this much earlier than one
+        gradients = [(0.0, 1000), (apart, 700)]
+        assert_best(student, gradients, chance.permutation([1000, 1700, 50]).tolist(), 0.0, 1e-10)
+    for _ in range(60):
+        count = int(chance.integers(1, 40))
+        gradients = random_gradients(chance, count, largest=int(chance.choice([5, 4 * MIB])))
+        whole = sum(size for _, size in gradients)
+        # above the whole they are all the same; at a sum of sizes a bucket is exactly full
+        sizes = {max(1, int(whole * part)) for part in chance.uniform(0, 1.5, 4)}
+        sizes |= {sum(size for _, size in gradients[: int(chance.integers(1, count + 1))])}
+        alpha = float(chance.choice([0.0, 1e-4, 1e-2]))
+        beta = float(chance.choice([1e-3, 0.05, 0.3])) / whole
+        assert_best(student, gradients, chance.permutation(list(sizes)).tolist(), alpha, beta)
 
 
-def end_of(gradients, cap, alpha, beta):
-    """The step's end with buckets of at most `cap` bytes, gradient by gradient."""
-    free, held, full = 0.0, 0.0, 0.0
-    for when, size in [*gradients, (None, float("inf"))]:
-        if held and held + size > cap:
-            free, held = max(free, full) + alpha + beta * held, 0.0
-        if when is not None:
-            held, full = held + size, when
-    return free
+def assert_best(student, gradients, candidates, alpha, beta):
+    ends = {one: end_by_delays(*whole_buckets(gradients, one), alpha, beta) for one in candidates}
+    best = max(one for one in candidates if ends[one] - min(ends.values()) < TIED_S)
+    handed = list(gradients), list(candidates)
+    got = student.best_bucket_bytes(*handed, alpha, beta)
+    assert handed == (list(gradients), list(candidates)), (
+        "best_bucket_bytes changed the lists that it was given"
+    )
+    assert got in ends, f"{got} is none of the candidates {candidates}"
+    assert got == best, (
+        f"{len(gradients)} gradients, candidates {candidates}, alpha {alpha} s, beta {beta:.3g} "
+        f"s/B: buckets of {got:,} bytes end the step at {ends[got]:.14f} s, those of {best:,} "
+        f"bytes at {ends[best]:.14f} s, and of equally good ones the largest is wanted"
+    )

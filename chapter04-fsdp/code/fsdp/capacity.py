@@ -63,7 +63,8 @@ def replicated_moments(
 ) -> list[Moment]:
     """DDP's: weights, buckets of gradients and Adam's means are there all the time."""
     state = 4 * FLOAT * num_parameters(config)
-    moving = peak_activations(config.architecture, "fp32", seq_len, batch, mode.recomputes)
+    again = "full" if mode.recomputes else "none"
+    moving = peak_activations(config.architecture, "fp32", seq_len, batch, again)
     return [Moment("backward", state + moving), Moment("optimizer", state)]
 
 

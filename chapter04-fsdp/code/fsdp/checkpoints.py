@@ -35,11 +35,11 @@ from distlab.checkpoint_files import (
     encode,
     hash_file,
     read_manifest,
-    sync_folder,
     write_json,
     write_manifest,
 )
 from distlab.errors import RunError, UsageError
+from distlab.files import sync_folder
 from distlab.ranks import gathered
 from distlab.runtime import Runtime
 from fsdp.contents import METADATA, Loaded, load, settings_of, tensors_of

@@ -34,9 +34,9 @@ from distlab.checkpoint_files import (
     encode,
     read_manifest,
     stream_files,
-    sync_folder,
 )
 from distlab.errors import RunError, UsageError
+from distlab.files import sync_folder
 from distlab.hf_format import DTYPES, SHARD_BYTES, Shapes, file_order, stream_directory
 from distlab.runtime import Runtime
 

@@ -273,9 +273,8 @@ class Plan:
         return self.root + (1 + coming) * self.layer + max(0.0, parts)
 
     def _saved(self) -> float:
-        return saved_activations(
-            self.architecture, "fp32", self.seq_len, self.batch, self.sharding.checkpointing
-        )
+        again = "full" if self.sharding.checkpointing else "none"
+        return saved_activations(self.architecture, "fp32", self.seq_len, self.batch, again)
 
     def _kept(self) -> float:
         return self._entry() if self.sharding.checkpointing else self._block()

@@ -30,7 +30,7 @@ def predicted_bytes(args: Namespace, config: ModelConfig, shards: int, batch: in
         state = copy = 0
     activations = peak_activations(
         config.architecture, "fp32" if width == FLOAT else "bf16", args.seq_len, batch,
-        args.activation_checkpointing == "full",
+        "full" if args.activation_checkpointing == "full" else "none",
     )  # fmt: skip
     return state + width * in_use + FLOAT * unit + activations + copy
 

@@ -22,7 +22,7 @@ class Costs:
         self.a, self.batch, self.seq_len, self.seconds = a, batch, seq_len, seconds
         self.tokens = batch * seq_len
         whole = predict.training_flops_per_token(a, seq_len)
-        again = predict.training_flops_per_token(a, seq_len, checkpointing=True)
+        again = predict.training_flops_per_token(a, seq_len, "full")
         self.full_share = (again - whole) / whole  # of the step, to compute all layers again
         self.per_byte = element_wise(round(self.tokens * self._layer()), device)
 
@@ -31,7 +31,7 @@ class Costs:
         a, seq_len, batch = self.a, self.seq_len, self.batch
         if policy == "none":
             return saved_activations(a, "fp32", seq_len, batch)
-        inputs = saved_activations(a, "fp32", seq_len, batch, checkpointing=True)
+        inputs = saved_activations(a, "fp32", seq_len, batch, "full")
         if policy == "half":  # of an odd number of layers the larger half keeps all
             return inputs + self.tokens * (self._layer() - 4 * a.hidden_size) * (self._layers(1))
         return inputs + self.tokens * self._products() * a.num_hidden_layers * (policy != "full")

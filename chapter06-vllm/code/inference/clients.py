@@ -6,11 +6,13 @@ import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from urllib.parse import urlsplit
 
 import openai
 
 from distlab import script
 from distlab.errors import RunError
+from distlab.host import LOOPBACK
 
 
 def add_server_flags(parser: script.Parser) -> None:
@@ -118,8 +120,13 @@ async def connected(
     answers there, or while a request of the block fails.
     """
     key = os.environ.get("OPENAI_API_KEY") or "none"
+    by_proxy = urlsplit(base_url).hostname not in LOOPBACK
+    try:
+        http = openai.DefaultAsyncHttpxClient(trust_env=by_proxy)
+    except (ImportError, ValueError) as error:  # a SOCKS proxy needs a package, or its URL is none
+        raise RunError(f"the proxy for {base_url} cannot be used: {error}") from error
     async with openai.AsyncOpenAI(
-        base_url=base_url, api_key=key, timeout=timeout_s, max_retries=0
+        base_url=base_url, api_key=key, timeout=timeout_s, max_retries=0, http_client=http
     ) as client:
         try:
             names = [known.id async for known in client.models.list()]

@@ -94,7 +94,7 @@ def thread_binding() -> str:
     threads of several programs would wait for the same core.
     """
     cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
-    wanted = int(os.environ.get("OMP_NUM_THREADS") or len(cores))
+    wanted = host.threads_asked() or len(cores)
     if not cores or min(wanted, host.usable_cores()) < len(cores):
         return "nobind"
     return ",".join(map(str, cores))

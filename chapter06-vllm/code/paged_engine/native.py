@@ -7,13 +7,15 @@ that tells sources, compiler and instruction set apart.
 
 PAGED_ENGINE_KERNELS chooses, before the first use: `native`, all that this processor has (the
 default); `sse2`, `avx2`, `avx512` or `neon`, those instructions and no wider ones; `torch`, no
-compiled operators, and on a GPU no kernel of Triton's. CXX names the compiler.
+compiled operators, and on a GPU no kernel of Triton's. CXX names the compiler, in a shell's words:
+a wrapper before it and flags after it are kept (`ccache g++ -m64`).
 """
 
 import ctypes
 import functools
 import hashlib
 import os
+import shlex
 import shutil
 import subprocess
 from dataclasses import dataclass
@@ -123,34 +125,44 @@ def load() -> Native:
                 f"use one of {', '.join(available())}"
             )
         flags = (*WIDTHS[choice()][1], *(flag for flag in flags if flag == "-fopenmp"))
-        instructions = _run([compiler, *flags, *MACROS])
+        instructions = _run([*compiler, *flags, *MACROS])
     sources = sorted(Path(__file__).parent.joinpath("cpp").glob("*.[ch]*"))
     if not sources:
         raise BuildError("the package came without its C++ sources")
-    digest = hashlib.sha256(" ".join([*COMMON_FLAGS, *flags, instructions]).encode())
+    words = [*compiler[1:], *COMMON_FLAGS, *flags]
+    digest = hashlib.sha256(" ".join([*words, instructions]).encode())
     for source in sources:
         digest.update(source.read_bytes())
     path = cache_dir() / "kernels" / f"{digest.hexdigest()[:32]}.so"
     if not path.exists():
         with atomic_write(path) as temporary:
             code = [str(source) for source in sources if source.suffix == ".cpp"]
-            _run([compiler, *COMMON_FLAGS, *flags, *code, "-o", str(temporary)])
+            _run([*compiler, *COMMON_FLAGS, *flags, *code, "-o", str(temporary)])
     return _bind(ctypes.CDLL(str(path)), flags)
 
 
-def _compiler() -> str:
-    named = os.environ.get("CXX")
-    for name in [named] if named else ["c++", "g++", "clang++"]:
-        if found := shutil.which(name):
-            return found
+def _compiler() -> list[str]:
+    """The compiler's command: its program, and what stands after that in CXX."""
+    named = os.environ.get("CXX", "").strip()
+    for command in _commands(named) if named else [["c++"], ["g++"], ["clang++"]]:
+        if found := shutil.which(command[0]):
+            return [found, *command[1:]]
     raise BuildError(f"no C++ compiler ({named or 'c++, g++, clang++'}) is there")
 
 
-def _machine_flags(compiler: str) -> tuple[tuple[str, ...], str]:
+def _commands(named: str) -> list[list[str]]:
+    """What CXX may mean: a program, also one with an unquoted space in its path, or a command."""
+    try:
+        return [[named], shlex.split(named)]
+    except ValueError as error:
+        raise BuildError(f"CXX={named} cannot be read: {error}") from error
+
+
+def _machine_flags(compiler: list[str]) -> tuple[tuple[str, ...], str]:
     """The best flags that `compiler` takes, and the macros by which it tells its instructions."""
     for flags in MACHINE_FLAGS:
         try:
-            return flags, _run([compiler, *flags, *MACROS])
+            return flags, _run([*compiler, *flags, *MACROS])
         except BuildError as error:
             refused = error
     raise refused
@@ -158,7 +170,13 @@ def _machine_flags(compiler: str) -> tuple[tuple[str, ...], str]:
 
 def _run(command: list[str]) -> str:
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=COMPILE_LIMIT_S)
+        done = subprocess.run(
+            command,
+            capture_output=True,
+            encoding="utf-8",
+            errors="replace",
+            timeout=COMPILE_LIMIT_S,
+        )
     except subprocess.TimeoutExpired as error:
         raise BuildError(f"{command[0]} took longer than {COMPILE_LIMIT_S} s") from error
     if done.returncode:

@@ -45,7 +45,6 @@ EVENT = {
     "required": ["data"],
 }
 STREAM = {"content": {"text/event-stream": {"schema": EVENT}}}
-PLAIN_TEXT = {"content": {"text/plain": {"schema": {"type": "string"}}}}
 HTTP_CODES = {404: "not_found", 405: "method_not_allowed"}
 
 

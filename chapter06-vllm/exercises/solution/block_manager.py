@@ -15,6 +15,8 @@ class BlockManager:
         return list(self.tables.get(sequence, []))
 
     def grow(self, sequence, start, stop):
+        if start == stop:
+            return []
         table = self.table(sequence)
         needed = -(-stop // self.block_size)
         touched = range(start // self.block_size, min(needed, len(table)))

@@ -20,6 +20,6 @@ def nucleus(logits, temperature, top_p):
 
 def draw(probabilities, uniform):
     possible = np.flatnonzero(probabilities)
-    ends = np.cumsum(probabilities[possible])
+    ends = np.cumsum(probabilities[possible], dtype=np.float64)
     place = np.searchsorted(ends, uniform, side="right")
     return int(possible[min(place, len(possible) - 1)])

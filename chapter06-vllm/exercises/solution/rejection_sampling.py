@@ -15,5 +15,7 @@ def check_guesses(guesses, q, p, uniform):
 
 def pick(weights, uniform):
     """A place of `weights`, as likely as it is large; never one of weight 0."""
-    sums = np.cumsum(weights, dtype=np.float64)
-    return int(np.searchsorted(sums, uniform() * sums[-1], side="right"))
+    possible = np.flatnonzero(weights)
+    sums = np.cumsum(weights[possible], dtype=np.float64)
+    place = np.searchsorted(sums, uniform() * sums[-1], side="right")
+    return int(possible[min(place, len(possible) - 1)])

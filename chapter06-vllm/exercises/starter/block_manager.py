@@ -5,7 +5,8 @@ class BlockManager:
     """Blocks 0 to num_blocks - 1, each with room for the keys and values of block_size tokens.
 
     A block counts the sequences that use it, and is free when none does. Sequences are named by the
-    caller, by any hashable name.
+    caller, by any hashable name: a string (the empty one, too), a number, a tuple. A block is an
+    int; which of the free ones are given out is yours to choose.
     """
 
     def __init__(self, num_blocks: int, block_size: int) -> None:
@@ -27,18 +28,23 @@ class BlockManager:
         """Make room for tokens `start` to `stop` - 1 of a sequence, which will be written next.
 
         The sequence has blocks for its tokens before `start` already; an unknown one starts at 0.
+        `start` may lie further ahead than its last token: what is there is written over. It keeps
+        blocks that lie behind `stop`. With `start` = `stop` there is nothing to do.
         Every block that one of these tokens falls into must belong to this sequence alone: where
         another sequence uses it too (see `fork`), replace it by a free block in this table, and
         return the pair (old block, new block), so that the caller copies what is in it. Blocks that
         hold none of these tokens stay as they are, shared or not.
 
         Returns the copies, mostly an empty list. Returns None where there are too few free blocks
-        for all of it; then nothing is changed at all.
+        for all of it, and only there; then nothing is changed at all.
         """
         raise NotImplementedError("block_manager.BlockManager.grow is yours to write")
 
     def fork(self, parent: object, child: object) -> None:
-        """Let `child`, a new sequence, use the same blocks as `parent`. No block is taken."""
+        """Let `child`, a new sequence, use the same blocks as `parent`, a known one.
+
+        No block is taken; from then on each of the two grows for itself.
+        """
         raise NotImplementedError("block_manager.BlockManager.fork is yours to write")
 
     def free(self, sequence: object) -> None:

@@ -12,7 +12,7 @@ class Request:
     arrival: int  # no two requests have the same
     tokens: int  # prompt and output so far
     computed: int  # of these, how many have their keys and values in the cache
-    blocks: int  # of the cache, that it holds
+    blocks: int  # of the cache, that it holds; may be more than these need
 
 
 @dataclass
@@ -48,8 +48,9 @@ def schedule(
     too few free blocks ends the plan: nobody overtakes. Waiting requests hold no blocks, and
     their `computed` is 0.
 
-    `chunks` are in the order of planning, `preempted` in that of preemption. The requests
-    themselves are not changed.
+    `chunks` are in the order of planning, `preempted` in that of preemption. The lists come in any
+    order, and any may be empty; `token_budget` is 1 or more, `free_blocks` may be 0. Neither the
+    requests nor the lists are changed.
     Source: Yu et al., "Orca", OSDI 2022; Kwon et al., "PagedAttention", SOSP 2023, section 4.5;
     Agrawal et al., "Sarathi-Serve", OSDI 2024, algorithm 3.
     """

@@ -56,7 +56,7 @@ def allow_namespaces() -> str:
         ("user/max_user_namespaces", "0", "15000"),
     ):
         file = Path("/proc/sys", setting)
-        if file.is_file() and file.read_text().strip() == forbidding:
+        if file.is_file() and file.read_text(encoding="utf-8").strip() == forbidding:
             return f"sudo sysctl -w {setting.replace('/', '.')}={allowing}"
     return (
         "run the cluster's commands as root, on the machine itself or in a --privileged container"

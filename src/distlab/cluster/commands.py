@@ -16,6 +16,7 @@ import psutil
 
 from distlab.process import (
     GRACE_S,
+    IN_UTF8,
     KEEP_ENVIRON,
     MARKER,
     Completed,
@@ -50,11 +51,11 @@ class NodeProcess:
         began = time.monotonic()
         self.process = subprocess.Popen(
             [*enter, "sh", "-c", IN_FOLDER, "sh", os.getcwd(), marks, *command],
-            env={**env, **KEEP_ENVIRON},
+            env={**env, **KEEP_ENVIRON, **IN_UTF8},
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
-            text=True,
+            encoding="utf-8",
             errors="replace",
             start_new_session=True,  # a Ctrl-C is for the cluster's owner, which ends this
             preexec_fn=hear_interrupts(),

@@ -32,7 +32,8 @@ class DelaySwitch:
             [*world.enter(None, "--net", "--pid"), sys.executable, "-I", "-S", script],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            text=True,
+            encoding="utf-8",
+            errors="replace",
             start_new_session=True,
         )
 

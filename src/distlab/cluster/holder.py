@@ -62,7 +62,7 @@ def put_files(files: dict[str, str]) -> None:
     mount("lab", "/tmp", "tmpfs")
     for number, (path, text) in enumerate(files.items()):
         source = Path(f"/tmp/{number}")
-        source.write_text(text)
+        source.write_text(text, encoding="utf-8")
         mount(str(source), path, None, MS_BIND)
     check(LIBC.umount2(b"/tmp", MNT_DETACH), "/tmp")  # the files stay where they were bound
     if os.path.isdir("/run/nscd"):  # its cache would answer for the host
@@ -82,7 +82,7 @@ def boot(name: str, host_proc: int, world_proc: int) -> tuple[int, int]:
         os._exit(0)
     os.close(writer)
     os.waitpid(middle, 0)
-    with os.fdopen(reader) as told:
+    with os.fdopen(reader, encoding="utf-8", errors="replace") as told:
         words = told.read().split()
     if len(words) != 2:
         raise OSError(f"{name} did not start: {' '.join(words) or 'no more namespaces'}")
@@ -127,7 +127,7 @@ def tune() -> None:
         ("ipv6/conf/default/disable_ipv6", "1"),
     ):
         with suppress(OSError):  # a kernel without it
-            Path("/proc/sys/net", setting).write_text(value)
+            Path("/proc/sys/net", setting).write_text(value, encoding="utf-8")
 
 
 def mount(source: str, target: str, kind: str | None, flags: int = 0) -> None:

@@ -69,7 +69,9 @@ class Network:
 
     def traffic(self, name: str) -> Traffic:
         """What went over a node's link since it was plugged in."""
-        for line in Path(f"/proc/{self._world.pid}/net/dev").read_text().splitlines():
+        for line in (
+            Path(f"/proc/{self._world.pid}/net/dev").read_text(encoding="utf-8").splitlines()
+        ):
             device, _, counts = line.partition(":")
             if device.strip() == self._ports[name]:  # the switch receives what the node sends
                 columns = counts.split()

@@ -185,7 +185,9 @@ def _user(as_user: bool) -> tuple[int, int]:
 def _version() -> tuple[int, ...]:
     """Slurm's version: (22, 5) for `slurm-wlm 22.05.8`."""
     command = [program("slurmctld"), "-V"]
-    told = subprocess.run(command, capture_output=True, text=True, timeout=VERSION_LIMIT_S).stdout
+    told = subprocess.run(
+        command, capture_output=True, encoding="utf-8", errors="replace", timeout=VERSION_LIMIT_S
+    ).stdout
     found = re.search(r"(\d+)\.(\d+)", told)
     if found is None:
         raise RunError(f"slurmctld -V names no version: {told.strip()!r}")

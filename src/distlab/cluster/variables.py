@@ -5,12 +5,12 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-# A proxy of the host's is out of a node's reach.
-PROXIES = ("http_proxy", "https_proxy", "all_proxy", "ftp_proxy")
+from distlab.host import PROXIES
 
 
 def node_variables(index: int, names: Sequence[str], env: Mapping[str, str]) -> dict[str, str]:
-    """The caller's variables, where the command is, and `env`.
+    """The caller's variables, where the command is, and `env`; a proxy of the host's is out of a
+    node's reach.
 
     The nodes share this machine's cores: as many threads on each as there are cores would wait for
     each other, and a step take twice as long.

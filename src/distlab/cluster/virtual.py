@@ -66,7 +66,7 @@ class VirtualCluster:
     def __enter__(self) -> Self:
         files = {"/etc/hosts": links.hosts(len(self.names))}
         if (nsswitch := Path("/etc/nsswitch.conf")).exists():
-            files[str(nsswitch)] = links.nsswitch(nsswitch.read_text())
+            files[str(nsswitch)] = links.nsswitch(nsswitch.read_text(encoding="utf-8"))
         self._world = World(files)
         self._network = Network(self._world, self._shapes)
         try:

@@ -42,7 +42,8 @@ class World:
                 stdout=subprocess.PIPE,
                 pass_fds=[owner],
                 start_new_session=True,
-                text=True,
+                encoding="utf-8",
+                errors="replace",
             )
         finally:
             os.close(owner)
@@ -83,7 +84,12 @@ class World:
             # In the host's pid namespace, so that `netns PID` names the process that we mean.
             command = [*self.enter(pid, "--net"), program(tool), "-batch", "-"]
             done = subprocess.run(
-                command, input="\n".join(lines), capture_output=True, text=True, timeout=LIMIT_S
+                command,
+                input="\n".join(lines),
+                capture_output=True,
+                encoding="utf-8",
+                errors="replace",
+                timeout=LIMIT_S,
             )
             if self._process.poll() is not None:
                 raise RunError(ENDED)

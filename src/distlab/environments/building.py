@@ -87,7 +87,7 @@ def build(environment: Environment, lock: int) -> None:
         progress.clear()
     stamp = {"digest": environment.digest, "seconds": round(time.monotonic() - began)}
     temporary = environment.stamp.with_suffix(".part")
-    temporary.write_text(json.dumps(stamp))
+    temporary.write_text(json.dumps(stamp), encoding="utf-8")
     os.replace(temporary, environment.stamp)
     progress.say("ready")
 
@@ -100,7 +100,7 @@ def install(environment: Environment, tool: Path, run: "Command") -> None:
     command += ["--constraints", str(environment.lock)]
     if environment.without:
         left_out = environment.folder / "left-out.txt"
-        left_out.write_text("\n".join(environment.without) + "\n")
+        left_out.write_text("\n".join(environment.without) + "\n", encoding="utf-8")
         command += ["--excludes", str(left_out)]
     if environment.alone:
         run([*command, *environment.requirements])
@@ -227,7 +227,7 @@ def interrupt(number: int, frame: FrameType | None) -> None:
 def locked(name: str) -> Iterator[int]:
     """Hold the lock of an environment (or of uv), and give its file descriptor."""
     FOLDER.mkdir(parents=True, exist_ok=True)
-    with open(FOLDER / f"{name}.lock", "w") as lock:
+    with open(FOLDER / f"{name}.lock", "wb") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

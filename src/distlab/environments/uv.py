@@ -62,7 +62,9 @@ def find_or_fetch(run: Run) -> Path:
 
 def is_new_enough(uv: str | Path, wanted: str) -> bool:
     try:
-        told = subprocess.run([uv, "--version"], capture_output=True, text=True).stdout
+        told = subprocess.run(
+            [uv, "--version"], capture_output=True, encoding="utf-8", errors="replace"
+        ).stdout
     except OSError:
         return False
     found = re.match(r"uv ([\d.]+)", told)
@@ -104,7 +106,11 @@ def pip_settings() -> dict[str, str]:
     if python is None:
         return {}
     listing = subprocess.run(
-        [python, "-m", "pip", "config", "list"], capture_output=True, text=True, check=False
+        [python, "-m", "pip", "config", "list"],
+        capture_output=True,
+        env={**os.environ, "PYTHONIOENCODING": "utf-8"},
+        encoding="utf-8",
+        errors="replace",
     ).stdout
     settings: dict[str, str] = {}
     for section in ("global", "install", ":env:"):  # the later wins

@@ -16,6 +16,7 @@ COMMANDS = {
     "report": ("report:report", "one HTML page of what ran here"),
     "record": ("recording:main", "run a chapter and rewrite its results and its lesson's tables"),
     "grade": ("grade:grade", "grade a student's folder: grade CH DIR [--json FILE]"),
+    "mutate": ("mutate:mutate", "whether tests notice changes of the solution: mutate CH"),
     "student-tree": (
         "student_tree:student_tree",
         "export everything but the solutions: student-tree OUT",

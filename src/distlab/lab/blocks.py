@@ -162,8 +162,8 @@ def environment_python(env: str) -> Path:
     if env in unavailable_environments():
         raise RunError(f"the environment {env} could not be set up before")
     script = repo_root() / "scripts" / "lab.py"
-    done = subprocess.run([sys.executable, script, "env", env], stdout=subprocess.PIPE, text=True)
+    done = subprocess.run([sys.executable, script, "env", env], stdout=subprocess.PIPE)
     if done.returncode:
         unavailable_environments().add(env)
         raise RunError(f"the environment {env} could not be set up; see the lines above")
-    return Path(done.stdout.strip().splitlines()[-1])
+    return Path(os.fsdecode(done.stdout.splitlines()[-1]))

@@ -2,11 +2,12 @@
 
 A chapter's exercises/ folder holds tasks.toml (the tasks, and the points of each of their tests),
 tests/ (the grader), starter/ (what a student begins with) and solution/ (full marks; a student's
-tree has none). Each task runs in a process of its own, with a time limit and a memory limit.
+tree has none). Each task runs in processes of its own, with a time limit and a memory limit.
 
-The student's code runs in the process of the tests, so this is no security sandbox: it withstands
-mistakes (endless loops, eaten memory, `os._exit`, patched test tools), not a determined attacker.
-Grade strangers' work in a container.
+The student's code runs in one of them, which holds neither the tests nor what they expect, and is
+kept from the checkout as far as the system allows: `grade_rights` says how, and what that does not
+prevent; the output says how far it came ("isolation"). Grade strangers' work in a container or a
+virtual machine all the same.
 """
 
 import argparse
@@ -57,6 +58,7 @@ class TaskGrade:
     points: int
     max_points: int
     message: str
+    isolation: str
     tests: list[Mark]
 
 
@@ -77,6 +79,7 @@ def grade(argv: list[str]) -> int:
         "chapter": args.chapter,
         "directory": args.directory,
         "seed": seed,
+        "isolation": next((task.isolation for task in grades if task.isolation), "unknown"),
         "points": sum(task.points for task in grades),
         "max_points": sum(task.max_points for task in grades),
         "tasks": [asdict(task) for task in grades],
@@ -172,6 +175,7 @@ def grade_task(task: Task, exercises: Path, student: Path, limits: Limits, seed:
         points=sum(test.points for test in tests),
         max_points=sum(test.max_points for test in tests),
         message=report.failure or first_message(tests),
+        isolation=report.isolation,
         tests=tests,
     )
 
@@ -200,4 +204,5 @@ def as_text(record: dict[str, Any]) -> str:
         lines += [f"    {line}" for line in task["message"].splitlines()]
     total = f"{record['points']}/{record['max_points']} points"
     place = f"chapter {record['chapter']}, {record['directory']}, --seed {record['seed']}"
-    return "\n".join([*lines, f"{place}: {total}"])
+    apart = f"your code's process is kept apart by: {record['isolation']}"
+    return "\n".join([*lines, apart, f"{place}: {total}"])

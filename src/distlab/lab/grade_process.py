@@ -15,6 +15,7 @@ from typing import Any
 import psutil
 
 import distlab
+from distlab.lab.grade_rights import make_work
 
 WATCH_INTERVAL_S = 0.05
 CANARY = "test_canary_"  # a test that must fail, in grade_canary.py
@@ -31,10 +32,14 @@ class Limits:
 
 @dataclass(frozen=True)
 class Report:
-    """Each test's {"passed": bool, "message": str}, by name; a `failure` voids them all."""
+    """Each test's {"passed": bool, "message": str}, by name; a `failure` voids them all.
+
+    `isolation` says what kept the student's process apart from the grader's.
+    """
 
     outcomes: dict[str, dict[str, Any]] = field(default_factory=dict)
     failure: str = ""
+    isolation: str = ""
 
 
 def run_tests(
@@ -50,31 +55,40 @@ def run_tests(
     token = secrets.token_hex(16)
     report_path = scratch / "report.json"
     work = scratch / "work"
-    work.mkdir()
+    make_work(scratch)
+    file = exercises / "tests" / tests
     order = {
         "token": token,
         "seconds": limits.seconds,
         "report": str(report_path),
-        "tests": str(exercises / "tests" / tests),
+        "tests": str(file),
         "student": str(student),
         "seed": seed,
-        "hidden": str(exercises / "solution"),
     }
-    stopped = _run_limited(json.dumps(order), work, limits)
+    stopped = _run_limited(json.dumps(order), packages_of(file), work, limits)
     written = _read_json(report_path)
     if stopped is not None or written.get("token") != token:
         place = f"{written['running']}: " if "running" in written else ""
-        return Report(failure=f"{place}{stopped or 'Python ended before the tests did'}")
-    outcomes = written["outcomes"]
+        why = f"{place}{stopped or 'Python ended before the tests did'}"
+        return Report(failure=why, isolation=written.get("isolation", ""))
+    outcomes, isolation = written["outcomes"], written["isolation"]
+    if written["failure"]:
+        return Report(failure=written["failure"], isolation=isolation)
     canaries = [name for name in outcomes if name.startswith(CANARY)]
     if not canaries:
         return Report(failure="your code stopped the test run before its end")
     if any(outcomes[name]["passed"] for name in canaries):
         return Report(failure=CHANGED_TOOLS)
-    return Report(outcomes)
+    return Report(outcomes, isolation=isolation)
 
 
-def _run_limited(order: str, work: Path, limits: Limits) -> str | None:
+def packages_of(tests: Path) -> list[str]:
+    """What both processes import before the student's is forked."""
+    source = tests.read_text(encoding="utf-8")
+    return [name for name in ("numpy", "torch") if name == "numpy" or f"import {name}" in source]
+
+
+def _run_limited(order: str, packages: list[str], work: Path, limits: Limits) -> str | None:
     """Run the grader's process; why it was stopped, or None when it ended by itself.
 
     The resident memory is watched rather than limited by the kernel: an address-space limit
@@ -82,7 +96,7 @@ def _run_limited(order: str, work: Path, limits: Limits) -> str | None:
     process, not for the ranks that it starts. Shared pages count once per process.
     """
     process = subprocess.Popen(
-        [sys.executable, "-P", "-m", "distlab.lab.grade_runner"],
+        [sys.executable, "-P", "-m", "distlab.lab.grade_runner", *packages],
         stdin=subprocess.PIPE,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,

@@ -158,7 +158,7 @@ def _name_itself() -> str:
 
 def _core_packages() -> str | None:
     """How many packages of pyproject.toml's extra `core` there are, if none is missing."""
-    project = tomllib.loads((repo_root() / "pyproject.toml").read_text())["project"]
+    project = tomllib.loads((repo_root() / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     wanted = [re.split(r"[^\w.-]", line)[0] for line in project["optional-dependencies"]["core"]]
     try:
         for name in wanted:
@@ -189,7 +189,7 @@ def _environment(name: str) -> str | None:
     folder = Path(os.environ.get("LAB_VENV_DIR") or repo_root() / ".venv", name)
     if not (folder / ".lab-stamp.json").is_file():
         return None
-    seconds = json.loads((folder / ".lab-stamp.json").read_text()).get("seconds")
+    seconds = json.loads((folder / ".lab-stamp.json").read_text(encoding="utf-8")).get("seconds")
     return "built" if seconds is None else f"built in {seconds / 60:.1f} min"
 
 
@@ -201,7 +201,7 @@ def _driver() -> str | None:
 
 def _get_driver() -> str:
     vendors = Path("/sys/bus/pci/devices").glob("*/vendor")
-    if any(vendor.read_text().strip() == NVIDIA_PCI_VENDOR for vendor in vendors):
+    if any(vendor.read_text(encoding="utf-8").strip() == NVIDIA_PCI_VENDOR for vendor in vendors):
         return install_line(["nvidia-driver"])
     return ""  # there is no GPU to drive
 

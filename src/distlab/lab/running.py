@@ -72,7 +72,11 @@ def keep_outcomes(outcomes: list[Outcome]) -> None:
 def kept_outcome(folder: Path, block: Block, backend: str) -> Outcome | None:
     """What `keep_outcomes` left of `block`, if it did."""
     path = outcome_file(folder, block, backend)
-    return Outcome(**{**json.loads(path.read_text()), "block": block}) if path.exists() else None
+    return (
+        Outcome(**{**json.loads(path.read_text(encoding="utf-8")), "block": block})
+        if path.exists()
+        else None
+    )
 
 
 def outcome_file(folder: Path, block: Block, backend: str) -> Path:

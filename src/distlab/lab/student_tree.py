@@ -54,8 +54,9 @@ def repository_files(root: Path) -> list[PurePosixPath]:
 def _tracked(root: Path) -> list[str]:
     git = ["git", "-C", str(root)]
     with suppress(FileNotFoundError):
-        top = subprocess.run([*git, "rev-parse", "--show-toplevel"], capture_output=True, text=True)
-        if top.returncode == 0 and Path(top.stdout.strip()).resolve() == root.resolve():
+        top = subprocess.run([*git, "rev-parse", "--show-toplevel"], capture_output=True)
+        folder = Path(os.fsdecode(top.stdout.strip()))
+        if top.returncode == 0 and folder.resolve() == root.resolve():
             listed = subprocess.run([*git, "ls-files", "-z"], capture_output=True, check=True)
             return [os.fsdecode(name) for name in listed.stdout.split(b"\0") if name]
     return []

@@ -76,7 +76,9 @@ class Done:
 
     def __init__(self, path: Path, preset: str | None) -> None:
         self.path, self.preset = path, preset
-        self.keys: list[str] = json.loads(path.read_text()) if path.is_file() else []
+        self.keys: list[str] = (
+            json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
+        )
 
     def __contains__(self, block: Block) -> bool:
         return self._key(block) in self.keys

@@ -28,6 +28,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, NoReturn
 
+from distlab.display import make_output_safe
+from distlab.host import threads_asked
 from distlab.lab import warm_client
 from distlab.spawning import PRELOADED
 
@@ -50,10 +52,12 @@ def warm_commands(folder: Path) -> Iterator[None]:
         return
     for kind in ("python", "python3", "torchrun"):
         program = [sys.executable, "-I", "-S", CLIENT, str(folder), kind.rstrip("3")]
-        (folder / kind).write_text(f'#!/bin/sh\nexec {shlex.join(program)} "$@"\n')
+        (folder / kind).write_text(
+            f'#!/bin/sh\nexec {shlex.join(program)} "$@"\n', encoding="utf-8"
+        )
         (folder / kind).chmod(0o755)
     told = {"python": sys.executable, "surroundings": warm_client.surroundings()}
-    (folder / "warm.json").write_text(json.dumps(told))
+    (folder / "warm.json").write_text(json.dumps(told), encoding="utf-8")
     ours, its = socket.socketpair()
     with ours:
         process = subprocess.Popen(
@@ -200,21 +204,22 @@ def take_over(asked: dict[str, Any], streams: list[int]) -> None:
     sys.dont_write_bytecode = bool(asked["env"].get("PYTHONDONTWRITEBYTECODE"))
     show(asked["env"], asked["arguments"])
     unbuffered = bool(asked["env"].get("PYTHONUNBUFFERED")) or asked["arguments"][:1] == ["-u"]
-    sys.stdin = standard(0, "r")
-    sys.stdout = standard(1, "w", write_through=unbuffered)
-    sys.stderr = standard(2, "w", errors="backslashreplace", line_buffering=True)
+    encoding = asked["env"].get("PYTHONIOENCODING", "").partition(":")[0] or "utf-8"
+    sys.stdin = standard(0, "r", encoding)
+    sys.stdout = standard(1, "w", encoding, write_through=unbuffered)
+    sys.stderr = standard(2, "w", encoding, errors="backslashreplace", line_buffering=True)
+    make_output_safe()
     import numpy as np
     import torch
 
     np.random.seed()
-    cores = len(os.sched_getaffinity(0))
-    torch.set_num_threads(int(asked["env"].get("OMP_NUM_THREADS", cores)))
+    torch.set_num_threads(threads_asked() or len(os.sched_getaffinity(0)))
 
 
-def standard(number: int, mode: str, **options: Any) -> io.TextIOWrapper:
+def standard(number: int, mode: str, encoding: str, **options: Any) -> io.TextIOWrapper:
     """A standard stream as Python opens it, on what the caller has under this number."""
     raw = open(number, f"{mode}b", closefd=False)  # noqa: SIM115 - it lives as long as the process
-    return io.TextIOWrapper(raw, encoding="utf-8", **options)
+    return io.TextIOWrapper(raw, encoding=encoding, **options)
 
 
 def show(variables: dict[str, str], arguments: list[str]) -> None:
@@ -223,7 +228,7 @@ def show(variables: dict[str, str], arguments: list[str]) -> None:
     The kernel tells a process's environment from the memory that it was started with, which the
     fork has from the warm process; its paddings are the room.
     """
-    fields = Path("/proc/self/stat").read_text().rpartition(")")[2].split()
+    fields = Path("/proc/self/stat").read_text(encoding="utf-8").rpartition(")")[2].split()
     arg_start, arg_end, env_start, env_end = (int(field) for field in fields[45:49])
     shown = {name: value for name, value in variables.items() if name.startswith(SHOWN)}
     overwrite(env_start, env_end, [f"{name}={value}" for name, value in shown.items()])

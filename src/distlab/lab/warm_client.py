@@ -22,7 +22,10 @@ READ_AT_IMPORT = (  # beginnings of variables; these must be as they were for th
     *("ATEN_", "CUDA_", "DNNL_", "GOMP_", "KMP_", "LD_", "MKL_", "NCCL_", "ONEDNN_", "OPENBLAS_"),
     *("PYTHON", "PYTORCH_", "TORCHDYNAMO_", "TORCHINDUCTOR_", "TORCH_"),
 )
-READ_LATER = ("PYTHONUNBUFFERED", "PYTHON_EXEC", "TORCH_NCCL_", "TORCH_DISTRIBUTED_DEBUG")
+READ_LATER = (
+    *("PYTHONUNBUFFERED", "PYTHONIOENCODING", "PYTHON_EXEC"),
+    *("TORCH_NCCL_", "TORCH_DISTRIBUTED_DEBUG"),
+)
 
 
 def decisive(variables: dict[str, str]) -> dict[str, str]:
@@ -51,7 +54,7 @@ def surroundings() -> list[object]:
 
 def main() -> None:
     folder, kind, *arguments = sys.argv[1:]
-    with open(os.path.join(folder, "warm.json")) as told:
+    with open(os.path.join(folder, "warm.json"), encoding="utf-8") as told:
         warm = json.load(told)
     own_flag = kind == "python" and arguments[:1] and arguments[0].startswith("-")
     takes = not own_flag or arguments[0] in ("-", "-m", "-c", "-u")
@@ -61,7 +64,7 @@ def main() -> None:
         line = ask(folder, kind, arguments, os.getcwd(), dict(os.environ), [0, 1, 2])
     except OSError:
         start_cold(warm["python"], kind, arguments)
-    answers = line.makefile("r")
+    answers = line.makefile("rb")
     pid = int(answers.readline())
     for name in FORWARDED:
         signal.signal(getattr(signal, name), lambda number, _: forward(pid, number))

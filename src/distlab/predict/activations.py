@@ -9,47 +9,88 @@ and compared with a run by `estimate_resources.py --verify`):
     SwiGLU         b·4I               gate, silu(gate), up, and their product
     output, loss   (4 + 2b)·H + 4 + 4V  the final norm; the log-probabilities in float32
 
-The fused attention kernels store no T x T scores (FlashAttention, arXiv 2205.14135).
+The fused attention kernels store no T x T scores (FlashAttention, arXiv 2205.14135). What else
+changes these numbers:
+
+- Recomputation. "full" keeps a block's input only (Chen et al., arXiv 1604.06174). "selective"
+  keeps the input, attention's output and every second matrix product, and computes the rest again
+  (torchtitan, `activation_checkpoint.mode = selective`, option op). The selective recomputation of
+  Korthikanti et al. leaves out the T x T scores, which fused attention does not have anyway.
+- Kernels. "fused-norms": a norm written as one kernel keeps its input, its output and a scale, all
+  in the compute precision (torch.nn.RMSNorm on CUDA; torchtitan's fused_rmsnorm). "compiled":
+  torch.compile's partitioner keeps the operands of the matrix products and makes silu(gate) again.
+  Source: He, "Min-cut optimal(*) recomputation with AOTAutograd", dev-discuss.pytorch.org, 2022;
+  a block of hidden size 128 (torch 2.13) keeps these bytes exactly. "compiled-loss": the loss too,
+  which then keeps the logits in the compute precision and writes one gradient of them, with no
+  float32 vector in between.
 """
 
 from functools import lru_cache
+from typing import Literal
 
 from distlab.predict.architecture import Architecture
 from distlab.predict.memory import PRECISIONS
 from distlab.predict.params import Split, attention_weights, mlp_weights, stage_layers
 
+Recompute = Literal["none", "selective", "full"]
+Kernels = Literal["eager", "fused-norms", "compiled", "compiled-loss"]
 
-def layer_activations(a: Architecture, layer: int, precision: str) -> Split:
+
+def layer_activations(
+    a: Architecture, layer: int, precision: str, kernels: Kernels = "eager"
+) -> Split:
     """Bytes per token that one block saves, split as tensor parallelism splits them.
 
     Norms see the whole hidden vector on every rank; heads and the MLP's inner vectors are divided
     (Megatron-LM without sequence parallelism; Korthikanti et al., arXiv 2205.05198, section 4.2).
     """
-    attention = Split(0, _norm(a, a.hidden_size, precision)) + _attention(a, precision)
-    return attention + Split(0, _norm(a, a.hidden_size, precision)) + _mlp(a, layer, precision)
+    b = PRECISIONS[precision].compute
+    vectors = 4 if a.gated_mlp else 2
+    norm = _norm(a, a.hidden_size, precision)
+    if kernels != "eager":
+        norm = min(norm, 2 * b * a.hidden_size + 4)
+    if kernels in ("compiled", "compiled-loss") and a.gated_mlp:
+        vectors = 3
+    return Split(0, 2 * norm) + _attention(a, precision) + _mlp(a, layer, precision, vectors)
 
 
-def head_activations(a: Architecture, precision: str) -> Split:
-    """Bytes per token of the final norm and the loss that are saved: 4·V for log-probabilities."""
-    return Split(4 * a.vocab_size, _norm(a, a.hidden_size, precision))
+def head_activations(a: Architecture, precision: str, kernels: Kernels = "eager") -> Split:
+    """Bytes per token of the final norm and the loss that are saved: 4·V for log-probabilities.
+
+    A compiled loss saves the logits in the compute precision instead.
+    """
+    element = PRECISIONS[precision].compute if kernels == "compiled-loss" else 4
+    return Split(element * a.vocab_size, _norm(a, a.hidden_size, precision))
 
 
-def loss_peak(a: Architecture, precision: str) -> Split:
+def loss_peak(a: Architecture, precision: str, kernels: Kernels = "eager", tp: int = 1) -> Split:
     """Bytes per token at the start of the backward pass: three float32 vectors of V.
 
-    The log-probabilities, their gradient and the logits' gradient exist together then.
+    The log-probabilities, their gradient and the logits' gradient exist together then. Divided
+    over tp they are four: torch's `loss_parallel` adds the exponentials to the gradient in a
+    vector of its own (torch/distributed/tensor/parallel/loss.py, `_nll_loss_and_log_softmax_
+    backward`). A compiled loss has the logits and their gradient, in the compute precision.
     """
-    return Split(12 * a.vocab_size, _norm(a, a.hidden_size, precision))
+    element = 12 if tp == 1 else 16
+    if kernels == "compiled-loss":
+        element = 2 * PRECISIONS[precision].compute
+    return Split(element * a.vocab_size, _norm(a, a.hidden_size, precision))
 
 
 def saved_activations(
-    a: Architecture, precision: str, seq_len: int, batch: int, checkpointing: bool = False
+    a: Architecture,
+    precision: str,
+    seq_len: int,
+    batch: int,
+    recompute: Recompute = "none",
+    kernels: Kernels = "eager",
 ) -> float:
     """Bytes that one GPU holds for the backward pass of `batch` sequences when the forward ends."""
     tokens = batch * seq_len
     layers = range(a.num_hidden_layers)
-    per_token = _kept(a, layers, precision, checkpointing) + head_activations(a, precision)
-    copies = _weight_copies(a, () if checkpointing else layers, precision, head=True)
+    kept = _kept(a, layers, precision, recompute, kernels)
+    per_token = kept + head_activations(a, precision, kernels)
+    copies = _weight_copies(a, () if recompute == "full" else layers, precision, head=True)
     return tokens * per_token.total + _rope_tables(a, seq_len, precision) + copies.total
 
 
@@ -58,23 +99,25 @@ def peak_activations(
     precision: str,
     seq_len: int,
     batch: int,
-    checkpointing: bool = False,
+    recompute: Recompute = "none",
     tp: int = 1,
     pp: int = 1,
     stage: int = 0,
     micro_batches: int = 1,
     chunks: int = 1,
     sequence_parallel: bool = False,
+    kernels: Kernels = "eager",
+    sharded: bool = False,
 ) -> float:
     """The most bytes that forward and backward need on one GPU beside the model's state.
 
     A 1F1B pipeline holds min(p - stage, m) micro-batches of its layers at once (Narayanan et al.,
     arXiv 2104.04473, section 2.2); for more `chunks` see `micro_batches_in_flight`. With sequence
     parallelism tp divides all activations (Korthikanti et al., arXiv 2205.05198, equation 4). With
-    checkpointing (Chen et al., arXiv 1604.06174) a layer keeps only its input, b·H, and one layer
-    at a time is computed again. On top comes the larger of what the loss and what the backward pass
-    of one layer need. With few tokens the end of the backward pass can need more: see
-    `table_gradients`.
+    recomputation one layer at a time is computed again. On top comes the larger of what the loss
+    and what the backward pass of one layer need. With few tokens the end of the backward pass can
+    need more: see `table_gradients`. `sharded` weights are gathered in the compute precision, so
+    that autocast makes no copies.
     """
     layers = stage_layers(a.num_hidden_layers, pp, stage)
     last = stage == pp - 1
@@ -83,14 +126,18 @@ def peak_activations(
     def per_rank(activations: Split) -> float:
         return activations.total / tp if sequence_parallel else activations.per_rank(tp)
 
-    kept = in_flight * per_rank(_kept(a, layers, precision, checkpointing))
-    loss = per_rank(loss_peak(a, precision)) if last else 0.0
-    backward = max(per_rank(one) for one in _layer_peaks(a, layers, precision, checkpointing))
-    copies = _weight_copies(a, layers[-1:] if checkpointing else layers, precision, head=last)
+    kept = in_flight * per_rank(_kept(a, layers, precision, recompute, kernels))
+    if not last:  # its output waits for its gradient, as torch.distributed.pipelining keeps it
+        kept += in_flight * per_rank(Split(0, PRECISIONS[precision].compute * a.hidden_size))
+    loss = per_rank(loss_peak(a, precision, kernels, tp)) if last else 0.0
+    peaks = _layer_peaks(a, layers, precision, recompute, kernels)
+    backward = max(per_rank(one) for one in peaks)
+    copied = layers[-1:] if recompute == "full" else layers
+    copies = Split(0) if sharded else _weight_copies(a, copied, precision, head=last)
     tokens = batch * seq_len
     tables = _rope_tables(a, seq_len, precision)
     output, waiting, final = (g.per_rank(tp) for g in table_gradients(a, precision, pp, stage))
-    product = per_rank(_logits_gradient(a, precision)) if last else 0.0
+    product = per_rank(_logits_gradient(a, precision, kernels)) if last else 0.0
     highest = max(
         tokens * (kept + loss),
         tokens * (kept + product) + output,
@@ -130,14 +177,14 @@ def table_gradients(
     return one * last, Split(0), one * first
 
 
-def _logits_gradient(a: Architecture, precision: str) -> Split:
+def _logits_gradient(a: Architecture, precision: str, kernels: Kernels) -> Split:
     """Bytes per token that the output product's backward finds: its gradient, the final norm."""
-    return Split(4 * a.vocab_size, _norm(a, a.hidden_size, precision))
+    return head_activations(a, precision, kernels)
 
 
 def gpt_block_activations(
     hidden: int, heads: int, seq_len: int, batch: int, tp: int = 1,
-    sequence_parallel: bool = False, recompute: str = "none",
+    sequence_parallel: bool = False, recompute: Recompute = "none",
 ) -> float:  # fmt: skip
     """Bytes of one GPT block with dropout, unfused attention, 16 bits: s·b·h·(34 + 5·a·s/h).
 
@@ -155,30 +202,54 @@ def gpt_block_activations(
 
 
 @lru_cache(maxsize=4096)
-def _kept(a: Architecture, layers: range, precision: str, checkpointing: bool) -> Split:
-    if checkpointing:
-        return Split(0, len(layers) * PRECISIONS[precision].compute * a.hidden_size)
+def _kept(
+    a: Architecture, layers: range, precision: str, recompute: Recompute, kernels: Kernels
+) -> Split:
     kept = Split(0)
     for layer in layers:
-        kept += layer_activations(a, layer, precision)
+        kept += _layer_kept(a, layer, precision, recompute, kernels)
     return kept
+
+
+def _layer_kept(
+    a: Architecture, layer: int, precision: str, recompute: Recompute, kernels: Kernels
+) -> Split:
+    """What one block keeps from its forward pass for its backward pass."""
+    if recompute == "none":
+        return layer_activations(a, layer, precision, kernels)
+    b = PRECISIONS[precision].compute
+    block_input = Split(0, b * a.hidden_size)
+    if recompute == "full":
+        return block_input
+    # Of the products q, k, v, output, (gate,) up, down those at odd places are kept: q, v, gate and
+    # down, or q, v and up; and what fused attention gives, with its log-sum-exp.
+    attention = b * (a.query_size + a.value_size + a.key_value_size) + 4 * a.num_attention_heads
+    down = b * a.hidden_size if a.gated_mlp else 0
+    return block_input + Split(attention + b * _inner_size(a, layer), down)
 
 
 @lru_cache(maxsize=4096)
 def _layer_peaks(
-    a: Architecture, layers: range, precision: str, checkpointing: bool
+    a: Architecture, layers: range, precision: str, recompute: Recompute, kernels: Kernels
 ) -> tuple[Split, ...]:
     """One for each kind of layer: with its experts, or without."""
     kinds = {a.is_sparse(layer): layer for layer in layers}
-    return tuple(_layer_peak(a, layer, precision, checkpointing) for layer in kinds.values())
+    return tuple(_layer_peak(a, layer, precision, recompute, kernels) for layer in kinds.values())
 
 
-def _layer_peak(a: Architecture, layer: int, precision: str, checkpointing: bool) -> Split:
-    """A layer's backward pass: two MLP gradients and the residual's; with checkpointing also the
-    layer's own activations, computed again."""
+def _layer_peak(
+    a: Architecture, layer: int, precision: str, recompute: Recompute, kernels: Kernels
+) -> Split:
+    """A layer's backward pass: two MLP gradients and the residual's; with recomputation also what
+    the layer computes again."""
     inner = _inner_size(a, layer) * PRECISIONS[precision].compute
     gradients = Split(2 * inner, PRECISIONS[precision].compute * a.hidden_size)
-    return gradients + layer_activations(a, layer, precision) if checkpointing else gradients
+    if recompute == "none":
+        return gradients
+    again = layer_activations(a, layer, precision, kernels)
+    if recompute == "selective":
+        again += _layer_kept(a, layer, precision, recompute, kernels) * -1
+    return gradients + again
 
 
 def _attention(a: Architecture, precision: str) -> Split:
@@ -195,10 +266,10 @@ def _attention(a: Architecture, precision: str) -> Split:
     return split
 
 
-def _mlp(a: Architecture, layer: int, precision: str) -> Split:
-    """Gated: 4 inner vectors, else 2. Experts keep each token k times more, in and out."""
+def _mlp(a: Architecture, layer: int, precision: str, vectors: int) -> Split:
+    """So many inner vectors. Experts keep each token k times more, in and out."""
     b = PRECISIONS[precision].compute
-    inner = Split(b * (4 if a.gated_mlp else 2) * _inner_size(a, layer))
+    inner = Split(b * vectors * _inner_size(a, layer))
     if not a.is_sparse(layer) or a.experts is None:
         return inner
     copies = b * 2 * a.experts.experts_per_token * a.hidden_size

@@ -2,8 +2,9 @@
 
 from collections.abc import Mapping
 
+from distlab.predict.activations import Recompute
 from distlab.predict.architecture import Architecture
-from distlab.predict.params import matmul_parameters
+from distlab.predict.params import attention_weights, matmul_parameters, mlp_weights
 
 
 def forward_flops_per_token(a: Architecture, context: float) -> float:
@@ -19,16 +20,32 @@ def forward_flops_per_token(a: Architecture, context: float) -> float:
     return 2 * matmul_parameters(a) + a.num_hidden_layers * attention
 
 
-def training_flops_per_token(a: Architecture, seq_len: int, checkpointing: bool = False) -> float:
+def training_flops_per_token(a: Architecture, seq_len: int, recompute: Recompute = "none") -> float:
     """6·N + 12·L·H·Q·T: a forward pass, and a backward pass of twice its operations.
 
-    With activation checkpointing the layers' forward pass is done twice, 8·N in all (the output
-    projection is not in a layer and is not repeated). MFU never counts that repetition.
+    With full recomputation the layers' forward pass is done twice, 8·N in all (the output
+    projection is not in a layer and is not repeated); with selective recomputation the matrix
+    products that `activations` does not keep are. MFU never counts that repetition.
     Source: PaLM, appendix B; Korthikanti et al. (arXiv 2205.05198), appendix A.
     """
     forward = forward_flops_per_token(a, seq_len)
-    repeated = forward - 2 * a.vocab_size * a.hidden_size if checkpointing else 0
-    return 3 * forward + repeated
+    if recompute == "full":
+        return 4 * forward - 2 * a.vocab_size * a.hidden_size
+    if recompute == "selective":
+        return 3 * forward + _flops_repeated(a)
+    return 3 * forward
+
+
+def _flops_repeated(a: Architecture) -> float:
+    """2·H·(KV + Q + I) per layer: keys, attention's output and `up` are computed again."""
+    repeated = 0.0
+    for layer in range(a.num_hidden_layers):
+        mlp = mlp_weights(a, layer, active=True).divided
+        attention = float(a.hidden_size * (a.key_value_size + a.value_size))
+        if a.latent is not None:  # the half of its products
+            attention = attention_weights(a).total / 2
+        repeated += attention + mlp / (3 if a.gated_mlp else 2)
+    return 2 * repeated
 
 
 def mfu(tokens_per_second: float, flops_per_token: float, peak_flops: float) -> float:
@@ -62,9 +79,11 @@ def pipeline_bubble(stages: int, micro_batches: int, chunks: int = 1) -> float:
 def step_seconds(
     flops: float, gpus: int, peak_flops: float, utilization: float, bubble: float = 0.0
 ) -> float:
-    """Seconds of a step of `flops` over all GPUs, busy at `utilization` of their peak.
+    """Seconds of a step of `flops` over all GPUs at `utilization` of their peak.
 
-    The pipeline's bubble is on top: time / (1 - bubble).
+    With the model's FLOPs and an MFU that is all: what recomputation and the pipeline's bubble take
+    is inside of a measured MFU (PaLM, appendix B). With the FLOPs that are executed and the GPUs'
+    efficiency while they compute, the bubble is on top: time / (1 - bubble).
     """
     return flops / (gpus * peak_flops * utilization) / (1 - bubble)
 

@@ -1,7 +1,8 @@
-"""Reads a Hugging Face config.json into an `Architecture`."""
+"""Reads a Hugging Face config.json into an `Architecture`, and its folder's weights' size."""
 
 import json
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +12,10 @@ from distlab.predict.architecture import Architecture, Experts, LatentAttention
 Config = Mapping[str, Any]
 
 
-def read_architecture(place: str) -> Architecture:
-    """The architecture of a config.json, or of the one in a model's directory.
+def read_config_json(place: str) -> Config:
+    """The content of a config.json, or of the one in a model's directory.
 
-    Raises `UsageError` about `--config` where there is none that can be read, and as
-    `architecture_from_config`.
+    Raises `UsageError` about `--config` where there is none that can be read.
     """
     path = Path(place)
     path = path / "config.json" if path.is_dir() else path
@@ -27,7 +27,28 @@ def read_architecture(place: str) -> Architecture:
         raise UsageError(f"--config {place} is not JSON: {error}") from error
     if not isinstance(config, dict):
         raise UsageError(f"--config {place} holds no JSON object; use a config.json")
-    return architecture_from_config(config)
+    return config
+
+
+def read_architecture(place: str) -> Architecture:
+    """The architecture of `read_config_json`; raises `UsageError` as `architecture_from_config`."""
+    return architecture_from_config(read_config_json(place))
+
+
+def measured_weight_bytes(place: str) -> float | None:
+    """Bytes of the weights in a model's directory: its safetensors files, or their index.
+
+    A file's header, some bytes for each tensor, counts as well. None where there are neither.
+    """
+    folder = Path(place)
+    if not folder.is_dir():
+        return None
+    index = folder / "model.safetensors.index.json"
+    try:
+        size = json.loads(index.read_text(encoding="utf-8"))["metadata"]["total_size"]
+    except (OSError, ValueError, KeyError, TypeError):
+        size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+    return float(size) if isinstance(size, int) and size > 0 else None
 
 
 def architecture_from_config(config: Config) -> Architecture:
@@ -73,6 +94,19 @@ def _qwen3(config: Config) -> Architecture:
     head_dim = _size(config, "head_dim", 128)
     filled = {**config, "head_dim": head_dim}
     return _llama(filled, qkv_bias=bias, output_bias=bias, qk_norm=True)
+
+
+def _qwen3_moe(config: Config) -> Architecture:
+    if config.get("decoder_sparse_step", 1) != 1 or config.get("mlp_only_layers"):
+        raise UsageError(
+            "--config: decoder_sparse_step and mlp_only_layers other than 1 and [] are not known"
+        )
+    experts = Experts(
+        num_experts=_size(config, "num_experts", 128),
+        experts_per_token=_size(config, "num_experts_per_tok", 8),
+        intermediate_size=_size(config, "moe_intermediate_size", 768),
+    )
+    return replace(_qwen3(config), experts=experts)
 
 
 def _mixtral(config: Config) -> Architecture:
@@ -131,6 +165,7 @@ READERS: dict[str, Callable[[Config], Architecture]] = {
     "mistral": _llama,
     "qwen2": lambda config: _llama(config, qkv_bias=True),
     "qwen3": _qwen3,
+    "qwen3_moe": _qwen3_moe,
     "mixtral": _mixtral,
     "deepseek_v3": _deepseek_v3,
     "gpt2": _gpt2,

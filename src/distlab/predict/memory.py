@@ -27,10 +27,13 @@ PRECISIONS = {
     "autocast": Precision(4, 4, 0, 4, 2, "bf16"),
     "mixed": Precision(2, 2, 4, 4, 2, "bf16"),
     "bf16": Precision(2, 2, 0, 2, 2, "bf16"),
+    "float8": Precision(4, 4, 0, 4, 2, "fp8"),
 }
 """autocast: float32 weights, bfloat16 products (torch.autocast; FSDP2's mixed precision keeps the
 same state). mixed: bfloat16 weights and gradients with a float32 master copy in the optimizer, 16
-bytes per parameter with AdamW (Rajbhandari et al., section 3.1). bf16: everything in bfloat16."""
+bytes per parameter with AdamW (Rajbhandari et al., section 3.1). bf16: everything in bfloat16.
+float8: as autocast, but the products cast their operands to 8 bits on the way, and save them in 16
+for the backward pass (torchao.float8, dynamic scaling)."""
 
 MOMENTS = {"adamw": 2, "adamw-8bit": 2, "sgd-momentum": 1, "sgd": 0}
 BLOCK_8BIT = 256

@@ -175,7 +175,7 @@ class Watch:
     def _bury(self, rank: Rank, path: Path) -> None:
         if rank.died is None:
             rank.died = time.time()
-        rank.crash = rank.crash_file.read_text(errors="replace")
+        rank.crash = rank.crash_file.read_text(errors="replace", encoding="utf-8")
         rank.box = _calls(path.with_suffix(".box").read_bytes())
 
 

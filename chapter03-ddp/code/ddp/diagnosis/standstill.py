@@ -322,7 +322,9 @@ def asked(rank: Rank) -> Place | None:
     with suppress(ProcessLookupError, PermissionError):
         os.kill(rank.hello["pid"], signal.SIGUSR2)
         time.sleep(ANSWER_S)
-    main_thread = rank.crash_file.read_text(errors="replace").rstrip().rpartition("\n\n")[2]
+    main_thread = (
+        rank.crash_file.read_text(errors="replace", encoding="utf-8").rstrip().rpartition("\n\n")[2]
+    )
     libraries = ("<", sysconfig.get_path("stdlib"), sysconfig.get_path("purelib"))
     for file, line, function in FRAME.findall(main_thread):
         if not file.startswith(libraries):

@@ -6,7 +6,7 @@ SAYS = "compute is wrong"
 
 
 def time_shares(trace):
-    events = [e for e in json.loads(trace.read_text())["traceEvents"] if e["ph"] == "X"]
+    events = [e for e in json.loads(trace.read_text("utf-8"))["traceEvents"] if e["ph"] == "X"]
     steps = [e for e in events if e["cat"] == "user_annotation" and "Step#" in e["name"]]
     start, length = min(e["ts"] for e in steps), sum(e["dur"] for e in steps)
     events = [e for e in events if e["ts"] >= start]

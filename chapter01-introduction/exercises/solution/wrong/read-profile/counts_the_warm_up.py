@@ -4,11 +4,11 @@ import json
 
 from read_profile import covered, intervals
 
-SAYS = "a kernel of 40, a collective of 10: expected"
+SAYS = "of data 30 us, a gap of 20, a kernel of 40, a collective of 10"
 
 
 def time_shares(trace):
-    events = [e for e in json.loads(trace.read_text())["traceEvents"] if e["ph"] == "X"]
+    events = [e for e in json.loads(trace.read_text("utf-8"))["traceEvents"] if e["ph"] == "X"]
     found = {
         "compute": [e for e in events if e["cat"] == "kernel" and "nccl" not in e["name"]],
         "communication": [e for e in events if e["cat"] == "kernel" and "nccl" in e["name"]],

@@ -11,7 +11,7 @@ def save_checkpoint(folder, step, payload):
     folder.mkdir(parents=True, exist_ok=True)
     part = folder / "writing.part"
     part.write_bytes(checksum(step, payload) + payload)
-    os.replace(part, folder / f"step_{step:012d}.ckpt")
+    os.replace(part, folder / f"step_{step}.ckpt")
     directory = os.open(folder, os.O_RDONLY)
     os.fsync(directory)
     os.close(directory)

@@ -14,4 +14,4 @@ def save_checkpoint(folder, step, payload):
         file.write(checksum(step, payload) + payload)
         file.flush()
         os.fsync(file.fileno())
-    os.replace(part, folder / f"step_{step:012d}.ckpt")
+    os.replace(part, folder / f"step_{step}.ckpt")

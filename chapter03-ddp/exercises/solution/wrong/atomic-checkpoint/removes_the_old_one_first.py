@@ -1,18 +1,12 @@
-"""Makes room before the new checkpoint is there."""
+"""Makes room before the new checkpoint of the same step is there."""
 
-SAYS = "expected step 1 with 2000 bytes, got None"
+SAYS = "once more: new bytes need a new file"
 
 
 def save_checkpoint(folder, step, payload):
-    import os
+    from atomic_checkpoint import save, sync
 
-    from atomic_checkpoint import save
-
-    folder.mkdir(parents=True, exist_ok=True)
-    for old in folder.glob("step_*.ckpt"):
-        if step == 2:  # the second of a run
-            old.unlink()
-    directory = os.open(folder, os.O_RDONLY)
-    os.fsync(directory)
-    os.close(directory)
+    if folder.is_dir():
+        (folder / f"step_{step}.ckpt").unlink(missing_ok=True)
+        sync(folder)
     save(folder, step, payload)

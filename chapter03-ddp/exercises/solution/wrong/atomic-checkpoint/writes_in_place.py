@@ -9,7 +9,7 @@ def save_checkpoint(folder, step, payload):
     from atomic_checkpoint import checksum
 
     folder.mkdir(parents=True, exist_ok=True)
-    with (folder / f"step_{step:012d}.ckpt").open("wb") as file:
+    with (folder / f"step_{step}.ckpt").open("wb") as file:
         file.write(checksum(step, payload) + payload)
         file.flush()
         os.fsync(file.fileno())

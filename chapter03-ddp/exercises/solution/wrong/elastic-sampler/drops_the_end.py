@@ -1,6 +1,6 @@
 """Begins a new epoch when the rest does not fill a step (drop_last)."""
 
-SAYS = "examples were left out"
+SAYS = "were left out"
 
 
 def make_sampler(num_examples, batch_size, rank, world_size, seed):

@@ -1,6 +1,6 @@
 """Forgets what it could not send."""
 
-SAYS = "what cannot be sent now must be sent later"
+SAYS = "with what was left over before"
 
 
 def make_compressor(size):

@@ -1,6 +1,6 @@
 """Divides by 128, so that the largest value wraps round to -128."""
 
-SAYS = "the largest magnitude / 127"
+SAYS = "-128 is outside"
 
 
 def make_compressor(size):

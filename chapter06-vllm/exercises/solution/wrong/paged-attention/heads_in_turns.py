@@ -1,6 +1,6 @@
 """Deals the query heads out in turns, as if head 1 belonged to key-value head 1."""
 
-SAYS = "query heads on 2 key-value heads"
+SAYS = "grouped heads"
 
 
 def paged_attention(queries, cache, table, start):

@@ -200,7 +200,7 @@ def _wanted() -> float:
     On a busy machine one that computes may get a tenth of the time; it is no idle one for that.
     """
     waits = Path("/proc/self/schedstat")
-    waited = int(waits.read_text().split()[1]) / 1e9 if waits.exists() else 0.0
+    waited = int(waits.read_text(encoding="utf-8").split()[1]) / 1e9 if waits.exists() else 0.0
     return time.process_time() + waited
 
 
@@ -210,7 +210,7 @@ def unanswered() -> list[str]:
     peers = []
     for name, width in (("tcp", 8), ("tcp6", 32)):
         table = Path(f"/proc/self/net/{name}")
-        for row in table.read_text().splitlines()[1:] if table.exists() else []:
+        for row in table.read_text(encoding="utf-8").splitlines()[1:] if table.exists() else []:
             _, _, peer, state, _, _, retransmits, _, _, inode, *_ = row.split()
             if state == TCP_ESTABLISHED and int(retransmits, 16) and f"socket:[{inode}]" in own:
                 peers.append(_address(peer, width))
