@@ -120,18 +120,18 @@ def train_and_report(run: Run, args: Namespace, job: Runtime, stop: StopRequest)
     if args.export and job.is_main:
         tokenizer = as_transformers_tokenizer(tokens.tokenizer)
     logits = progress = None
-    with device_memory(job, args.memory_mb) as memory:
-        mesh = new_mesh(args, job)
-        with (
-            Trainer(args, config, job, tokens, memory, mesh) as trainer,
-            Saver(run, args, job, config) as saver,
-        ):
-            progress = train(run, args, job, trainer, saver, stop)
-            if progress is not None and args.export:
-                memory.phase = "the export"
-                stream_model(trainer.model, args.export, config_to_json(config), tokenizer, job)
-                with torch.no_grad():  # all ranks together
-                    logits = trainer.model(export_window(tokens).to(job.device)).float().cpu()
+    mesh = new_mesh(args, job)  # and process groups: their threads' stacks are no tensors
+    with (
+        Saver(run, args, job, config) as saver,
+        device_memory(job, args.memory_mb) as memory,
+        Trainer(args, config, job, tokens, memory, mesh) as trainer,
+    ):
+        progress = train(run, args, job, trainer, saver, stop)
+        if progress is not None and args.export:
+            memory.phase = "the export"
+            stream_model(trainer.model, args.export, config_to_json(config), tokenizer, job)
+            with torch.no_grad():  # all ranks together
+                logits = trainer.model(export_window(tokens).to(job.device)).float().cpu()
     if progress is None:
         return
     if args.prove:

@@ -153,18 +153,24 @@ def with_little_memory(job, flags):
 @pytest.mark.slow
 @pytest.mark.timeout(3 * LIMIT_S)
 def test_a_model_larger_than_a_rank_s_memory_is_trained_saved_resumed_and_exported(tmp_path):
-    """71 MB of weights, in ranks of 66 MB: 8 of them train it, and 7 go on."""
-    large = ["--hidden-size", "128", "--layers", "96", "--memory-mb", "66", "--seq-len", "8"]
-    large += ["--batch-size", "56", "--eval-windows", "8", "--no-async-checkpoints"]
-    large += ["--checkpoint-dir", str(tmp_path / "kept")]
-    first = spawn(run_script, 8, [*large, "--steps", "1"], timeout_s=LIMIT_S)[0]
+    """71 MB of weights and ranks of 60 MB: 2 train it, with their state on disk, and 3 go on."""
+    large = ["--hidden-size", "256", "--layers", "24", "--memory-mb", "60", "--seq-len", "8"]
+    large += [
+        "--batch-size",
+        "6",
+        "--eval-windows",
+        "3",
+        "--checkpoint-dir",
+        str(tmp_path / "kept"),
+    ]
+    large += ["--offload", "disk", "--offload-dir", str(tmp_path / "offload")]
+    first = spawn(run_script, 2, [*large, "--steps", "1"], timeout_s=LIMIT_S)[0]
     assert set(first.failed) <= FEW_STEPS
     exported = ["--steps", "2", "--export", str(tmp_path / "model")]
-    ranks = spawn(run_script, 7, [*large, *exported], timeout_s=LIMIT_S)
+    ranks = spawn(run_script, 3, [*large, *exported], timeout_s=LIMIT_S)
     assert set(ranks[0].failed) <= FEW_STEPS
-    assert any(line.endswith("step_00000001, written by 8 rank(s)") for line in ranks[0].said)
-    written = (tmp_path / "model" / "model.safetensors").stat().st_size
-    assert written > 66e6
+    assert any(line.endswith("step_00000001, written by 2 rank(s)") for line in ranks[0].said)
+    assert (tmp_path / "model" / "model.safetensors").stat().st_size > 70e6
 
 
 @pytest.mark.slow
@@ -173,7 +179,7 @@ def test_what_does_not_fit_says_so_and_what_would():
     wide = ["--hidden-size", "512", "--layers", "2", "--memory-mb", "72", "--batch-size", "4"]
     wide += ["--seq-len", "8", "--steps", "1", "--shard", "none"]
     [told] = spawn(with_little_memory, 1, wide, timeout_s=LIMIT_S)
-    assert told.startswith("rank 0: its 72 MB are used up in the "), told
+    assert told.startswith("rank 0: its 72.0 MB are used up in the "), told
     assert "weights 2" in told and "; the plan had predicted 1" in told
     assert "would fit (" in told and "\n" not in told
 
