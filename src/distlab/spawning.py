@@ -3,6 +3,7 @@
 import multiprocessing
 import os
 import pickle
+import threading
 import time
 import traceback
 from collections.abc import Callable
@@ -95,6 +96,7 @@ def _run_rank(
     function: Callable[..., Any],
     args: tuple[Any, ...],
 ) -> None:
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     os.environ.update(env)
     torch.set_num_threads(threads)
     failed_at = None
@@ -112,6 +114,14 @@ def _run_rank(
         outcome = pickle.dumps((failed_at or time.monotonic(), traceback.format_exc()))
     writer.send_bytes(outcome)
     writer.close()
+
+
+def _end_with_parent() -> None:
+    """End this rank when the process that asked for it is gone, even if that was killed."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    wait([parent.sentinel])
+    os._exit(1)
 
 
 def _collect(readers: list[Connection], deadline: float) -> list[Any]:

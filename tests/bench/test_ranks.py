@@ -1,5 +1,10 @@
 """What ranks tell each other: values by rank, whether weights are equal, whose time counts."""
 
+import subprocess
+import sys
+import time
+
+import psutil
 import torch
 
 from distlab import ranks
@@ -32,3 +37,38 @@ def test_a_digest_tells_views_order_and_types_apart_but_not_devices_layout():
     assert ranks.digest([one]) != ranks.digest([one.T])
     assert ranks.digest([one]) != ranks.digest([one.double()])
     assert ranks.digest([torch.tensor(1.0)]) == ranks.digest([torch.tensor([1.0])])
+
+
+RESTING = """
+import os, time
+from pathlib import Path
+from distlab.spawning import spawn
+
+def rest(job):
+    Path(f"pid{job.rank}.part").write_text(str(os.getpid()))
+    Path(f"pid{job.rank}.part").rename(f"pid{job.rank}")
+    time.sleep(200)
+
+if __name__ == "__main__":
+    spawn(rest, 2, timeout_s=200)
+"""
+
+
+def test_ranks_end_with_a_parent_that_is_killed(tmp_path):
+    (tmp_path / "resting.py").write_text(RESTING)
+    parent = subprocess.Popen([sys.executable, "resting.py"], cwd=tmp_path)
+    files = [tmp_path / f"pid{rank}" for rank in range(2)]
+    try:
+        wait_until(lambda: all(file.exists() for file in files))
+        ranks = [int(file.read_text()) for file in files]
+    finally:
+        parent.kill()
+        parent.wait()
+    wait_until(lambda: not any(psutil.pid_exists(pid) for pid in ranks))
+
+
+def wait_until(holds):
+    end = time.monotonic() + 100
+    while not holds():
+        assert time.monotonic() < end
+        time.sleep(0.1)

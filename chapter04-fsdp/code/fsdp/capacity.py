@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 
 from distlab.model import ModelConfig, num_parameters
 from distlab.predict.activations import (
+    Recompute,
     head_activations,
     layer_activations,
     loss_peak,
@@ -63,7 +64,7 @@ def replicated_moments(
 ) -> list[Moment]:
     """DDP's: weights, buckets of gradients and Adam's means are there all the time."""
     state = 4 * FLOAT * num_parameters(config)
-    again = "full" if mode.recomputes else "none"
+    again: Recompute = "full" if mode.recomputes else "none"
     moving = peak_activations(config.architecture, "fp32", seq_len, batch, again)
     return [Moment("backward", state + moving), Moment("optimizer", state)]
 

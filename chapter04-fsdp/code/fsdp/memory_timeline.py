@@ -19,7 +19,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from distlab.measure import LiveBytes, tensors_in
-from distlab.predict.activations import layer_activations, loss_peak, saved_activations
+from distlab.predict.activations import Recompute, layer_activations, loss_peak, saved_activations
 from distlab.predict.architecture import Architecture
 from distlab.training.memory import bytes_of
 
@@ -273,7 +273,7 @@ class Plan:
         return self.root + (1 + coming) * self.layer + max(0.0, parts)
 
     def _saved(self) -> float:
-        again = "full" if self.sharding.checkpointing else "none"
+        again: Recompute = "full" if self.sharding.checkpointing else "none"
         return saved_activations(self.architecture, "fp32", self.seq_len, self.batch, again)
 
     def _kept(self) -> float:
