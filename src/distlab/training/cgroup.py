@@ -43,12 +43,12 @@ class Group:
         self.limit, self.swap, self.usage, self.maximum = (folder / name for name in FILES[version])
 
     def bound(self, limit: int) -> None:
-        self.limit.write_text(str(limit))
+        self.limit.write_text(str(limit), encoding="utf-8")
         if self.swap.exists():  # version 1 counts memory and swap together
-            self.swap.write_text(str(limit if self.version == 1 else 0))
+            self.swap.write_text(str(limit if self.version == 1 else 0), encoding="utf-8")
 
     def used(self) -> int:
-        return int(self.usage.read_text())
+        return int(self.usage.read_text(encoding="utf-8"))
 
     def peak(self) -> int | None:
         """The most that was used; None where the kernel does not tell."""
@@ -84,9 +84,9 @@ def bounded_memory(limit: int) -> Iterator[Group | None]:
         try:
             yield group
         finally:
-            for process in (group.folder / "cgroup.procs").read_text().split():
+            for process in (group.folder / "cgroup.procs").read_text(encoding="utf-8").split():
                 with suppress(OSError):  # it has ended meanwhile
-                    (own / "cgroup.procs").write_text(process)
+                    (own / "cgroup.procs").write_text(process, encoding="utf-8")
             _end_guardian(guardian, group.folder)
         return
     yield None
@@ -116,7 +116,7 @@ def _from(root: Path, own: Path) -> list[Path]:
 
 
 def _enter(folder: Path) -> None:
-    (folder / "cgroup.procs").write_text(str(os.getpid()))
+    (folder / "cgroup.procs").write_text(str(os.getpid()), encoding="utf-8")
 
 
 def _start_guardian(folder: Path) -> subprocess.Popen[bytes]:

@@ -1,0 +1,46 @@
+"""A device with a size: what fits runs, what does not ends with a line that says what held it."""
+
+import sys
+
+import pytest
+import torch
+from torch import nn
+
+from distlab.errors import RunError
+from distlab.spawning import spawn
+from distlab.training.memory import bytes_of, device_memory
+
+WIDTH, LAYERS = 512, 16
+STATE_MB = 4 * 4 * WIDTH**2 * LAYERS / 1e6  # weights, gradients, AdamW's two means
+
+
+def trained(job, megabytes):
+    try:
+        with device_memory(job, megabytes) as memory:
+            layers = [nn.Linear(WIDTH, WIDTH, bias=False) for _ in range(LAYERS)]
+            model = nn.Sequential(*layers)
+            optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+            memory.watch("try more", **bytes_of(model, optimizer))
+            memory.phase = "backward"
+            model(torch.ones(2, WIDTH)).sum().backward()
+            memory.phase = "the optimizer's step"
+            optimizer.step()
+            return memory.by_kind(), memory.used() / 1e6
+    except RunError as error:
+        return str(error)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux bounds what a process maps")
+def test_memory_is_bounded_to_a_few_megabytes():
+    kinds, used = spawn(trained, 1, STATE_MB + 6)[0]
+    assert {name: round(size / 1e6, 3) for name, size in kinds.items()} == {
+        "weights": round(STATE_MB / 4, 3),
+        "gradients": round(STATE_MB / 4, 3),
+        "optimizer": round(STATE_MB / 2, 3),
+    }
+    assert used < STATE_MB + 6
+    told = spawn(trained, 1, STATE_MB - 2)[0]
+    assert told.startswith("rank 0: its 65.1 MB are used up in the optimizer's step, where 1.05 MB")
+    assert "weights 16.8 MB, gradients 16.8 MB, optimizer" in told
+    assert told.endswith("; try more")
+    assert "are used up in backward" in spawn(trained, 1, STATE_MB / 3)[0]
