@@ -1,4 +1,4 @@
-"""The sharded wrapper from scratch: equal to fully_shard and to one process, whatever the shapes."""
+"""The sharded wrapper from scratch equals fully_shard and one process, whatever the shapes."""
 
 import pytest
 import torch

@@ -210,7 +210,8 @@ class Alone(Torchs):
 def whole_of(named: dict[str, Tensor | None]) -> dict[str, Tensor]:
     """Copies of sharded tensors, put together; those that are None are left out."""
     there = {name: tensor.detach() for name, tensor in named.items() if tensor is not None}
-    return {n: t.full_tensor() if isinstance(t, DTensor) else t.clone() for n, t in there.items()}
+    whole = {n: t.full_tensor() if isinstance(t, DTensor) else t for n, t in there.items()}
+    return {name: tensor.clone() for name, tensor in whole.items()}  # one rank's is no copy yet
 
 
 def train(case: Case, args: Namespace, job: Runtime, kind: type[Ours]) -> Trained:
