@@ -201,7 +201,7 @@ def test_nothing_is_left_when_the_parent_is_ended(number, status, pids):
     )
     assert eventually(Path(f"{pids}.complete").exists)
     parent.send_signal(number)
-    assert parent.wait(timeout=10) == status
+    assert parent.wait(timeout=60) == status
     assert eventually(lambda: alive(pids) == [])
     assert len(pids.read_text().split()) == 4
 

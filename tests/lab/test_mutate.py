@@ -203,10 +203,11 @@ def test_what_runs_in_circles_eats_memory_or_ends_python_is_stopped(exercises, m
     monkeypatch.setattr(versions, "SHORTEST_LIMIT_S", 4.0)
     grows = "def twice(number):\n    a = []\n    while True:\n        a.append(b'x' * 2**22)"
     circles = "import time\ndef twice(number):\n    while True:\n        time.sleep(0.1)"
+    before = psutil.Process().children()  # other tests' servers
     sources = [grows, circles, "import os\nos._exit(3)"]
     ended = grader.grade([{"twice.py": source} for source in sources])
     assert [one.by for one in ended] == ["the memory limit", "the time limit", "its end"]
-    assert not psutil.Process().children()
+    assert psutil.Process().children() == before
 
 
 def test_a_solution_that_fails_is_not_mutated(exercises):

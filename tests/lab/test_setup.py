@@ -113,7 +113,7 @@ def test_an_interrupted_build_leaves_no_process_and_is_repaired(
 ) -> None:
     process, pids = repo.hanging()
     process.send_signal(number)
-    _, stderr = process.communicate(timeout=20)
+    _, stderr = process.communicate(timeout=60)
     assert process.returncode == 128 + number
     *_, last = stderr.splitlines()
     assert last == "lab: interrupted; the next run begins this set-up afresh"
@@ -126,7 +126,7 @@ def test_a_killed_build_does_not_disturb_the_next(repo: TinyRepo) -> None:
     process, (installer, child) = repo.hanging()
     try:
         process.kill()
-        process.communicate(timeout=20)
+        process.communicate(timeout=60)
         status, _, stderr = repo.lab("list")  # waits for the installer, which holds the lock
         assert status == 7, stderr
         assert not is_alive(installer)
