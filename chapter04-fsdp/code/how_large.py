@@ -2,8 +2,8 @@
 
 Every rank gets a memory of --memory-mb that the system enforces (distlab.training.memory). For each
 way to spread the state the largest number of layers is predicted by walking through a step
-(fsdp/capacity.py), and then found: each probe starts ranks that train two steps, and either they
-do, or one of them ends with the line that says what held the bytes.
+(fsdp/memory_timeline.py), and then found: each probe starts ranks that train two steps, and either
+they do, or one of them ends with the line that says what held the bytes.
 
 Run:
     python chapter04-fsdp/code/how_large.py
@@ -15,6 +15,8 @@ as large.
 """
 
 from argparse import Namespace
+from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -28,14 +30,22 @@ from distlab.run import Run
 from distlab.runtime import Runtime
 from distlab.spawning import spawn
 from distlab.training.memory import MB, DeviceMemory, bytes_of, device_memory
-from fsdp.capacity import MODES, Mode, largest, peak
+from fsdp.memory_timeline import Moment, Plan, Sharding
 
 PRESETS: dict[str, dict[str, object]] = {
     "smoke": {"ranks": 2, "memory_mb": 32.0, "hidden_size": 128, "batch_size": 1, "seq_len": 64},
     "laptop": {"ranks": 4, "memory_mb": 192.0, "hidden_size": 256, "batch_size": 2, "seq_len": 128},
     "gpu": {"ranks": 2, "memory_mb": 4000.0, "hidden_size": 1024, "batch_size": 4, "seq_len": 512},
 }  # fmt: skip
+MODES = {  # but for their ranks
+    "DDP": Sharding(1, units="none"),
+    "DDP, recomputing": Sharding(1, units="none", checkpointing=True),
+    "kept after forward": Sharding(1, kept=1.0),
+    "fully sharded": Sharding(1),
+    "fully sharded, recomputing": Sharding(1, checkpointing=True),
+}
 VOCABULARY, HEAD = 512, 32
+FLOAT = 4  # bytes
 STEPS = 2  # the second has the optimizer's state from its beginning
 WORST = 10.0  # per cent
 TOO_SMALL = "are used up"  # what a rank says whose memory does not suffice
@@ -61,11 +71,11 @@ def parse_args(argv: list[str] | None) -> Namespace:
     args = parser.parse_args(argv)
     if args.hidden_size % HEAD:
         raise UsageError(f"--hidden-size {args.hidden_size} is not a multiple of {HEAD}")
-    smallest = peak(config_of(args, 1), MODES[0], args.ranks, args.batch_size, args.seq_len)
-    if smallest.bytes > args.memory_mb * MB:
+    smallest = peak_of(args, MODES["DDP"], layers=1)
+    if smallest.total > args.memory_mb * MB:
         raise UsageError(
             f"--memory-mb {args.memory_mb:g} is too small for a single layer under DDP, which "
-            f"needs {smallest.bytes / MB:.1f} MB in {smallest.name}; use more, or a smaller "
+            f"needs {smallest.total / MB:.1f} MB in {smallest.name}; use more, or a smaller "
             "--hidden-size"
         )
     return args
@@ -77,11 +87,49 @@ def config_of(args: Namespace, layers: int) -> ModelConfig:
     return ModelConfig(VOCABULARY, hidden, inner, layers, hidden // HEAD, hidden // HEAD)
 
 
+def peak_of(args: Namespace, mode: Sharding, layers: int) -> Moment:
+    """The moment at which a rank holds most, by the formulas."""
+    config = config_of(args, layers)
+    layer = num_parameters(config_of(args, layers + 1)) - num_parameters(config)
+    return Plan(
+        config.architecture,
+        replace(mode, ranks=args.ranks),
+        root=FLOAT * (num_parameters(config) - layers * layer),
+        layer=FLOAT * layer,
+        batch=args.batch_size,
+        seq_len=args.seq_len,
+    ).peak()
+
+
+def largest(fits: Callable[[int], bool], guess: int) -> int:
+    """The largest number of layers that fits, 0 if none does, looked for around `guess`.
+
+    From there in steps that double, until the answer changes; then by halves.
+    """
+    low, high, step = 0, None, 1
+    at = max(1, guess)
+    while high is None or high - low > 1:
+        if fits(at):
+            low = at
+        else:
+            high = at
+        if high is None:
+            at = low + step
+        elif low == 0:
+            at = max(1, high - step)
+        else:
+            at = (low + high) // 2
+        step *= 2
+        if high == 1:
+            return 0
+    return low
+
+
 class Search:
     """For one mode: the largest number of layers predicted, and the one found."""
 
-    def __init__(self, args: Namespace, mode: Mode) -> None:
-        self.args, self.mode = args, mode
+    def __init__(self, args: Namespace, name: str) -> None:
+        self.args, self.name, self.mode = args, name, MODES[name]
         self.failures: dict[int, str] = {}  # by layers: what a rank said that had too little
         self.probes = 0
 
@@ -91,12 +139,7 @@ class Search:
         return self
 
     def should_fit(self, layers: int) -> bool:
-        moment = self.moment(layers)
-        return moment.bytes <= self.args.memory_mb * MB
-
-    def moment(self, layers: int) -> Any:
-        config = config_of(self.args, layers)
-        return peak(config, self.mode, self.args.ranks, self.args.batch_size, self.args.seq_len)
+        return peak_of(self.args, self.mode, layers).total <= self.args.memory_mb * MB
 
     def fits(self, layers: int) -> bool:
         """Whether ranks with this memory train so many layers; raises for any other failure."""
@@ -119,33 +162,29 @@ class Search:
         return num_parameters(config_of(self.args, layers)) if layers else 0
 
 
-def train(job: Runtime, args: Namespace, mode: Mode, layers: int) -> None:
+def train(job: Runtime, args: Namespace, mode: Sharding, layers: int) -> None:
     """Two steps on random tokens, in a memory of --memory-mb."""
     config = config_of(args, layers)
     with device_memory(job, args.memory_mb) as memory:
         memory.phase = "building the model"
         model, wrapped = build(config, mode, job)
         optimizer = torch.optim.AdamW(wrapped.parameters(), fused=True)
-        fits = f"{mode.name} was predicted to need {predicted_mb(args, mode, layers):.1f} MB"
+        predicted = peak_of(args, mode, layers)
+        fits = f"predicted were {predicted.total / MB:.1f} MB in {predicted.name}"
         memory.watch(fits, **bytes_of(wrapped, optimizer))
         for _ in range(STEPS):
             step(memory, wrapped, optimizer, batch_of(args, job))
 
 
-def predicted_mb(args: Namespace, mode: Mode, layers: int) -> float:
-    config = config_of(args, layers)
-    return peak(config, mode, args.ranks, args.batch_size, args.seq_len).bytes / MB
-
-
-def build(config: ModelConfig, mode: Mode, job: Runtime) -> tuple[Llama, Any]:
+def build(config: ModelConfig, mode: Sharding, job: Runtime) -> tuple[Llama, Any]:
     """The model in its wrapper. A sharded one is never whole: it begins without memory."""
-    with torch.device("meta" if mode.sharded else job.device):
+    with torch.device(job.device if mode.units == "none" else "meta"):
         model = Llama(config)
-    model.gradient_checkpointing = mode.recomputes
-    if not mode.sharded:
+    model.gradient_checkpointing = mode.checkpointing
+    if mode.units == "none":
         return model, DDP(model, gradient_as_bucket_view=True)
     for layer in model.model.layers:
-        fully_shard(layer, reshard_after_forward=mode.reshards)
+        fully_shard(layer, reshard_after_forward=mode.kept == 0)
     fully_shard(model)
     model.to_empty(device=job.device)
     model.tie_weights()
@@ -177,15 +216,15 @@ def report(run: Run, args: Namespace, searches: list[Search]) -> None:
     for one in searches:
         predicted, found = one.parameters(one.predicted), one.parameters(one.found)
         error = 100 * (predicted - found) / found if found else float("inf")
-        cause = one.moment(one.predicted + 1).name
+        cause = peak_of(args, one.mode, one.predicted + 1).name
         times = found / first.parameters(first.found)
-        rows.append([one.mode.name, predicted / 1e6, found / 1e6, error, times, cause])
+        rows.append([one.name, predicted / 1e6, found / 1e6, error, times, cause])
     run.table(
         "largest",
         ["mode", "predicted (M)", "found (M)", "error (%)", "times DDP's", "what ends it"], rows,
         caption=f"parameters of the largest model on {args.ranks} ranks of {args.memory_mb:g} MB",
     )  # fmt: skip
-    names = [one.mode.name for one in searches]
+    names = [one.name for one in searches]
     run.figure(
         "largest", kind="bar", title="What a device of this size can train",
         x_label="", y_label="million parameters",
