@@ -104,6 +104,7 @@ def distributed(
         if kind == "cuda":
             torch.cuda.set_device(place)
         _join(store, launch, chosen, timeout_s, place)
+        _wait_for_all(store, launch)
     runtime = Runtime(
         launch.rank, launch.world_size, local_rank, local_world_size, place, chosen, gpus
     )
@@ -258,6 +259,20 @@ def _join(
         timeout=timedelta(seconds=timeout_s),
         device_id=device if backend == "nccl" else None,
     )
+
+
+def _wait_for_all(store: dist.Store, launch: Launch) -> None:
+    """Nobody goes on before all have met: a short job's first rank would close its connections
+    while a slower one still opens them. By the store, as a collective would count as the script's.
+    """
+    others = [rank for rank in range(launch.world_size) if rank != launch.rank]
+    if not others:
+        return
+    store.set(f"distlab/met{launch.rank}", "")
+    store.wait([f"distlab/met{rank}" for rank in others])
+    store.set(f"distlab/knows{launch.rank}", "")
+    if launch.rank == 0:  # with which the store may end
+        store.wait([f"distlab/knows{rank}" for rank in others])
 
 
 def _leave(backend: str, failed: bool) -> None:

@@ -315,6 +315,25 @@ def test_tensors_come_back_from_ranks_whole():
     assert torch.equal(small, torch.ones(3))
 
 
+def test_no_rank_goes_on_before_all_have_met():
+    """A rank that leaves a short job at once would close its connections to a slower one."""
+    store, gone_on = dist.HashStore(), []
+
+    def wait(rank):
+        runtime._wait_for_all(store, Launch(rank, 3, rank, 3))
+        gone_on.append(rank)
+
+    ranks = [threading.Thread(target=wait, args=(rank,)) for rank in range(3)]
+    for thread in ranks[:2]:
+        thread.start()
+    time.sleep(0.1)
+    assert gone_on == []
+    ranks[2].start()
+    for thread in ranks:
+        thread.join(timeout=60)
+    assert sorted(gone_on) == [0, 1, 2]
+
+
 def make_tensor(rt, sizes):
     return torch.full((sizes[rt.rank],), float(rt.rank))
 
