@@ -29,6 +29,8 @@ from distlab.script import Parser, positive_float
 
 MB = 10**6
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's mallopt
+STACK = 1 << 20  # bytes of a new thread's: each maps all of it at once, and by default 8 MiB
+ATTRIBUTES = 256  # bytes, more than any pthread_attr_t
 OWN_MAPPING = 1 << 16  # bytes from which an allocation is given back as soon as it is freed
 FAILED = re.compile(r"can't allocate memory|out of memory|std::bad_alloc", re.IGNORECASE)
 TRIED = re.compile(r"tried to allocate ([\d.]+) (bytes|[KMG]iB)")
@@ -176,10 +178,15 @@ def _settle(job: Runtime) -> None:
     """Do first what costs memory once: a step's threads and imports, and the libraries' own pools.
 
     glibc is told to give every larger block back as soon as it is freed: by default it keeps more
-    and more for itself, and the bound would be its, not the tensors'.
+    and more for itself, and the bound would be its, not the tensors'. So it would be the threads',
+    which libraries start when they like, with stacks of 8 MiB.
     """
     with suppress(OSError, AttributeError):
         libc = ctypes.CDLL(None)
+        attributes = ctypes.create_string_buffer(ATTRIBUTES)
+        libc.pthread_attr_init(attributes)
+        libc.pthread_attr_setstacksize(attributes, ctypes.c_size_t(STACK))
+        libc.pthread_setattr_default_np(attributes)
         libc.mallopt(M_MMAP_THRESHOLD, OWN_MAPPING)
         libc.mallopt(M_TRIM_THRESHOLD, OWN_MAPPING)
     layer = nn.Linear(64, 64, device=job.device)
