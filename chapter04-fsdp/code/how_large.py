@@ -15,11 +15,13 @@ as large.
 """
 
 from argparse import Namespace
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from typing import Any
 
 import torch
+from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel as DDP
 
@@ -30,10 +32,11 @@ from distlab.run import Run
 from distlab.runtime import Runtime
 from distlab.spawning import spawn
 from distlab.training.memory import MB, DeviceMemory, bytes_of, device_memory
-from fsdp.memory_timeline import Moment, Plan, Sharding
+from fsdp.disk import put_on_disk
+from fsdp.memory_timeline import Plan, Sharding
 
 PRESETS: dict[str, dict[str, object]] = {
-    "smoke": {"ranks": 2, "memory_mb": 32.0, "hidden_size": 128, "batch_size": 1, "seq_len": 64},
+    "smoke": {"ranks": 2, "memory_mb": 48.0, "hidden_size": 128, "batch_size": 1, "seq_len": 64},
     "laptop": {"ranks": 4, "memory_mb": 192.0, "hidden_size": 256, "batch_size": 2, "seq_len": 128},
     "gpu": {"ranks": 2, "memory_mb": 4000.0, "hidden_size": 1024, "batch_size": 4, "seq_len": 512},
 }  # fmt: skip
@@ -43,6 +46,7 @@ MODES = {  # but for their ranks
     "kept after forward": Sharding(1, kept=1.0),
     "fully sharded": Sharding(1),
     "fully sharded, recomputing": Sharding(1, checkpointing=True),
+    "fully sharded, on disk": Sharding(1, on_disk=True),
 }
 VOCABULARY, HEAD = 512, 32
 FLOAT = 4  # bytes
@@ -68,15 +72,15 @@ def parse_args(argv: list[str] | None) -> Namespace:
     add("--hidden-size", type=script.positive_int, help="of every model; layers are what varies")
     add("--batch-size", type=script.positive_int, help="sequences of a rank")
     add("--seq-len", type=script.positive_int)
+    add("--offload-dir", metavar="DIR", default="build/offload", help="on a disk, for the last row")
     args = parser.parse_args(argv)
     if args.hidden_size % HEAD:
         raise UsageError(f"--hidden-size {args.hidden_size} is not a multiple of {HEAD}")
-    smallest = peak_of(args, MODES["DDP"], layers=1)
-    if smallest.total > args.memory_mb * MB:
+    smallest = plan_of(args, MODES["DDP"], layers=1).needed()
+    if smallest > args.memory_mb * MB:
         raise UsageError(
-            f"--memory-mb {args.memory_mb:g} is too small for a single layer under DDP, which "
-            f"needs {smallest.total / MB:.1f} MB in {smallest.name}; use more, or a smaller "
-            "--hidden-size"
+            f"--memory-mb {args.memory_mb:g} is too small for a single layer under DDP; use "
+            f"{smallest / MB:.1f} or more, or a smaller --hidden-size"
         )
     return args
 
@@ -87,8 +91,8 @@ def config_of(args: Namespace, layers: int) -> ModelConfig:
     return ModelConfig(VOCABULARY, hidden, inner, layers, hidden // HEAD, hidden // HEAD)
 
 
-def peak_of(args: Namespace, mode: Sharding, layers: int) -> Moment:
-    """The moment at which a rank holds most, by the formulas."""
+def plan_of(args: Namespace, mode: Sharding, layers: int) -> Plan:
+    """What a step holds, by the formulas."""
     config = config_of(args, layers)
     layer = num_parameters(config_of(args, layers + 1)) - num_parameters(config)
     return Plan(
@@ -98,7 +102,7 @@ def peak_of(args: Namespace, mode: Sharding, layers: int) -> Moment:
         layer=FLOAT * layer,
         batch=args.batch_size,
         seq_len=args.seq_len,
-    ).peak()
+    )
 
 
 def largest(fits: Callable[[int], bool], guess: int) -> int:
@@ -139,7 +143,7 @@ class Search:
         return self
 
     def should_fit(self, layers: int) -> bool:
-        return peak_of(self.args, self.mode, layers).total <= self.args.memory_mb * MB
+        return plan_of(self.args, self.mode, layers).needed() <= self.args.memory_mb * MB
 
     def fits(self, layers: int) -> bool:
         """Whether ranks with this memory train so many layers; raises for any other failure."""
@@ -164,33 +168,58 @@ class Search:
 
 def train(job: Runtime, args: Namespace, mode: Sharding, layers: int) -> None:
     """Two steps on random tokens, in a memory of --memory-mb."""
-    config = config_of(args, layers)
-    with device_memory(job, args.memory_mb) as memory:
+    with device_memory(job, args.memory_mb, lambda: rehearse(args, mode, job)) as memory:
         memory.phase = "building the model"
-        model, wrapped = build(config, mode, job)
-        optimizer = torch.optim.AdamW(wrapped.parameters(), fused=True)
-        predicted = peak_of(args, mode, layers)
-        fits = f"predicted were {predicted.total / MB:.1f} MB in {predicted.name}"
-        memory.watch(fits, **bytes_of(wrapped, optimizer))
+        plan = plan_of(args, mode, layers)
+        said = f"predicted were {plan.needed() / MB:.1f} MB in {plan.peak().name}"
+        with build(args, mode, layers, job) as (model, optimizer, update):
+            memory.watch(said, **bytes_of(model, optimizer))
+            for _ in range(STEPS):
+                step(memory, model, update, batch_of(args, job))
+                optimizer.zero_grad()
+
+
+def rehearse(args: Namespace, mode: Sharding, job: Runtime) -> None:
+    """A step of a small model: what the libraries load for it is theirs, not the model's."""
+    with build(args, mode, 2, job) as (model, optimizer, update):
         for _ in range(STEPS):
-            step(memory, wrapped, optimizer, batch_of(args, job))
+            step(DeviceMemory(job, None), model, update, batch_of(args, job))
+            optimizer.zero_grad()
 
 
-def build(config: ModelConfig, mode: Sharding, job: Runtime) -> tuple[Llama, Any]:
-    """The model in its wrapper. A sharded one is never whole: it begins without memory."""
+@contextmanager
+def build(
+    args: Namespace, mode: Sharding, layers: int, job: Runtime
+) -> Iterator[tuple[nn.Module, torch.optim.Optimizer, Callable[[], object]]]:
+    """The model in its wrapper, its optimizer, and what makes the optimizer's step.
+
+    A sharded model is never whole: it begins without memory.
+    """
     with torch.device(job.device if mode.units == "none" else "meta"):
-        model = Llama(config)
+        model = Llama(config_of(args, layers))
     model.gradient_checkpointing = mode.checkpointing
     if mode.units == "none":
-        return model, DDP(model, gradient_as_bucket_view=True)
+        wrapped = DDP(model, gradient_as_bucket_view=True)
+        optimizer = torch.optim.AdamW(wrapped.parameters(), fused=True)
+        yield wrapped, optimizer, optimizer.step
+        return
     for layer in model.model.layers:
         fully_shard(layer, reshard_after_forward=mode.kept == 0)
     fully_shard(model)
-    model.to_empty(device=job.device)
-    model.tie_weights()
-    for parameter in model.parameters():  # any values will do: nothing is learnt here
-        torch.nn.init.normal_(parameter.to_local(), std=0.02)  # type: ignore[attr-defined]
-    return model, model
+    with ExitStack() as files:
+        if mode.on_disk:
+            optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+            disk = put_on_disk(model, optimizer, args.offload_dir, flag="--offload-dir")
+            update = files.enter_context(disk).step
+        else:
+            model.to_empty(device=job.device)
+            model.tie_weights()
+            optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+            update = optimizer.step
+        with torch.no_grad():
+            for parameter in model.parameters():  # any values will do: nothing is learnt here
+                parameter.to_local().normal_(std=0.02)  # type: ignore[attr-defined]
+        yield model, optimizer, update
 
 
 def batch_of(args: Namespace, job: Runtime) -> torch.Tensor:
@@ -199,15 +228,14 @@ def batch_of(args: Namespace, job: Runtime) -> torch.Tensor:
 
 
 def step(
-    memory: DeviceMemory, model: Any, optimizer: torch.optim.Optimizer, tokens: torch.Tensor
+    memory: DeviceMemory, model: nn.Module, update: Callable[[], object], tokens: torch.Tensor
 ) -> None:
     memory.phase = "forward"
     loss = model(tokens[:, :-1], targets=tokens[:, 1:])
     memory.phase = "backward"
     loss.backward()
     memory.phase = "the optimizer's step"
-    optimizer.step()
-    optimizer.zero_grad()
+    update()
 
 
 def report(run: Run, args: Namespace, searches: list[Search]) -> None:
@@ -216,7 +244,7 @@ def report(run: Run, args: Namespace, searches: list[Search]) -> None:
     for one in searches:
         predicted, found = one.parameters(one.predicted), one.parameters(one.found)
         error = 100 * (predicted - found) / found if found else float("inf")
-        cause = peak_of(args, one.mode, one.predicted + 1).name
+        cause = plan_of(args, one.mode, one.predicted + 1).peak().name
         times = found / first.parameters(first.found)
         rows.append([one.name, predicted / 1e6, found / 1e6, error, times, cause])
     run.table(

@@ -64,6 +64,7 @@ from fsdp.training import (
     new_optimizer,
     recompute,
     refuse_sharding,
+    rehearse,
     report_shards,
     say_what_runs,
     units_of,
@@ -123,7 +124,7 @@ def train_and_report(run: Run, args: Namespace, job: Runtime, stop: StopRequest)
     mesh = new_mesh(args, job)  # and process groups: their threads' stacks are no tensors
     with (
         Saver(run, args, job, config) as saver,
-        device_memory(job, args.memory_mb) as memory,
+        device_memory(job, args.memory_mb, lambda: rehearse(mesh)) as memory,
         Trainer(args, config, job, tokens, memory, mesh) as trainer,
     ):
         progress = train(run, args, job, trainer, saver, stop)

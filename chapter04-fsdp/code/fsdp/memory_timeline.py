@@ -32,6 +32,8 @@ USERS = {  # part of an operator's name: what kind it makes of all that it reads
     "alltoall": "gradients",
 }
 
+OF_LIBRARIES = 300_000  # bytes a layer: Python's objects, small blocks, rests of pages (measured)
+
 
 class MemoryTimeline(LiveBytes):
     """Records one step in a `with` block: bytes by kind after each operator.
@@ -142,13 +144,14 @@ class Sharding:
 
     `units` are blocks, the root alone (one unit is the whole model), or none: replicas, as in DDP.
     `kept` is the part of a unit that stays between forward and backward: 0, 1, or 1/n where it is
-    resharded to n ranks.
+    resharded to n ranks. `on_disk` is `fsdp.disk`'s way, which keeps no state in memory.
     """
 
     ranks: int
     units: str = "blocks"
     kept: float = 0.0
     checkpointing: bool = False
+    on_disk: bool = False  # weights, gradients' shards and moments
 
 
 @dataclass(frozen=True)
@@ -193,6 +196,10 @@ class Plan:
     def peak(self) -> Moment:
         return max(self.moments(), key=lambda moment: moment.total)
 
+    def needed(self) -> float:
+        """Bytes of memory that a process needs for the step: the peak, and what is no tensor's."""
+        return self.peak().total + self.layers * OF_LIBRARIES
+
     def moments(self) -> list[Moment]:
         """In the order of a step."""
         layers = range(self.layers, 0, -1)
@@ -205,7 +212,8 @@ class Plan:
         part = 1 if self.sharding.units == "none" else self.sharding.ranks
         if part == 1:
             gathered, gradients = 0, self.whole  # DDP's buckets stay
-        kinds = (self.whole / part, 2 * self.whole / part, gradients, gathered, activations)
+        state = 0 if self.sharding.on_disk else self.whole / part
+        kinds = (state, 2 * state, gradients, gathered, activations)
         return Moment(name, cause, dict(zip(KINDS, kinds, strict=True)))
 
     def _forward(self) -> Moment:
@@ -233,7 +241,7 @@ class Plan:
         if self.sharding.checkpointing:
             activations += self._block()
             cause = "a layer computed again, two units gathered, the last reduction's buffer"
-        gradients = done * self.layer / self.sharding.ranks + self.layer * (done > 0)
+        gradients = self._shards(done) + self.layer * (done > 0)
         if self.sharding.units == "root":
             gradients = done * self.layer
         return self._moment(
@@ -243,7 +251,7 @@ class Plan:
     def _end(self, layer: int) -> Moment:
         done = self.layers - layer
         activations = self._tables() + (layer - 1) * self._kept() + self._entry() + self._table()
-        gradients = done * self.layer / self.sharding.ranks + self.layer * (1 + (done > 0))
+        gradients = self._shards(done) + self.layer * (1 + (done > 0))
         if self.sharding.units == "root":
             gradients = (done + 1) * self.layer
         cause = "a whole gradient and the last reduction's buffer"
@@ -252,15 +260,19 @@ class Plan:
         )
 
     def _last(self) -> Moment:
-        shards = self.layers * self.layer / self.sharding.ranks
-        gradients, cause = shards + self.layer + self.root, "the embedding's gradients"
+        gradients = self._shards(self.layers) + self.layer + self.root
+        cause = "the embedding's gradients"
         if self.sharding.units == "root":
             gradients, cause = 2 * self.whole, "all whole gradients, and the buffer to reduce them"
         return self._moment("end of backward", cause, 2 * self._table(), self.root, gradients)
 
     def _optimizer(self) -> Moment:
-        shards = self.whole / self.sharding.ranks
-        return self._moment("optimizer", "the state alone", 0, 0, shards)
+        root = 0 if self.sharding.on_disk else self.root / self.sharding.ranks
+        return self._moment("optimizer", "the state alone", 0, 0, self._shards(self.layers) + root)
+
+    def _shards(self, layers: int) -> float:
+        """Of the gradients of so many layers."""
+        return 0 if self.sharding.on_disk else layers * self.layer / self.sharding.ranks
 
     def _whole_units(self, layer: int) -> float:
         """Gathered while `layer` is in backward."""

@@ -3,36 +3,43 @@
 from argparse import Namespace
 from typing import Any
 
-from distlab import predict
 from distlab.display import quantity
 from distlab.errors import UsageError
 from distlab.model import ModelConfig, num_parameters
-from distlab.predict.activations import peak_activations
 from distlab.runtime import Runtime
 from distlab.training.memory import MB
+from fsdp.memory_timeline import OF_LIBRARIES, Moment, Plan, Sharding
 from fsdp.training import FLOAT, MOMENTS, replicas_of
 
 
 def predicted_bytes(args: Namespace, config: ModelConfig, shards: int, batch: int) -> float:
-    """What a rank needs at most, by the plan: state, gathered units, activations, a copy to save.
+    """What a rank needs at most: a step's, by `memory_timeline.Plan`, and a copy to save.
 
     `shards` is the number of ranks that share the model, `batch` the sequences of a micro-batch.
-    In backward the unit in use, the next one, and one gradient are whole, and so is the root; with
-    grad all units are. An asynchronous save copies weights and moments.
+    An asynchronous save copies weights and moments. A unit of several blocks is counted as if one
+    block more were whole for each, and a narrow type halves what is gathered and computed.
     """
-    parameters, unit, root = num_parameters(config), *sizes(args, config)
-    width = FLOAT if args.dtype == "float32" else FLOAT // 2
-    state = predict.model_state(parameters, "fp32", "adamw", 3, shards).total
-    in_use = parameters if args.shard == "grad" else min(2 * unit, parameters - root) + root
-    saving = args.checkpoint_dir and args.async_checkpoints
+    unit, root = sizes(args, config)
+    parameters, layers = num_parameters(config), config.num_hidden_layers
+    block = (parameters - root) // layers
+    sharding = Sharding(
+        shards,
+        kept=float(args.shard == "grad"),
+        checkpointing=args.activation_checkpointing == "full",
+        on_disk=args.offload == "disk",
+    )
+    plan = Plan(config.architecture, sharding, FLOAT * root, FLOAT * block, batch, args.seq_len)
+    in_unit = 2 * FLOAT * (unit - block)  # gathered; and as much of gradients
+    narrow = 1.0 if args.dtype == "float32" else 0.5
+
+    def held(moment: Moment) -> float:
+        kinds = moment.bytes
+        computed = narrow * (kinds["gathered"] + in_unit + kinds["activations"])
+        return kinds["weights"] + kinds["optimizer"] + kinds["gradients"] + in_unit + computed
+
+    saving = args.checkpoint_dir and args.async_checkpoints and args.offload != "disk"
     copy = FLOAT * (1 + MOMENTS) * parameters / shards if saving else 0
-    if args.offload == "disk":
-        state = copy = 0
-    activations = peak_activations(
-        config.architecture, "fp32" if width == FLOAT else "bf16", args.seq_len, batch,
-        "full" if args.activation_checkpointing == "full" else "none",
-    )  # fmt: skip
-    return state + width * in_use + FLOAT * unit + activations + copy
+    return max(map(held, plan.moments())) + layers * OF_LIBRARIES + copy
 
 
 def sizes(args: Namespace, config: ModelConfig) -> tuple[int, int]:

@@ -13,6 +13,7 @@ from typing import Any, Protocol, Self
 import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import (
     CheckpointPolicy,
@@ -110,6 +111,18 @@ def new_mesh(args: Namespace, job: Runtime) -> DeviceMesh:
         return init_device_mesh(kind, (job.world_size,), mesh_dim_names=("shard",))
     shape = (replicas, job.world_size // replicas)
     return init_device_mesh(kind, shape, mesh_dim_names=("replicate", "shard"))
+
+
+def rehearse(mesh: DeviceMesh) -> None:
+    """Two steps of a small model, sharded: what libraries load for them is no model's memory."""
+    model = Llama(ModelConfig(64, 64, 64, 2, 2, 2)).to(mesh.device_type)
+    for layer in model.model.layers:
+        fully_shard(layer, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+    for _ in range(2):
+        model(torch.zeros(1, 8, dtype=torch.long, device=mesh.device_type)).sum().backward()
+        optimizer.step()
 
 
 def units_of(model: Llama, units: str) -> list[list[nn.Module]]:

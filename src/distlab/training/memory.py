@@ -31,7 +31,7 @@ MB = 10**6
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's mallopt
 STACK = 1 << 20  # bytes of a new thread's: each maps all of it at once, and by default 8 MiB
 ATTRIBUTES = 256  # bytes, more than any pthread_attr_t
-OWN_MAPPING = 1 << 16  # bytes from which an allocation is given back as soon as it is freed
+OWN_MAPPING = 1 << 14  # bytes from which an allocation is given back as soon as it is freed
 FAILED = re.compile(r"can't allocate memory|out of memory|std::bad_alloc", re.IGNORECASE)
 TRIED = re.compile(r"tried to allocate ([\d.]+) (bytes|[KMG]iB)")
 UNITS = {"bytes": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
@@ -116,21 +116,29 @@ def _local(tensor: torch.Tensor) -> torch.Tensor:
 
 
 @contextmanager
-def device_memory(job: Runtime, megabytes: float | None) -> Iterator[DeviceMemory]:
+def device_memory(
+    job: Runtime, megabytes: float | None, rehearse: Callable[[], object] = lambda: None
+) -> Iterator[DeviceMemory]:
     """Let this rank allocate `megabytes` (10^6 bytes) beyond what it holds now, inside the block.
 
-    None sets no bound. Every rank calls it. Raises `UsageError` where the system has no such bound,
-    and, in place of an allocation's failure, `RunError` with `DeviceMemory.failure`'s line.
+    None sets no bound. Every rank calls it. `rehearse` does in small what the block will do, so
+    that what libraries load and keep at first use is there before. Raises `UsageError` where the
+    system has no such bound, and, in place of an allocation's failure, `RunError` with
+    `DeviceMemory.failure`'s line.
     """
     if megabytes is None:
         yield DeviceMemory(job, None)
         return
     refuse_system(job.device)
     _settle(job)
-    memory = DeviceMemory(job, round(megabytes * MB))
+    rehearse()
+    gc.collect()
+    job.synchronize()
     try:
-        with _bounded(job.device, memory.start + round(megabytes * MB)):
-            yield memory
+        with _holes_filled():
+            memory = DeviceMemory(job, round(megabytes * MB))
+            with _bounded(job.device, memory.start + round(megabytes * MB)):
+                yield memory
     except (RuntimeError, MemoryError) as error:
         if isinstance(error, MemoryError) or FAILED.search(str(error)):
             raise memory.failure(error) from None
@@ -197,9 +205,41 @@ def _settle(job: Runtime) -> None:
             assert parameter.grad is not None
             dist.all_reduce(parameter.grad)
         optimizer.step()
-    del layer, optimizer
-    gc.collect()
-    job.synchronize()
+
+
+class _Heap(ctypes.Structure):
+    """glibc's struct mallinfo."""
+
+    _fields_ = [
+        ("before", ctypes.c_int * 3),
+        ("hblks", ctypes.c_int),  # blocks with a mapping of their own
+        ("after", ctypes.c_int * 6),
+    ]
+
+
+@contextmanager
+def _holes_filled() -> Iterator[None]:
+    """Take what imports left free in the heap: tensors in there would cost nothing, 6 MB of them.
+
+    Afterwards every block from `OWN_MAPPING` on has a mapping of its own.
+    """
+    taken: list[int] = []
+    libc = ctypes.CDLL(None)
+    if not hasattr(libc, "mallinfo"):  # another libc than glibc
+        yield
+        return
+    libc.mallinfo.restype = _Heap
+    libc.malloc.argtypes, libc.malloc.restype = [ctypes.c_size_t], ctypes.c_void_p
+    libc.free.argtypes = [ctypes.c_void_p]
+    mapped = libc.mallinfo().hblks
+    try:
+        while libc.mallinfo().hblks == mapped:
+            taken.append(libc.malloc(OWN_MAPPING))
+        libc.free(taken.pop())  # which has a mapping
+        yield
+    finally:
+        for block in taken:
+            libc.free(block)
 
 
 def _asked(error: BaseException) -> int | None:
