@@ -220,6 +220,9 @@ def status_of(main: Callable[[], int]) -> int:
         if failure.errno in (errno.ENOSPC, errno.EDQUOT):
             where = f" while writing {failure.filename}" if failure.filename else ""
             return _fail(f"the disk is full{where}; free some space and run again", CHECK_FAILED)
+        if failure.errno in (errno.EMFILE, errno.ENFILE):
+            remedy = "raise the limit (ulimit -n 4096) and run again"
+            return _fail(f"{failure.strerror}, of this process or machine; {remedy}", CHECK_FAILED)
         if failure.errno in (errno.EACCES, errno.EROFS, errno.EPERM) and failure.filename:
             remedy = "run this as its owner, or in a copy of the checkout that is yours"
             return _fail(f"{failure.filename}: {failure.strerror}; {remedy}", CHECK_FAILED)
