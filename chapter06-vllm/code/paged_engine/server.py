@@ -211,17 +211,18 @@ class Server(uvicorn.Server):
 
     def __init__(self, app: Gate, listener: socket.socket, name: str, drain_seconds: float) -> None:
         engine = app.engine
+        connections = 2 * engine.capacity + 64
         config = uvicorn.Config(
             app,
             log_config=None,
             access_log=False,
             server_header=False,
             ws="none",
-            limit_concurrency=2 * engine.capacity + 64,
+            limit_concurrency=connections,
             timeout_graceful_shutdown=int(drain_seconds + FAREWELL_SECONDS),
         )
         super().__init__(config)
-        self.open_files = config.limit_concurrency + OWN_FILES
+        self.open_files = connections + OWN_FILES
         self.next_complaint = 0.0
         self.engine = engine
         self.listener = listener
