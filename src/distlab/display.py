@@ -32,7 +32,9 @@ def make_output_safe() -> None:
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
         if stream is None:
-            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115
+            nowhere = os.open(os.devnull, os.O_WRONLY)  # not the stream's, which would be warned of
+            stream = open(nowhere, "w", encoding="utf-8", closefd=False)  # noqa: SIM115
+            setattr(sys, name, stream)
         elif isinstance(stream, io.TextIOWrapper) and stream.errors in (
             *("strict", "surrogateescape"),  # stdout's, and in the C locale
             "backslashreplace",  # stderr's

@@ -3,8 +3,10 @@
 import os
 import platform
 import re
+import resource
 import socket
 import subprocess
+import sys
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path, PurePosixPath
@@ -87,6 +89,20 @@ def threads_asked() -> int | None:
     nesting, the first; None where it is not set, or is no number above 0 and so ignored."""
     first = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0].strip()
     return int(first) if first.isdecimal() and int(first) > 0 else None
+
+
+def allow_open_files(count: int) -> int:
+    """Raise this process's limit of open files, connections among them, to `count`; what it is now.
+
+    `ulimit -n` tells it: 256 on macOS, often 1024 on Linux. A hard limit is not passed.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft == resource.RLIM_INFINITY:
+        return sys.maxsize
+    if soft < count:
+        soft = count if hard == resource.RLIM_INFINITY else min(count, hard)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    return soft
 
 
 def usable_memory() -> int:

@@ -69,13 +69,17 @@ class Job:
             threading.Thread(target=self._read, args=(name, echo), daemon=True)
             for name in self.texts
         ]
-        for reader in self._readers:
-            reader.start()
-        self._guardian = subprocess.Popen(
-            [sys.executable, "-m", "distlab.guardian", self.mark],
-            stdin=subprocess.PIPE,
-            start_new_session=True,  # a Ctrl-C is for the job, not for its guardian
-        )
+        try:
+            for reader in self._readers:
+                reader.start()
+            self._guardian = subprocess.Popen(
+                [sys.executable, "-m", "distlab.guardian", self.mark],
+                stdin=subprocess.PIPE,
+                start_new_session=True,  # a Ctrl-C is for the job, not for its guardian
+            )
+        except BaseException:  # this machine lets no more processes or threads begin
+            end_marked(self.mark)
+            raise
 
     def _read(self, name: str, echo: bool) -> None:
         for line in getattr(self.process, name):

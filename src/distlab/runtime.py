@@ -20,6 +20,7 @@ from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
+import psutil
 import torch
 import torch.distributed as dist
 
@@ -31,6 +32,7 @@ has_joined = False  # a process group, in this process: see `distlab.script.exit
 LOST_PEER = re.compile(
     r"gloo|NCCL|Connection (?:closed|reset)|[Tt]imed? ?out|pair closure|broken pipe"
 )
+NO_ADDRESS = re.compile(r"Unable to find address for: (\S+)")  # gloo's, of GLOO_SOCKET_IFNAME
 
 
 @dataclass(frozen=True)
@@ -218,12 +220,25 @@ def _meeting(launch: Launch, timeout_s: float) -> Iterator[None]:
         if isinstance(error, UsageError):
             raise
         first_line = str(error).splitlines()[0] if str(error) else type(error).__name__
+        if interface := NO_ADDRESS.search(first_line):
+            raise UsageError(
+                f"GLOO_SOCKET_IFNAME={os.environ.get('GLOO_SOCKET_IFNAME')}: {interface[1]} is no "
+                f"network interface with an address; use one of {_interfaces()}, or unset it"
+            ) from error
         waited = time.monotonic() - started  # gloo's may be five timeouts, for a silent address
         raise RunError(
             f"rank {launch.rank} of {launch.world_size} could not meet the others at "
             f"{launch.master_addr}:{launch.master_port} in {waited:.1f} s "
             f"(timeout {timeout_s:g} s): {first_line}{_if_nobody_launched()}"
         ) from error
+
+
+def _interfaces() -> str:
+    """This machine's network interfaces that have an address of the Internet's."""
+    found = psutil.net_if_addrs().items()
+    families = (socket.AF_INET, socket.AF_INET6)
+    named = [name for name, addresses in found if any(a.family in families for a in addresses)]
+    return ", ".join(sorted(named))
 
 
 def _if_nobody_launched() -> str:

@@ -29,6 +29,7 @@ __all__ = ["Parser", "Run", "RunError", "Skipped", "UsageError", "exit", "run", 
 
 CHECK_FAILED, BAD_ARGUMENT, SKIPPED, INTERRUPTED = 1, 2, 77, 130
 PRESET_NAMES = ("smoke", "laptop", "gpu")
+MORE_PROCESSES = "end some of yours, or raise the limit (ulimit -u), and run again"
 
 
 class OneLineParser(argparse.ArgumentParser):
@@ -216,10 +217,19 @@ def status_of(main: Callable[[], int]) -> int:
             raise
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return CHECK_FAILED
+    except RuntimeError as failure:
+        if str(failure) != "can't start new thread":  # Python's, see threading.Thread.start
+            raise
+        return _fail(f"{failure}; {MORE_PROCESSES}", CHECK_FAILED)
     except OSError as failure:
         if failure.errno in (errno.ENOSPC, errno.EDQUOT):
             where = f" while writing {failure.filename}" if failure.filename else ""
             return _fail(f"the disk is full{where}; free some space and run again", CHECK_FAILED)
+        if failure.errno in (errno.EMFILE, errno.ENFILE):
+            remedy = "raise the limit (ulimit -n 4096) and run again"
+            return _fail(f"{failure.strerror}, of this process or machine; {remedy}", CHECK_FAILED)
+        if failure.errno == errno.EAGAIN and not hasattr(failure, "characters_written"):  # a fork's
+            return _fail(f"can't start a process; {MORE_PROCESSES}", CHECK_FAILED)
         if failure.errno in (errno.EACCES, errno.EROFS, errno.EPERM) and failure.filename:
             remedy = "run this as its owner, or in a copy of the checkout that is yours"
             return _fail(f"{failure.filename}: {failure.strerror}; {remedy}", CHECK_FAILED)

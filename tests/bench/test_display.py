@@ -196,5 +196,7 @@ def test_every_character_can_be_written_in_every_locale(variables, shown):
 
 
 def test_a_closed_output_takes_everything():
-    command = f"{sys.executable} -c 'import distlab, sys; print(1); sys.stdout.flush()' >&-"
+    """Also where warnings are told: an open file at Python's end is one."""
+    code = "import distlab, sys; print(1); sys.stdout.flush()"
+    command = f"{sys.executable} -W default -c '{code}' >&-"
     assert subprocess.run(["sh", "-c", command], capture_output=True).stderr == b""

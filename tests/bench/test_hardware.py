@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import resource
 import subprocess
 import sys
 
@@ -109,6 +110,19 @@ def test_memory_is_limited_by_the_group(files):
     assert host.usable_memory() == unlimited
     files["/sys/fs/cgroup/pod/memory.max"] = "268435456\n"
     assert host.usable_memory() == 2**28
+
+
+def test_open_files_are_allowed_up_to_the_hard_limit():
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    hard = before[1] if before[1] != resource.RLIM_INFINITY else 2**20
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (200, before[1]))
+        assert host.allow_open_files(100) == 200
+        assert host.allow_open_files(240) == 240
+        assert resource.getrlimit(resource.RLIMIT_NOFILE) == (240, before[1])
+        assert hard <= host.allow_open_files(2**62 if hard == before[1] else hard)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """Nothing that a command started outlives it, whatever ends it."""
 
+import errno
 import os
 import signal
 import subprocess
@@ -175,6 +176,23 @@ def test_a_job_ends_when_its_block_is_left_by_an_error(pids):
         raise ZeroDivisionError
     assert alive(pids) == []
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+
+
+def test_a_command_whose_guardian_cannot_start_is_ended(monkeypatch):
+    """As under `ulimit -u`, which lets the command begin and then no more."""
+    started: list[subprocess.Popen] = []
+    popen = subprocess.Popen
+
+    def one_only(*args, **kwargs):
+        if started:
+            raise BlockingIOError(errno.EAGAIN, "Resource temporarily unavailable")
+        started.append(popen(*args, **kwargs))
+        return started[0]
+
+    monkeypatch.setattr(subprocess, "Popen", one_only)
+    with pytest.raises(BlockingIOError):
+        run_command(["sleep", "303"])
+    started[0].wait(10)  # its status went to psutil
 
 
 PARENT = """

@@ -218,6 +218,14 @@ def test_alone_there_is_a_group_of_one_():
         assert torch.rand(1) == first
 
 
+def test_an_interface_that_is_not_there_is_told_with_those_that_are(monkeypatch):
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "ib9")
+    refused = r"GLOO_SOCKET_IFNAME=ib9: ib9 is no .*; use one of .*\blo.*, or unset it"
+    with pytest.raises(UsageError, match=refused), runtime.distributed(device="cpu"):
+        pass
+    assert not dist.is_initialized()
+
+
 @pytest.mark.parametrize("error", [ValueError("bug"), KeyboardInterrupt(), SystemExit(3)])
 def test_the_group_is_gone_after_an_exception(error):
     with pytest.raises(type(error)), runtime.distributed():

@@ -208,6 +208,22 @@ def test_argument_types(convert, good, bad):
             "error: the disk is full while writing out.bin; free some space and run again\n",
         ),
         (
+            OSError(errno.EAGAIN, "Resource temporarily unavailable"),
+            1,
+            f"error: can't start a process; {script.MORE_PROCESSES}\n",
+        ),
+        (
+            RuntimeError("can't start new thread"),
+            1,
+            f"error: can't start new thread; {script.MORE_PROCESSES}\n",
+        ),
+        (
+            OSError(errno.EMFILE, "Too many open files", "out.bin"),
+            1,
+            "error: Too many open files, of this process or machine; "
+            "raise the limit (ulimit -n 4096) and run again\n",
+        ),
+        (
             OSError(errno.ENOSPC, "No space left on device"),
             1,
             "error: the disk is full; free some space and run again\n",

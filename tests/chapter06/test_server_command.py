@@ -1,6 +1,7 @@
 """The command `python -m paged_engine.server`: its mistakes in one line, and how it drains."""
 
 import asyncio
+import errno
 import json
 import os
 import signal
@@ -85,6 +86,21 @@ def test_an_empty_api_key_is_refused(tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("PAGED_ENGINE_API_KEY", " ")
     assert status_of(["--model", str(tmp_path)]) == 2
     assert "PAGED_ENGINE_API_KEY is set, but empty" in capsys.readouterr().err
+
+
+def test_connections_without_a_file_are_told_of_in_one_line(caplog):
+    """asyncio would tell of each, thousands of times a second, and with a traceback."""
+    server = Server(serve_engine(fake_engine(), "fake"), None, "fake", drain_seconds=1)
+    server.open_files = 64
+    loop = asyncio.new_event_loop()
+    full = OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+    for problem in (full, full, ValueError("another"), full):
+        server.tell_problem(loop, {"message": "socket.accept() failed", "exception": problem})
+    loop.close()
+    server.engine.stop()
+    first, other = caplog.messages
+    assert first.startswith("new connections wait: Too many open files; raise ulimit -n, which is")
+    assert other == "socket.accept() failed"
 
 
 @pytest.mark.parametrize("stream", [True, False], ids=["stream", "whole"])

@@ -3,6 +3,7 @@
 import functools
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -355,6 +356,19 @@ def test_own_file_cannot_stand_for_numpy(fooled, tmp_path):
 def test_broken_adapters_are_explained(fooled):
     assert "SyntaxError" in fooled("def combine_gradients(:\n")[2]
     assert "has no attribute 'combine_gradients'" in fooled("x = 1\n")[2]
+
+
+@needs_solution
+def test_a_closed_umask_and_a_closed_folder_cost_no_points(graded, tmp_path):
+    """Where the grader is root, the student's process is another user."""
+    shutil.copytree(EXERCISES[0] / "solution", tmp_path, dirs_exist_ok=True)
+    tmp_path.chmod(0o700)
+    mask = os.umask(0o077)
+    try:
+        record = graded(EXERCISES[0], tmp_path, "--task", "read-profile")[1]
+    finally:
+        os.umask(mask)
+    assert record["points"] == record["max_points"], record["tasks"][0]["message"]
 
 
 def test_grades_are_written_and_printed(tmp_path, capsys):

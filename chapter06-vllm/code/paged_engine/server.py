@@ -44,6 +44,7 @@ import uvicorn
 
 from distlab import script
 from distlab.errors import RunError, UsageError
+from distlab.host import allow_open_files
 from paged_engine.async_engine import AsyncEngine, Unavailable
 from paged_engine.config import EngineConfig, dedicate_process
 from paged_engine.engine import Engine
@@ -54,6 +55,8 @@ from paged_engine.routes import Service, build_app
 
 API_KEY = "PAGED_ENGINE_API_KEY"
 FAREWELL_SECONDS = 5.0  # after the drain, for the last answers to be written
+OWN_FILES = 64  # open in the server beside its connections
+REPEAT_SECONDS = 10.0  # between two lines about the same shortage
 LIMITS: list[tuple[str, Any, Any, str]] = [  # flag, type, default, help
     ("max-queue", script.non_negative_int, 256, "sequences that may wait; more get status 429"),
     ("max-body-bytes", script.positive_int, 2**20, "of a request's body"),
@@ -208,16 +211,19 @@ class Server(uvicorn.Server):
 
     def __init__(self, app: Gate, listener: socket.socket, name: str, drain_seconds: float) -> None:
         engine = app.engine
+        connections = 2 * engine.capacity + 64
         config = uvicorn.Config(
             app,
             log_config=None,
             access_log=False,
             server_header=False,
             ws="none",
-            limit_concurrency=2 * engine.capacity + 64,
+            limit_concurrency=connections,
             timeout_graceful_shutdown=int(drain_seconds + FAREWELL_SECONDS),
         )
         super().__init__(config)
+        self.open_files = connections + OWN_FILES
+        self.next_complaint = 0.0
         self.engine = engine
         self.listener = listener
         self.name = name
@@ -238,10 +244,23 @@ class Server(uvicorn.Server):
         return script.INTERRUPTED if self.signal_number == signal.SIGINT else 0
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        self.open_files = allow_open_files(self.open_files)
+        asyncio.get_running_loop().set_exception_handler(self.tell_problem)
         await super().startup(sockets)
         host, port = self.listener.getsockname()[:2]
         shown = f"[{host}]" if ":" in host else host
         print(f"ready: http://{shown}:{port}/v1 serves {self.name}", flush=True)
+
+    def tell_problem(self, loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+        """A connection that there is no file for waits. asyncio tells that with a traceback, 2,000
+        times a second; we in a line now and then."""
+        problem = context.get("exception")
+        if not isinstance(problem, OSError) or problem.errno not in (errno.EMFILE, errno.ENFILE):
+            loop.default_exception_handler(context)
+        elif loop.time() >= self.next_complaint:
+            self.next_complaint = loop.time() + REPEAT_SECONDS
+            line = "new connections wait: %s; raise ulimit -n, which is %d, or send fewer at once"
+            log.warning(line, problem.strerror, self.open_files)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         log.info("no new connections; what runs may take %g s", self.drain_seconds)

@@ -81,6 +81,7 @@ def hidden_places(root: Path) -> Iterator[Path]:
 
 def give_away(places: Places, parent: int) -> str:
     """Give the rights away, and say in words what that came to."""
+    os.umask(0o022)  # a closed one would bar the other user from the folders made on its way
     root = os.geteuid() == 0
     covered = cover(places, root)
     another = root and become_another(places)
@@ -184,8 +185,7 @@ def become_another(places: Places) -> bool:
     """Become `nobody`, where that user can reach Python and the work."""
     try:
         user = pwd.getpwnam("nobody")
-        for path in (places.work, *places.work.rglob("*")):
-            os.chown(path, user.pw_uid, user.pw_gid, follow_symlinks=False)
+        give(places.work, user.pw_uid, user.pw_gid)
         os.seteuid(user.pw_uid)
         reached = [*places.kept, Path(sys.executable), places.student]
         reachable = all(os.access(path, os.R_OK | os.X_OK, effective_ids=True) for path in reached)
@@ -194,9 +194,17 @@ def become_another(places: Places) -> bool:
             os.setgroups([])
             os.setresgid(user.pw_gid, user.pw_gid, user.pw_gid)
             os.setresuid(user.pw_uid, user.pw_uid, user.pw_uid)
+        else:  # a root without capabilities could not write what is another's
+            give(places.work, os.getuid(), os.getgid())
     except (KeyError, OSError):
         return False
     return reachable
+
+
+def give(folder: Path, user: int, group: int) -> None:
+    """Make all in the folder, and itself, this user's."""
+    for path in (folder, *folder.rglob("*")):
+        os.chown(path, user, group, follow_symlinks=False)
 
 
 def drop_capabilities() -> None:
