@@ -75,7 +75,7 @@ def test_names_each_planted_bottleneck(student, tmp_path, chance):
         assert verdict == cause, (
             f"a trace whose steps spend half their time on {cause} was called {verdict!r}"
         )
-    # 128 us, so that shares are exact: 5/16 for two causes, 3/16 for the others; or 2 ns more for one
+    # 128 us, so that shares are exact: 5/16 for two causes, 3/16 for the others; or one has more
     for (first, second), more in product([(0, 1), (0, 3), (1, 2), (2, 3)], (0.0, 2.0**-10)):
         lengths = [24, 24, 24, 24]
         lengths[first], lengths[second] = 40 - more, 40 + more
