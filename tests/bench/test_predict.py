@@ -324,6 +324,23 @@ def test_decode_is_bound_by_the_bytes_it_reads() -> None:
     assert seconds == moved / 3350e9
 
 
+def test_key_value_heads_fewer_than_ranks_are_copied() -> None:
+    """As vLLM serves Qwen3-235B-A22B, 4 key-value heads, on 8 GPUs with TP 8."""
+    qwen = MODELS["qwen3-235b-a22b"].architecture
+    four, eight = (
+        predict.serving_memory(qwen, predict.ServingPlan(gpus=8, tp=tp, reserve=0)) for tp in (4, 8)
+    )
+    assert eight.kv_cache == four.kv_cache  # one head on each of 4 ranks, and on each of 8
+    # of 94 layers: a key and a value matrix of 128 columns on every rank, the other weights halved
+    copied = 94 * 2 * 128 * 4096 * 2
+    norms = (94 * (2 * 4096 + 2 * 128) + 4096 + 94 * 128 * 4096) * 2  # and routers, on every rank
+    assert eight.weights - copied - norms == (four.weights - copied - norms) / 2
+    latent = MODELS["deepseek-v3"].architecture
+    predict.check_serving_plan(latent, predict.ServingPlan(gpus=16, tp=16))
+    with pytest.raises(UsageError, match="--tp 6 does not divide 64 heads"):
+        predict.check_serving_plan(qwen, predict.ServingPlan(gpus=6, tp=6))
+
+
 def test_training_memory_adds_up() -> None:
     plan = TrainingPlan(gpus=16, tp=2, pp=2, zero=3, precision="fp32", seq_len=16, accumulation=4)
     memory = predict.training_memory(SMALL, plan)
@@ -467,6 +484,7 @@ def test_offload_hybrid_sharding_and_kept_weights_by_hand() -> None:
         ({"sequence_parallel": True}, "--sequence-parallel divides over --tp, which is 1"),
         ({"sequence_parallel": True, "tp": 2, "seq_len": 15}, "does not divide the 15 tokens"),
         ({"replicate": 3}, "--replicate 3 does not divide 8 ranks with the same weights; use 1, 2"),
+        ({"replicate": 2}, "--replicate 2 is about groups of shards; add --fsdp or --zero 1"),
         ({"offload": "all"}, "--offload all is about sharded weights; add --fsdp"),
         ({"reshard_after_forward": False}, "--no-reshard-after-forward is about sharded weights"),
     ],

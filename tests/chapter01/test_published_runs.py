@@ -231,6 +231,50 @@ def test_iteration_times_of_megatron(
     assert record["step_seconds"] == pytest.approx(seconds, rel=0.02)
 
 
+# Runs that recompute whole layers, on A100 80GB: their sources count the second forward pass in the
+# TFLOP/s that they state, so that the MFU is three quarters of these.
+# Smith et al., "Megatron-Turing NLG 530B" (arXiv 2201.11990), section 2.3: 1,920 sequences on 280,
+# 350 and 420 DGX A100s. Narayanan et al. (arXiv 2104.04473), section 5.1 and table 1: GPT-3 of
+# 174.6e9 parameters, 1,536 sequences on 1,024 GPUs: 300e9 tokens in 34 days. BigScience, chronicles
+# of BLOOM 176B: 2,048 sequences on 384 GPUs, about 150 TFLOP/s and 105 s.
+NLG = ({"n_head": 128, "n_embd": 20480, "n_layer": 105}, "--tp 8 --pp 35 --accumulation")
+WHOLE_LAYERS = [
+    (*NLG, 240, 2240, 126, 60.1),
+    (*NLG, 192, 2800, 121, 50.2),
+    (*NLG, 160, 3360, 113, 44.4),
+    (MEGATRON[0][0], "--tp 8 --pp 16 --accumulation", 192, 1024, 140,
+     34 * 86400 * 1536 * 2048 / 300e9),
+    ({"n_head": 112, "n_embd": 14336, "n_layer": 70, "vocab_size": 250880},
+     "--tp 4 --pp 12 --micro-batch 2 --accumulation", 128, 384, 150, 105),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("sizes", "degrees", "micro", "gpus", "tflops", "seconds"), WHOLE_LAYERS)
+def test_iteration_times_with_full_recomputation(
+    estimate: Estimate,
+    tmp_path: Path,
+    sizes: dict[str, int],
+    degrees: str,
+    micro: int,
+    gpus: int,
+    tflops: float,
+    seconds: float,
+) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(GPT | sizes))
+    record = estimate(
+        f"train --config {tmp_path} --gpu a100-80gb --gpus {gpus} {degrees} {micro} --zero 1 "
+        f"--seq-len 2048 --activation-checkpointing --mfu {tflops * 3 / 4 / 312}"
+    )
+    assert record["step_seconds"] == pytest.approx(seconds, rel=0.03)
+
+
+# Zhao et al., "Insights into DeepSeek-V3" (arXiv 2505.09343), table 1: bytes of cache per token
+@pytest.mark.parametrize(("model", "measured"), [("deepseek-v3", 70272), ("llama-3-405b", 516096)])
+def test_cache_of_a_token(estimate: Estimate, model: str, measured: int) -> None:
+    record = estimate(f"infer --model {model} --precision fp8 --gpu h200 --gpus 8 --context 1")
+    assert record["kv_cache_bytes"] == measured
+
+
 # Logs of vLLM: "GPU KV cache size: N tokens". The largest batch is given where it is not the
 # server's default.
 LLAMA_40GB = "infer --model llama-3-8b --gpu a100-80gb --gpu-memory-gb 42.295"  # 39.39 GiB

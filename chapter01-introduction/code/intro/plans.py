@@ -13,8 +13,8 @@ from distlab.predict import (
     Architecture,
     ServingPlan,
     TrainingPlan,
-    check_degrees,
     check_plan,
+    check_serving_plan,
     default_batch,
     measured_weight_bytes,
     read_architecture,
@@ -101,8 +101,7 @@ def _refuse_impossible(args: argparse.Namespace) -> None:
     if args.workload == "train":
         check_plan(a, training_plan(a, args))
     else:
-        check_degrees(a, args.gpus, args.tp, args.pp)
-        serving_plan(a, args)
+        check_serving_plan(a, serving_plan(a, args))
     chosen_gpu(args)
 
 

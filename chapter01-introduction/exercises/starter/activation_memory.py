@@ -17,7 +17,8 @@ def saved_bytes(
     of any dtype, an index or a constant too. Two saved tensors that share one storage (a view of
     any part, or the same tensor twice) occupy it once, and a storage counts whole, even if a view
     saved only a part of it. `parameters` may be an iterator, which can be read once, and hold some
-    that are not saved; what has a parameter's shape need not be one.
+    that are not saved. What has a parameter's shape or values need not be one, and a parameter that
+    is not among `parameters` counts as any tensor does.
     """
     raise NotImplementedError("activation_memory.saved_bytes is yours to write")
 

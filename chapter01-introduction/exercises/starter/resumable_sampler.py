@@ -6,10 +6,12 @@ class ResumableSampler:
 
     An epoch has num_examples // global_batch steps. In each epoch every example appears at most
     once over all ranks; the examples that fill no whole batch are left out of that epoch. The
-    order is a new permutation of all examples in each epoch, so that an example left out once comes
-    another time. It depends on the seed and the epoch alone: not on `random`'s or NumPy's global
-    state, which belongs to the model and is not changed either, nor on other samplers of this
-    process. Two seeds share no epoch: the second epoch of seed 7 is not the first one of seed 8.
+    order is a new random permutation of all examples in each epoch, not the last one's turned round
+    or renumbered, so that an example left out once comes another time. It depends on the seed and
+    the epoch alone: not on `random`'s or NumPy's global state, which belongs to the model and is
+    not changed either, nor on other samplers of this process, nor on the process itself, which a
+    restarted run has a new one of. Two seeds, near or far, share no epoch: the second epoch of seed
+    7 is not the first one of seed 8, nor is epoch 1000.
 
     At every step the ranks' batches are disjoint, and together they are the same set of examples
     at every world size: the training run does not change with the number of workers.
@@ -24,19 +26,19 @@ class ResumableSampler:
         raise NotImplementedError("resumable_sampler.ResumableSampler is yours to write")
 
     def next_batch(self) -> list[int]:
-        """This rank's next global_batch / world_size example numbers."""
+        """This rank's next global_batch / world_size example numbers, ints of Python."""
         raise NotImplementedError
 
     def state_dict(self) -> dict:
         """Where the run stands: small, made of what JSON can hold, and equal on all ranks.
 
-        Its size grows neither with the examples nor with the steps.
+        Its size grows neither with the examples nor with the steps. Later steps do not change it.
         """
         raise NotImplementedError
 
     def load_state_dict(self, state: dict) -> None:
         """Continue behind the last batch before `state_dict()`, whatever world size wrote it.
 
-        The sampler may have given batches before; `state` is not changed.
+        The sampler may have given batches before; `state` is not changed, by later steps neither.
         """
         raise NotImplementedError

@@ -10,9 +10,10 @@ def combine_gradients(gradients: list[np.ndarray], counts: list[int]) -> np.ndar
         float32 or float16): the gradient of the mean loss over that worker's own examples. A worker
         without examples has nothing to average: its array may hold anything, NaN and infinity too.
     counts: how many examples each worker has; at least one worker has some.
-    Returns an array of the gradients' shape, float64 and added up in float64 whatever their dtype,
-    and changes no argument. Where a worker with examples has a NaN, so has the result: a run that
-    has diverged must not look well.
+    Returns a new array of the gradients' shape, float64 and added up in float64 whatever their
+    dtype, which the caller may change: it is no argument, nor changed by a later call. No argument
+    is changed. Where a worker with examples has a NaN or an infinity, the result is not finite
+    either: a run that has diverged must not look well.
     """
     raise NotImplementedError("uneven_shards.combine_gradients is yours to write")
 

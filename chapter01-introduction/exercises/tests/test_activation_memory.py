@@ -23,6 +23,8 @@ def test_saved_bytes_counts_each_storage_once(student, chance):
 
 def test_saved_bytes_leaves_parameters_out(student, chance):
     check_steps(student, ["v0 @ w"], (16, 64, "float32"), 16 * 64 * 4)
+    own = (16 + 64) * 64 * 4
+    check_steps(student, ["v0 @ w"], (16, 64, "float32"), own, owned=("p",))
     for _ in range(RANDOM_PROGRAMS):
         check_drawn_steps(student, chance, ["exp", "slice", "mul", "p", "p", "linear", "linear"])
 
@@ -52,13 +54,14 @@ def test_formula_matches_autograd(student, chance):
     check_large_block(student, chance)
 
 
-def check_steps(student, steps, size, expected):
-    got, calls = saved_by_steps(student, steps, *size)
+def check_steps(student, steps, size, expected, owned=("p", "w")):
+    got, calls = saved_by_steps(student, steps, *size, owned)
     rows, cols, dtype = size
     story = "; ".join(f"v{i} = {step}" for i, step in enumerate(steps, start=1))
     story = (
-        f"of v0 [{rows}, {cols}] {dtype} (c is a constant and p a parameter of that shape, w "
-        f"[{cols}, {cols}] a parameter, first the index [0, 0] in int64): {story}"
+        f"of v0 [{rows}, {cols}] {dtype} (c is a constant and p a parameter of that shape and of "
+        f"the same values, w [{cols}, {cols}] a parameter, first the index [0, 0] in int64; given "
+        f"as parameters: {', '.join(owned) or 'none of these'}): {story}"
     )
     assert got == expected, f"{story}: expected {expected} bytes to be kept, got {got}"
     assert calls == 1, f"{story}: forward was called {calls} times; expected once"
@@ -72,7 +75,9 @@ def check_drawn_steps(student, chance, operations):
     rows, cols = int(chance.integers(2, 9)), int(chance.integers(2, 9))
     dtype = str(chance.choice(list(ITEMSIZE)))
     values, sizes, kept, steps = [("v0", rows, cols, 0)], [rows * cols * ITEMSIZE[dtype]], set(), []
-    constant = 0
+    constant, owned = 0, [name for name in "pw" if chance.random() < 0.7]
+    flat = {"p": rows * cols + 1, "w": cols * cols}  # p is a part of a buffer, which counts whole
+    foreign = set()  # parameters that are kept, and not among those given
     for number in range(1, int(chance.integers(3, 9))):
         name, r, c, storage = values[chance.integers(len(values))]
         operation = str(chance.choice(operations))
@@ -102,9 +107,11 @@ def check_drawn_steps(student, chance, operations):
         elif operation == "p" and whole:
             steps.append(f"p * {name}")
             kept.add(storage)
+            foreign |= {"p"} - set(owned)
         elif operation == "linear":
             steps.append(f"{name} @ w")
             kept.add(storage)
+            foreign |= {"w"} - set(owned)
         elif operation == "add":
             steps.append(f"{name} + {name}")
         else:
@@ -112,7 +119,8 @@ def check_drawn_steps(student, chance, operations):
             kept.add(storage)
         values.append((f"v{number}", r, c, fresh))
     total = sum(16 if storage == "index" else sizes[storage] for storage in kept)
-    check_steps(student, steps, (rows, cols, dtype), total + constant)
+    total += constant + sum(flat[name] for name in foreign) * ITEMSIZE[dtype]
+    check_steps(student, steps, (rows, cols, dtype), total, owned)
 
 
 def check_block(student, name, batch, seq, dtype, sizes):

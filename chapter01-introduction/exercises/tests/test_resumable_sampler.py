@@ -4,7 +4,7 @@ import json
 import random
 
 import numpy as np
-from grader_global_state import batches_and_next_draws
+from grader_global_state import batches_and_next_draws, batches_elsewhere, batches_of
 
 EXAMPLES, GLOBAL_BATCH, SEED = 103, 12, 7
 STEPS_PER_EPOCH = EXAMPLES // GLOBAL_BATCH
@@ -90,6 +90,8 @@ def check_epochs(student, run, world_size, epochs):
             place = f"{named(run)}, {world_size} ranks, epoch {epoch}, step {step}"
             kinds = {type(batch).__name__ for batch in batches}
             assert kinds == {"list"}, f"{place}: expected lists of numbers, got {kinds}"
+            numbers = {type(example).__name__ for batch in batches for example in batch}
+            assert numbers == {"int"}, f"{place}: expected ints of Python, got {numbers}"
             assert all(0 <= example < examples for example in seen), (
                 f"{place}: the examples are numbered 0 to {examples - 1}; got {sorted(seen)}"
             )
@@ -123,6 +125,7 @@ def check_order_is_shuffled(student, chance):
     assert len(strides) > 15 and far > 8, (
         f"{named(run)}: the first epoch's order is no random permutation: {order}"
     )
+    check_orders_are_unrelated(student, run)
     run = (120, 4, run[2])
     batches = [tuple(batch) for batch in global_batches(student, run, 1, 60)]
     again = set(batches[:30]) & set(batches[30:])
@@ -130,6 +133,24 @@ def check_order_is_shuffled(student, chance):
         f"{named(run)}: {len(again)} of the second epoch's 30 batches are batches of the first: "
         "permute the examples, not the batches"
     )
+
+
+def check_orders_are_unrelated(student, run):
+    """No epoch's order is the first one's turned round, moved along or renumbered."""
+    examples, _, seed = run
+    found = global_batches(student, run, 1, 4 * examples)
+    orders = np.array(found).reshape(4, examples)
+    first = orders[0].tolist()
+    neighbours = {frozenset(pair) for pair in zip(first, first[1:] + first[:1], strict=True)}
+    for epoch, order in enumerate(orders[1:], start=1):
+        pairs = zip(order.tolist(), np.roll(order, -1).tolist(), strict=True)
+        kept = sum(frozenset(pair) in neighbours for pair in pairs)  # 2 on average by chance
+        apart = int(np.bincount((order - orders[0]) % examples).max())  # 5 or so by chance
+        assert kept < 20 and apart < 20, (
+            f"{named(run)}: epoch {epoch} has {kept} of {examples} neighbours in common with epoch "
+            f"0, and {apart} examples differ from those of epoch 0 by the same number: draw a new "
+            "permutation in each epoch"
+        )
 
 
 def check_private_randomness(student, chance):
@@ -147,6 +168,12 @@ def check_private_randomness(student, chance):
         "belongs to the model; use a generator of your own"
     )
     check_seeds_share_nothing(student, run[2])
+    here = [student.make_sampler(*arguments).next_batch()]
+    told = batches_elsewhere(student, 1, *arguments)
+    assert told == repr(here), (
+        f"{named(run)}: the first batch is {here[0]} here and {told[:200]} in another Python "
+        "process, as a restarted run is one; do not use what depends on PYTHONHASHSEED"
+    )
     batches = global_batches(student, run, 1, 5)
     one, two = (student.make_sampler(*run[:2], 0, 1, run[2]) for _ in range(2))
     for step in range(5):
@@ -158,15 +185,26 @@ def check_private_randomness(student, chance):
 
 
 def check_seeds_share_nothing(student, seed):
-    run, steps = (50, 20, seed), 120  # 60 epochs of two steps
-    batches = global_batches(student, run, 1, steps)
-    for step in range(1, 4):
-        neighbour = (50, 20, seed + step)
-        shared = [b for b in global_batches(student, neighbour, 1, steps) if b in batches]
-        assert not shared, (
-            f"{named(run)} and seed {seed + step}: the two runs share the batch {shared[0]}; "
-            "neighbouring seeds must share no epoch"
-        )
+    run, steps = (50, 20, seed), 2100  # 1050 epochs of two steps; few train for longer
+    batches = {
+        tuple(batch): step for step, batch in enumerate(batches_of(student, steps, *of(run)))
+    }
+    for apart in (1, 2, 3, 10, 100, 1000, 10**4, 10**5, 10**6, 2**16, 2**20):
+        other = (50, 20, seed + apart)
+        few = batches_of(student, 100, *of(other))
+        shared = [(step, batch) for step, batch in enumerate(few) if tuple(batch) in batches]
+        for step, batch in shared:
+            raise AssertionError(
+                f"{named(run)} and seed {seed + apart}: epoch {batches[tuple(batch)] // 2} of the "
+                f"one and epoch {step // 2} of the other share the batch {batch}; two seeds, near "
+                "or far, must share no epoch"
+            )
+
+
+def of(run):
+    """The arguments of the sampler of a run's only rank."""
+    examples, global_batch, seed = run
+    return examples, global_batch, 0, 1, seed
 
 
 def check_refused(student, arguments, *numbers):
@@ -194,16 +232,22 @@ def check_resume(student, run, before, after, steps):
     assert len(set(states)) == 1, f"the ranks' states differ: {states[0]} and {states[-1]}"
     resumed = samplers(student, run, after)
     resumed[-1].next_batch()  # a sampler that was in use forgets where it stood
-    for rank in resumed:
-        given = json.loads(states[0])
-        rank.load_state_dict(given)
-        assert given == json.loads(states[0]), "load_state_dict changes the state that it is given"
+    kept, given = json.loads(states[0]), [json.loads(states[0]) for _ in resumed]
+    for rank, state in zip(resumed, given, strict=True):
+        rank.load_state_dict(state)
+        assert state == kept, "load_state_dict changes the state that it is given"
+    told = resumed[0].state_dict()
+    at_first = json.dumps(told)
     for step in range(steps, len(unbroken)):
         got = sorted(int(example) for rank in resumed for example in rank.next_batch())
         assert got == unbroken[step], (
             f"{named(run)}, saved after {steps} steps by {before} ranks, resumed by {after}: step "
             f"{step} reads {got}, the unbroken run {unbroken[step]}"
         )
+    assert all(state == kept for state in given), "a step changes a state that was loaded before"
+    assert json.dumps(told) == at_first, (
+        f"a state that was told after {steps} steps is {told} some steps later, and was {at_first}"
+    )
 
 
 def drawn_run(chance):

@@ -55,6 +55,9 @@ def test_requests_that_fit(student, chance):
         weights = usable - requests * request - spare
         cases.append(((gpu, share, max(weights, 0), request), None))
         cases.append(((gpu, share, usable + int(chance.integers(0, 10**9)), request), 0))
+        share = float(chance.uniform(0.1, 1))  # any share: half a request is far from the border
+        weights = int(gpu * share) - requests * request - request // 2
+        cases.append(((gpu, share, max(weights, 0), request), None))
     for arguments, expected in cases:
         gpu, share, weights, request = arguments
         if expected is None:
@@ -78,9 +81,14 @@ def test_queue_by_hand(student, chance):
         count = int(chance.integers(1, 13))
         arrivals = np.sort(chance.integers(0, 12, count)).tolist()
         service, servers = chance.integers(0, 7, count).tolist(), int(chance.integers(1, 5))
-        cases.append((arrivals, service, servers, queue_by_its_rule(arrivals, service, servers)))
+        expected = queue_by_its_rule(arrivals, service, servers)
+        cases.append((arrivals, service, servers, expected))
+        late = [2.0**20 + arrival / 1024 for arrival in arrivals]  # float32 cannot hold these
+        parts = ([one / 1024 for one in those] for those in (service, expected))
+        cases.append((late, next(parts), servers, next(parts)))
     for arrivals, service, servers, expected in cases:
-        dtype = chance.choice([np.float64, np.float32, np.int64])  # whole seconds: exact in each
+        whole = all(isinstance(arrival, int) for arrival in arrivals)  # exact in each of the dtypes
+        dtype = chance.choice([np.float64, np.float32, np.int64] if whole else [np.float64])
         times = np.array(arrivals, dtype=dtype), np.array(service, dtype=dtype)
         got = np.asarray(student.latencies(*times, servers))
         case = f"arrivals {arrivals} s, service {service} s ({times[0].dtype}), {servers} servers"

@@ -22,6 +22,8 @@ def test_uneven_shards(student, chance):
     for _ in range(RANDOM_CASES):
         check_drawn(student, chance, chance.integers(1, 100, chance.integers(1, 8)).tolist())
     check_drawn(student, chance, [10**9, 1])
+    check_drawn(student, chance, chance.integers(1, 100, 64).tolist())
+    check_result_is_the_callers(student, chance)
 
 
 def test_empty_shard(student, chance):
@@ -30,11 +32,11 @@ def test_empty_shard(student, chance):
         counts = chance.integers(1, 100, chance.integers(2, 8))
         counts[chance.permutation(len(counts))[1:]] *= chance.integers(0, 2, len(counts) - 1)
         check_drawn(student, chance, counts.tolist())
-    counts, broken = [3, 0, 5], np.array([np.nan, 1.0])
-    got = np.asarray(student.combine_gradients([np.ones(2), np.full(2, np.nan), broken], counts))
-    assert np.isnan(got).tolist() == [True, False], (
+    counts, broken = [3, 0, 5], np.array([np.nan, np.inf, -np.inf, 1.0])
+    got = np.asarray(student.combine_gradients([np.ones(4), np.full(4, np.nan), broken], counts))
+    assert np.isfinite(got).tolist() == [False, False, False, True], (
         f"counts {counts}: the last worker has examples and the gradient {broken.tolist()}; its "
-        f"NaN must be seen in the result, and only there, got {got.tolist()}"
+        f"NaN and infinities must be seen in the result, and only there, got {got.tolist()}"
     )
 
 
@@ -102,6 +104,20 @@ def check(student, gradients, counts, expected):
         f"{case}: combine_gradients changes the gradients or counts that it is given; work on a "
         "copy"
     )
+
+
+def check_result_is_the_callers(student, chance):
+    """A caller may change the result: it is no worker's gradient, and no later result."""
+    for counts in ([6], [6, 0], [6, 3]):
+        gradients = [chance.normal(size=5) for _ in counts]
+        kept = [gradient.copy() for gradient in gradients]
+        first = student.combine_gradients(gradients, counts)
+        first *= 2
+        case = f"shards of {counts} examples: the caller doubles the result"
+        assert all(map(same, gradients, kept)), f"{case}, and a worker's gradient has changed"
+        changed = first.copy()
+        student.combine_gradients([-gradient for gradient in gradients], counts)
+        assert same(first, changed), f"{case}, and another call has changed it"
 
 
 def same(array, kept):

@@ -30,6 +30,7 @@ class OnlineAttention:
         """[num_queries, value_dim]: the attention over all blocks so far, of which there is one
         at least. Asking changes nothing: more blocks may follow, and the same question.
 
-        A query that has seen no key yet gets zeros.
+        A query that has seen no key yet gets zeros. The array is the caller's: later blocks do not
+        change it, and what the caller does to it changes no later result.
         """
         raise NotImplementedError("online_softmax.OnlineAttention.result is yours to write")

@@ -8,10 +8,11 @@ RANDOM_CASES = 25
 
 
 def test_two_different_experts_and_their_weights(student, chance):
-    scores = np.array([[0.0, 2.0, 1.0], [5.0, 5.0, 5.0], [1000.0, 999.0, -1000.0]])
+    scores = [[0.0, 2.0, 1.0], [5.0, 5.0, 5.0], [1000.0, 999.0, -1000.0], [-1000.0, 0.0, 1000.0]]
+    scores = np.array(scores)
     high = 1 / (1 + math.exp(-1.0))
-    check_choices(student, scores, [[1, 2], [0, 1], [0, 1]])
-    check_weights(student, scores, [[high, 1 - high], [0.5, 0.5], [high, 1 - high]])
+    check_choices(student, scores, [[1, 2], [0, 1], [0, 1], [2, 1]])
+    check_weights(student, scores, [[high, 1 - high], [0.5, 0.5], [high, 1 - high], [1, 0]])
     for _ in range(RANDOM_CASES):
         scores = drawn_scores(chance)
         expected = [best_two(row) for row in scores.tolist()]

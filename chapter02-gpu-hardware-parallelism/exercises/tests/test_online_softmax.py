@@ -144,7 +144,7 @@ def check(student, queries, keys, values, sizes, name, mask=None):
         f"{name}: queries {queries.shape}, keys {keys.shape}, values {values.shape}, blocks of "
         f"{sizes} keys, {'no mask' if mask is None else 'a mask'}"
     )
-    end = 0
+    end, told = 0, []
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         for number, size in enumerate(sizes):
@@ -158,8 +158,14 @@ def check(student, queries, keys, values, sizes, name, mask=None):
             if number % 2 == 0 or end == len(keys):
                 seen = None if mask is None else mask[:, :end]
                 expected = attention(queries, keys[:end], values[:end], seen)
-                assert_close(online.result(), expected, f"{case}; after {end} keys")
-        assert_close(online.result(), expected, f"{case}; result() called once more")
+                got = online.result()
+                assert_close(got, expected, f"{case}; after {end} keys")
+                assert_close(online.result(), expected, f"{case}; result() called once more")
+                got -= 1
+                told.append((got, got.copy()))
+        assert_close(online.result(), expected, f"{case}; the caller has changed the last result")
+        for earlier, kept in told:
+            assert np.array_equal(earlier, kept), f"{case}: a later call changes an earlier result"
 
 
 def attention(queries, keys, values, mask=None):

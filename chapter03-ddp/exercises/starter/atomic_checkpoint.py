@@ -8,11 +8,11 @@ def save(folder: Path, step: int, payload: bytes) -> None:
 
     `folder`, and those around it, may not exist yet: make them, and bring each new name to the disk
     by the fsync of the folder that it is in. The older checkpoints in `folder` stay, all of them,
-    and steps (0 to 2**63 - 1) may come in any order. A checkpoint is one file in `folder`; its name
-    and form are yours, but under a name that `load_newest` would take there must never be anything
-    but the whole checkpoint. So write to a temporary name, bring the bytes to the disk (os.fsync),
-    give the file its name (os.replace), and bring the name to the disk: fsync of the folder, opened
-    with os.open(folder, os.O_RDONLY).
+    as do other people's files, and steps (0 to 2**63 - 1) may come in any order. A checkpoint is
+    one file in `folder`; its name and form are yours, but under a name that `load_newest` would
+    take there must never be anything but the whole checkpoint. So write to a temporary name, bring
+    the bytes to the disk (os.fsync), give the file its name (os.replace), and bring the name to the
+    disk: fsync of the folder, opened with os.open(folder, os.O_RDONLY).
 
     Use the functions of `os` by these names (os.fsync, os.replace, os.mkdir; pathlib's methods call
     them): the grader cuts the power between them. A file that was not brought to the disk is found

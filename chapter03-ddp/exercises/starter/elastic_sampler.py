@@ -9,8 +9,9 @@ class ElasticSampler:
     are shared so that the ranks' batches differ by one at the most, and some may be empty; no
     example is repeated or left out, and the next step begins the next epoch.
 
-    The order is a new random permutation in each epoch. It depends on the seed and the epoch alone
-    (and on both of them: epoch 1 of seed 7 is not epoch 0 of seed 8), so the first n examples of an
+    The order is a new random permutation in each epoch, not the last one's moved along or
+    renumbered. It depends on the seed and the epoch alone (and on both of them: epoch 1 of seed 7
+    is not epoch 0 of seed 8 or 1007, nor is epoch 1000), so the first n examples of an
     epoch are the same set whatever the world sizes were. Every rank takes part in every step, with
     an empty batch too. There may be fewer examples than ranks, at least one; a rank knows nothing
     of the others but their number.

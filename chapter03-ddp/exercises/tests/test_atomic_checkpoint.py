@@ -69,6 +69,14 @@ def test_the_newest_of_several_comes_back(student, tmp_path, chance):
     before = contents(folder)
     assert_newest(student, folder, saved, "other files, files of like names, a folder lie there")
     assert contents(folder) == before, "load_newest changed the folder"
+    saved[step := max(steps) + 1] = chance.bytes(100)
+    student.save_checkpoint(folder, step, saved[step])
+    assert_newest(student, folder, saved, f"saved step {step} among other people's files")
+    now = contents(folder)
+    gone = sorted(path.name for path in before if now.get(path) != before[path])
+    assert not gone and (folder / "a_folder").is_dir(), (
+        f"saving step {step} removed or changed what was there before: {gone or ['a_folder']}"
+    )
     for step, payload in enumerate((b"", b"\0", b"\r\n \0")):
         student.save_checkpoint(tmp_path / "blank", step, payload)
         assert_newest(student, tmp_path / "blank", {step: payload}, f"the payload {payload!r}")

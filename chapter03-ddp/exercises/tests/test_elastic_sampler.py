@@ -4,6 +4,7 @@ import json
 import math
 from collections import Counter
 
+import numpy as np
 import pytest
 from grader_elsewhere import told_elsewhere
 
@@ -97,6 +98,9 @@ def test_an_epoch_is_every_example_once(student, sizes, seed, chance):
     # seed + epoch as the one seed of an order would be another seed's order in another epoch
     seen = Counter(tuple(order) for one in [first, *others] for order in one)
     assert max(seen.values()) == 1, "an epoch has the order of another epoch of another seed"
+    assert_mixed(first[0])
+    assert_unrelated(first)
+    assert_far_seeds_differ(student, seed)
     for worlds in ((1, 8), (2, 3), (5, 1)):
         shared = 4 * math.lcm(*worlds)
         sets = [set(orders(student, 103, 4, seed, world)[0][:shared]) for world in worlds]
@@ -104,7 +108,6 @@ def test_an_epoch_is_every_example_once(student, sizes, seed, chance):
             f"the first {shared} examples of an epoch are not the same set on {worlds[0]} ranks "
             f"and on {worlds[1]}"
         )
-    assert_mixed(first[0])
     call = f"[adapters.make_sampler(50, 9, rank, 2, {seed}).next_batch() for rank in range(2)]"
     told, here = told_elsewhere(student.make_sampler, call), Job(student, 50, 9, 2, seed).step()
     assert told == repr(here), (
@@ -127,6 +130,38 @@ def assert_mixed(order):
         f"{unmoved} of {len(order)} examples are in their own place and {rising} follow the one "
         "before them: this is no random order"
     )
+
+
+def assert_unrelated(orders):
+    """Two random orders share 2 neighbours on average, and differ by each number about once."""
+    first, examples = np.array(orders[0]), len(orders[0])
+    pairs = [
+        {frozenset(pair) for pair in zip(order, order[1:] + order[:1], strict=True)}
+        for order in orders
+    ]
+    for epoch in range(1, len(orders)):
+        kept = len(pairs[0] & pairs[epoch])
+        apart = int(np.bincount((np.array(orders[epoch]) - first) % examples).max())
+        assert kept < 20 and apart < 20, (
+            f"epoch {epoch} has {kept} of {examples} neighbours in common with epoch 0, and "
+            f"{apart} examples differ from epoch 0's by the same number: draw a new order each time"
+        )
+
+
+def assert_far_seeds_differ(student, seed):
+    """Over 1,050 epochs, which is more than most train for."""
+
+    def epochs(seed, count):
+        sampler = student.make_sampler(40, 40, 0, 1, seed)
+        return [tuple(sampler.next_batch()) for _ in range(count)]
+
+    known = {order: epoch for epoch, order in enumerate(epochs(seed, 1050))}
+    for apart in (1, 2, 3, 10, 100, 1000, 10**4, 10**5, 10**6, 2**16, 2**20):
+        for epoch, order in enumerate(epochs(seed + apart, 50)):
+            assert order not in known, (
+                f"epoch {known[order]} of seed {seed} has the order of epoch {epoch} of seed "
+                f"{seed + apart}: two seeds, near or far, share no order"
+            )
 
 
 def test_the_world_may_change_at_any_step(student, sizes, seed, chance):

@@ -7,7 +7,7 @@ STEP_ROUNDING = 1e-3  # of a step: what float32 loses of values that are at most
 
 def gradients(chance, count, size):
     """Of very different magnitudes, as the layers' are, and the whole now large, now small."""
-    magnitudes = 10.0 ** chance.uniform(-4, 0, size) * 10.0 ** chance.integers(-9, 9)
+    magnitudes = 10.0 ** chance.uniform(-4, 0, size) * 10.0 ** chance.integers(-20, 9)
     for _ in range(count):
         whole = chance.choice([1.0, 1.0, 0.01, 30.0, 0.0], p=[0.4, 0.2, 0.15, 0.15, 0.1])
         yield (whole * chance.normal(size=size) * magnitudes).astype(np.float32)

@@ -113,6 +113,12 @@ def test_the_best_bucket_size(student, chance):
         # two buckets end the step this much earlier than one
         gradients = [(0.0, 1000), (apart, 700)]
         assert_best(student, gradients, chance.permutation([1000, 1700, 50]).tolist(), 0.0, 1e-10)
+    for begin in (0.0, 1.0):  # a tie is of 1e-12 s, however late it is
+        for first, second in ((0.7e-12, 1.4e-12), (0.3e-12, 0.6e-12), (5e-12, 5.7e-12)):
+            # three, two and one bucket, and each ends the step a little later
+            gradients = [(begin, 1000), (begin + first, 700), (begin + second, 300)]
+            assert_best(student, gradients, chance.permutation([1000, 1700, 2000]).tolist(),
+                        0.0, 1e-10)  # fmt: skip
     for _ in range(60):
         count = int(chance.integers(1, 40))
         gradients = random_gradients(chance, count, largest=int(chance.choice([5, 4 * MIB])))

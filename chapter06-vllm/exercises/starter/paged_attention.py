@@ -30,8 +30,9 @@ def attend(queries: np.ndarray, cache: np.ndarray, table: Sequence[int], start: 
     What lies in a block behind the last token, or in blocks of other sequences, may be anything,
     nan and inf included. All scores may be several thousand, or minus several thousand.
 
-    The result has the queries' dtype (float16, float32 or float64); the sums and exponentials of
-    float16 are made in float32 at least. There is one token or more, and no argument is changed.
+    The result has the queries' dtype (float16, float32 or float64), and the cache may have another
+    of these; the sums and exponentials are made in the wider of the two, and of float16 in float32
+    at least. There is one token or more, and no argument is changed.
     Source: Kwon et al., "PagedAttention", SOSP 2023, section 4.1.
     """
     raise NotImplementedError("paged_attention.attend is yours to write")

@@ -160,7 +160,8 @@ class Life:
             kind = str(self.chance.choice(self.kinds))
             known = list(self.contents)
             name = known[self.chance.integers(len(known))] if known else None
-            new = [f"s{step}", step, (step, "a"), "" if "" not in known else -step][step % 4]
+            text = "" if "" not in known else str(step - 2)  # a number's text is another name
+            new = [f"s{step}", step, (step, "a"), text][step % 4]
             if kind == "new":
                 self.contents[new] = []
                 self.write(new, step)

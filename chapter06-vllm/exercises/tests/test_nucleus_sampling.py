@@ -130,7 +130,7 @@ def test_temperature_comes_first(student, chance):
                "greedy, the first of two largest")  # fmt: skip
     for _ in range(60):
         logits = random_logits(chance, int(chance.integers(1, 8)))
-        temperature = float(chance.choice([0.01, 0.3, 0.7, 1.5, 4.0]))
+        temperature = float(chance.choice([1e-6, 0.003, 0.01, 0.3, 0.7, 1.5, 4.0]))
         top_p = float(chance.choice([1.0, chance.uniform(0.05, 1)]))
         expected = by_every_subset(logits, temperature, top_p)
         if top_p == 1:

@@ -57,6 +57,15 @@ def random_case(chance, length, kv_heads=2, group=1, scale=1.0, dtype=np.float64
     )  # fmt: skip
 
 
+def with_another_cache(case, chance):
+    """The case with a cache of any float type, and keys and values that are exact in it."""
+    case.cache_dtype = np.dtype(chance.choice([np.float16, np.float32, np.float64]))
+    case.keys, case.values = (
+        array.astype(case.cache_dtype).astype(array.dtype) for array in (case.keys, case.values)
+    )
+    return case
+
+
 def attention(case, start):
     """By the definition, one query and one head at a time, in float64."""
     queries, keys, values = (
@@ -136,6 +145,8 @@ def test_a_decode_step(student, chance):
         length, scale = (length + 20, 30.0) if dtype == np.float16 else (length, 1.0)
         case = random_case(chance, length, dtype=dtype, scale=scale)
         assert_attention(student, case, length - 1, "a decode step")
+        case = with_another_cache(case, chance)
+        assert_attention(student, case, length - 1, "a decode step with another cache")
     for sign in (1, -1):
         case = random_case(chance, int(chance.integers(5, 20)), scale=3000.0)
         assert_attention(student, case, len(case.keys) - 1, "scores of several thousand")

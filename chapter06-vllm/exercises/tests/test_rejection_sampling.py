@@ -98,21 +98,35 @@ def test_exact_shares(student, chance):
             guess = int(target.argmax())
             draft = (target + np.eye(vocabulary)[guess]) / 2
         accepted = min(1.0, target[guess] / draft[guess])
-        case = f"guess {guess}, q {draft.tolist()}, p {target.tolist()}"
+        sure = chance.integers(0, vocabulary, (0, 1, 5)[number // 4]).tolist()  # p and q agree
+        before = np.eye(vocabulary)[sure]
+        q, p = [*before, draft], [*before, target, behind]
+        case = (
+            f"guess {guess} behind {len(sure)} sure ones, q {draft.tolist()}, p {target.tolist()}"
+        )
         dtype = np.float32 if number % 3 == 0 else np.float64
         for first in {0.0, accepted / 2, accepted * (1 - 1e-6), min(0.999, accepted + 1e-6)}:
             got = [
-                checked(student, [guess], [draft], [target, behind], fixed(first, u), case, dtype)
+                checked(
+                    student,
+                    [*sure, guess],
+                    q,
+                    p,
+                    fixed(*(0.5 for _ in sure), first, u),
+                    case,
+                    dtype,
+                )
                 for u in [*((np.arange(64) + 0.5) / 64).tolist(), 0.0, math.nextafter(1, 0)]
             ]
             if first < accepted:
-                wanted, place, held = behind, 1, [guess]
+                wanted, held = behind, [*sure, guess]
             else:
                 rest = np.maximum(target - draft, 0)
-                wanted, place, held = rest / rest.sum(), 0, []
+                wanted, held = rest / rest.sum(), sure
+            place = len(held)
             assert all(len(one) == place + 1 and one[:place] == held for one in got), (
                 f"{case}: p / q is {accepted:.4g} and the random number {first:.4g}: "
-                f"{'accepted' if place else 'refused'}, got {got[0]}"
+                f"{'accepted' if first < accepted else 'refused'}, got {got[0]}"
             )
             assert all(wanted[one[place]] > 0 for one in got), (
                 f"{case}, the random number {first:.4g}: of the tokens at place {place}, "

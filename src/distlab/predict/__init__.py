@@ -94,6 +94,7 @@ from distlab.predict.quantization import (
 from distlab.predict.serving import (
     ServingPlan,
     cache_tokens,
+    check_serving_plan,
     checkpoint_bytes,
     decode_step,
     default_batch,
@@ -124,6 +125,7 @@ __all__ = [
     "cache_tokens",
     "chain_broadcast",
     "check_degrees",
+    "check_serving_plan",
     "check_plan",
     "checkpoint_bytes",
     "cost_usd",

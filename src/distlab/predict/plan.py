@@ -159,6 +159,10 @@ def check_plan(a: Architecture, plan: TrainingPlan) -> None:
             f"--replicate {plan.replicate} does not divide {plan.data_parallel * plan.cp} ranks "
             f"with the same weights; use {divisors(plan.data_parallel * plan.cp)}"
         )
+    if plan.zero == 0 and plan.replicate > 1:
+        raise UsageError(
+            f"--replicate {plan.replicate} is about groups of shards; add --fsdp or --zero 1"
+        )
     if plan.zero < 3:
         given = {
             "--offload all": plan.offload == "all",

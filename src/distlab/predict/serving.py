@@ -54,10 +54,31 @@ class ServingPlan:
 
 
 def serving_memory(a: Architecture, plan: ServingPlan) -> Memory:
-    """What serving needs on the GPU that needs most; raises `UsageError` as `check_degrees`."""
-    check_degrees(a, plan.gpus, plan.tp, plan.pp)
+    """What serving needs on the GPU that needs most.
+
+    Raises `UsageError` as `check_serving_plan`.
+    """
+    check_serving_plan(a, plan)
+    a = with_a_head_for_each(a, plan.tp)
     stages = (_serving_stage(a, plan, stage) for stage in range(plan.pp))
     return max(stages, key=lambda memory: memory.needed)
+
+
+def check_serving_plan(a: Architecture, plan: ServingPlan) -> None:
+    """Raise `UsageError`, naming the flag and what would do, where a plan cannot be."""
+    check_degrees(with_a_head_for_each(a, plan.tp), plan.gpus, plan.tp, plan.pp)
+
+
+def with_a_head_for_each(a: Architecture, tp: int) -> Architecture:
+    """The model as an engine divides it: key-value heads that are fewer than ranks are copied.
+
+    Then every rank holds one head's weights and cache. What does not divide is left to
+    `check_degrees`. Source: vLLM, `ModelConfig.get_num_kv_heads` and `QKVParallelLinear`.
+    """
+    copied = a.latent is None and tp > a.num_key_value_heads and tp % a.num_key_value_heads == 0
+    if not copied or a.num_attention_heads % tp:
+        return a
+    return replace(a, num_key_value_heads=tp)
 
 
 def cache_tokens(a: Architecture, plan: ServingPlan, limit: float) -> int:
@@ -65,7 +86,7 @@ def cache_tokens(a: Architecture, plan: ServingPlan, limit: float) -> int:
 
     What weights and the reserve leave, on the GPU that has least. 0 where they leave nothing.
     """
-    tokens = []
+    a, tokens = with_a_head_for_each(a, plan.tp), []
     for stage in range(plan.pp):
         held = _serving_stage(a, replace(plan, batch=0), stage)
         layers = len(stage_layers(a.num_hidden_layers, plan.pp, stage))
@@ -132,7 +153,8 @@ def decode_step(
     flops = plan.batch * forward_flops_per_token(a, plan.context)
     element = checkpoint_bytes(a, plan) / total_parameters(a)
     weights = _parameters_read(a, plan.batch) * element / plan.tp
-    cache = plan.batch * plan.context * kv_bytes_per_token(a, plan.kv_dtype, plan.tp)
+    divided = with_a_head_for_each(a, plan.tp)
+    cache = plan.batch * plan.context * kv_bytes_per_token(divided, plan.kv_dtype, plan.tp)
     seconds = roofline_seconds(flops / plan.tp, weights + cache, peak_flops, bandwidth)
     return flops, weights + cache, seconds
 

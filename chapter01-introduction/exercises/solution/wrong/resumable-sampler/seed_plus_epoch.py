@@ -3,7 +3,7 @@
 import numpy as np
 from resumable_sampler import ResumableSampler
 
-SAYS = "neighbouring seeds must share no epoch"
+SAYS = "near or far, must share no epoch"
 
 
 class Sum(ResumableSampler):

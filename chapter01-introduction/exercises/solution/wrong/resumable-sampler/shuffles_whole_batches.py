@@ -3,7 +3,7 @@
 import numpy as np
 from resumable_sampler import ResumableSampler
 
-SAYS = "were never read"
+SAYS = "global batch"
 
 
 class Batches(ResumableSampler):

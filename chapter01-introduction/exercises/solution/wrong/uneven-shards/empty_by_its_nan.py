@@ -2,7 +2,7 @@
 
 import numpy as np
 
-SAYS = "its NaN must be seen in the result"
+SAYS = "must be seen in the result"
 
 
 def combine_gradients(gradients, counts):

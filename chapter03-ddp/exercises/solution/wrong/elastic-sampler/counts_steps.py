@@ -1,6 +1,6 @@
 """Remembers how many steps were done, which mean other examples in another world."""
 
-SAYS = "as on one rank, and they are not"
+SAYS = "worlds of"
 
 
 def make_sampler(num_examples, batch_size, rank, world_size, seed):

@@ -1,6 +1,6 @@
 """Reads the blocks in the order of the cache."""
 
-SAYS = "in a block that is not its turn"
+SAYS = "a decode step"
 
 
 def paged_attention(queries, cache, table, start):

@@ -1,6 +1,6 @@
 """Takes what is missing at the first place for all later ones."""
 
-SAYS = "token 1 where there is one"
+SAYS = "the random number"
 
 
 def check_guesses(guesses, q, p, uniform):
