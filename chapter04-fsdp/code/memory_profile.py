@@ -189,7 +189,7 @@ def draw(
         *({"label": phase, "x": end} for phase, end in timeline.marks.items()),
     ]
     run.figure(
-        f"memory {mode}", kind="area", title=f"One step, {mode}, on {plan.sharding.ranks} ranks",
+        mode, kind="area", title=f"One step, {mode}, on {plan.sharding.ranks} ranks",
         x_label="operators since the step began", y_label="MB of rank 0", series=series,
         lines=lines,
     )  # fmt: skip

@@ -28,7 +28,7 @@ def test_each_mode_holds_what_its_plan_says():
             assert abs(row["weights"] - whole / 4) < 0.01 * whole
     assert rows["root"]["gathered"] >= 1.99 * whole > rows["grad"]["gathered"]
     assert rows["grad"]["gathered"] > rows["partial"]["gathered"] > 0
-    assert len(figures["memory full"]["series"]) == len(KINDS)
+    assert len(figures["full"]["series"]) == len(KINDS)
 
 
 def test_the_recorder_sees_what_lives():
