@@ -38,6 +38,7 @@ from distlab.run import Run
 from distlab.runtime import Runtime
 from fsdp.parity import MICRO_BATCHES, prove_equal
 from fsdp.sharded import FullySharded
+from fsdp.strategies import own_batch
 from fsdp.traffic import bytes_sent, reduction_factor
 
 PRESETS: dict[str, dict[str, object]] = {
@@ -196,14 +197,11 @@ def by_torch(args: Namespace, job: Runtime) -> nn.Module:
 
 def stepper(args: Namespace, job: Runtime, model: Any, optimizer: torch.optim.Optimizer) -> Step:
     """A step on this rank's own batch, always the same."""
-    generator = torch.Generator().manual_seed(args.seed + job.rank)
-    shape = (TIMED_SEQUENCES, args.seq_len + 1)
-    vocabulary = config_from_args(args).vocab_size
-    tokens = torch.randint(vocabulary, shape, generator=generator).to(job.device)
+    inputs, targets = own_batch(args, job, TIMED_SEQUENCES)
 
     def step() -> Tensor:
         optimizer.zero_grad()
-        loss: Tensor = model(tokens[:, :-1], targets=tokens[:, 1:])
+        loss: Tensor = model(inputs, targets=targets)
         loss.backward()
         optimizer.step()
         return loss.detach()
