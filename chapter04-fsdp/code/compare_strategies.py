@@ -194,8 +194,8 @@ def recommended(found: Found, seconds: dict[str, float]) -> str:
     """The fastest, why, and what to take where its peak does not fit, and so on."""
     first, *slower = sorted(seconds, key=seconds.__getitem__)
     least = min(found, key=lambda name: found[name]["sent predicted"])
-    why = "it sends least" if first == least else f"though {least} sends less"
-    told = [f"{first} is the fastest, {1e3 * seconds[first]:.0f} ms, {why}"]
+    why = "and sends least" if first == least else f"though {least} sends less"
+    told = [f"{first} is the fastest ({1e3 * seconds[first]:.0f} ms) {why}"]
     last = first
     for name in slower:
         if found[name]["peak"] < found[last]["peak"]:
@@ -214,7 +214,7 @@ def draw(run: Run, found: Found, times: dict[str, dict[str, float]]) -> None:
         for name, own in found.items()
     ]  # fmt: skip
     run.figure(
-        "strategies", kind="scatter", title="What memory costs in time: " + ", ".join(times),
+        "strategies", kind="scatter", title="Links, from the bottom up: " + ", ".join(times),
         x_label="peak of a rank (MB)", y_label="step (ms)", log_y=True, series=series,
     )  # fmt: skip
 

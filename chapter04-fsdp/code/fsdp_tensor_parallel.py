@@ -133,9 +133,9 @@ def compare_meshes(run: Run, args: Namespace, job: Runtime) -> None:
         with AxisTraffic(mesh) as counted:
             step()
         predicted = predicted_bytes(args, config, *shape, reduction_factor(job.backend))
-        sent = [side[axis] / 1e6 for axis in AXES for side in (predicted, counted.bytes)]
+        mb = [side[axis] / 1e6 for axis in AXES for side in (predicted, counted.bytes)]
         own = sum(parameter.to_local().numel() for parameter in both.model.parameters())
-        rows.append([f"{shape[0]} x {degree}", differs, 100 * own / total, *sent])
+        rows.append([f"{shape[0]} x {degree}", differs, 100 * own / total, *mb])
         if degree == job.local_world_size < job.world_size:  # only data goes between the nodes
             by_node = bytes_sent(step, job)
             run.compare("sent by a node's interface", degree * predicted["data"], by_node, "B")
@@ -155,11 +155,11 @@ class OnBothAxes(parity.Torchs):
     def __init__(self, case: parity.Case, job: Runtime) -> None:
         assert isinstance(case, OnMesh) and case.mesh is not None
         self.case, self.job, self.mesh = case, job, case.mesh
-        self.model: Any = parity.begin(case, job)
-        split_along_tensor(self.model, self.mesh["tensor"])
-        for layer in self.model.model.layers:
-            fully_shard(layer, mesh=self.mesh["data"])
-        fully_shard(self.model, mesh=self.mesh["data"])
+        model: Any = parity.begin(case, job)
+        split_along_tensor(model, self.mesh["tensor"])
+        for unit in (*model.model.layers, model):
+            fully_shard(unit, mesh=self.mesh["data"])
+        self.model = model
 
     def share(self, batch: torch.Tensor) -> torch.Tensor:
         """Ranks that differ along tensor alone have the same sequences."""

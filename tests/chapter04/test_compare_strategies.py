@@ -40,11 +40,11 @@ def test_the_advice_names_the_fastest_and_what_needs_less():
     }
     told = compare_strategies.recommended(found, {"ddp": 0.1, "grad": 0.3, "full": 0.2})
     assert told == (
-        "ddp is the fastest, 100 ms, it sends least; "
+        "ddp is the fastest (100 ms) and sends least; "
         "full has a peak of 30.0 MB instead of 50.0, in 2.00 x the time"
     )
     told = compare_strategies.recommended(found, {"ddp": 0.2, "grad": 0.3, "full": 0.1})
-    assert told == "full is the fastest, 100 ms, though ddp sends less"
+    assert told == "full is the fastest (100 ms) though ddp sends less"
 
 
 def test_wrong_arguments_are_refused():

@@ -46,7 +46,7 @@ class AxisTraffic(TorchDispatchMode):
         super().__init__()
         self.mesh = mesh
         names = mesh.mesh_dim_names or ()
-        self.axes = {mesh.get_group(name).group_name: name for name in names}
+        self.axes = {str(mesh.get_group(name).group_name): name for name in names}
         self.bytes = dict.fromkeys(names, 0.0)
         self.calls: dict[str, Counter[str]] = {name: Counter() for name in names}
 
