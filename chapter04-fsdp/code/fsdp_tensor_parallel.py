@@ -1,19 +1,20 @@
 """FSDP and tensor parallelism together: a mesh of two axes, and what is sent along each.
 
-FSDP alone wants a batch for every rank; tensor parallelism alone sends activations in the middle of
-every layer, so it must stay inside a node. Together: ranks stand in a mesh [data, tensor]. Along
-`tensor`, neighbours that share a node, each matrix is split by columns or by rows, and all compute
-on the same sequences. Along `data` what is left of each matrix is sharded, and every row of the
-mesh has sequences of its own. A parameter is then a DTensor with two placements.
+Tensor parallelism sends activations in the middle of every layer, so it must stay inside a node. So
+ranks stand in a mesh [data, tensor]. Along `tensor`, neighbours, each matrix is split by columns or
+rows, and all compute on the same sequences. Along `data` what is left of each matrix is sharded,
+and every row of the mesh has sequences of its own. A parameter is a DTensor with two placements.
 
 Run:
     torchrun --nproc_per_node=4 chapter04-fsdp/code/fsdp_tensor_parallel.py
-    torchrun --nproc_per_node=4 chapter04-fsdp/code/fsdp_tensor_parallel.py --tensor-parallel 2
+    python3 scripts/lab.py cluster --nodes 2 -- torchrun --nnodes=2 --nproc_per_node=2 \\
+        --rdzv_backend=c10d --rdzv_endpoint=node0:29500 \\
+        chapter04-fsdp/code/fsdp_tensor_parallel.py --tensor-parallel 2
 
-You should see: for every mesh that the ranks can form, from 4 x 1 (FSDP alone) to 1 x 4 (tensor
-parallelism alone), losses, gradients and parameters equal to one process's, and bytes along each
-axis exactly as the formulas say. Along data it is the parameters, a T-th of them with T ranks along
-tensor; along tensor the activations, the more the longer the batch.
+You should see: on every mesh, from 4 x 1 (FSDP alone) to 1 x 4, losses, gradients and parameters
+equal to one process's, and bytes along each axis exactly as the formulas say: along data the
+parameters, a T-th of them with T ranks along tensor; along tensor the batch's activations. On nodes
+of a cluster what a node's interface sends is the data axis alone.
 """
 
 import logging
@@ -40,11 +41,10 @@ from distlab.runtime import Runtime
 from fsdp import parity
 from fsdp.traffic import AxisTraffic, bytes_sent, reduction_factor
 
+LAPTOP = {"model": "laptop", "batch_size": 8, "seq_len": 16, "steps": 10}
 PRESETS: dict[str, dict[str, object]] = {
-    "smoke": {"model": "smoke", "heads": 8, "kv_heads": 4, "batch_size": 8, "seq_len": 16,
-              "steps": 4},
-    "laptop": {"model": "laptop", "batch_size": 8, "seq_len": 16, "steps": 10},
-    "gpu": {"model": "laptop", "batch_size": 8, "seq_len": 16, "steps": 10},
+    "smoke": {**LAPTOP, "model": "smoke", "heads": 8, "kv_heads": 4, "steps": 4},
+    "laptop": LAPTOP, "gpu": LAPTOP,  # a proof wants no larger one
 }  # fmt: skip
 FLOAT = 4  # bytes
 OF_THE_LOSS = 3  # all-reduces of a number for each token: maximum, sum of exponentials, own logit
@@ -178,10 +178,7 @@ class OnBothAxes(parity.Torchs):
 
 
 def split_along_tensor(model: Llama, mesh: DeviceMesh) -> None:
-    """Before `fully_shard`, which shards the part of each matrix that it finds.
-
-    Columns first, then rows: one sum over the ranks for each half of a layer, in each pass.
-    """
+    """Columns first, then rows: one sum over the ranks for each half of a layer, in each pass."""
     columns, rows, whole = tp.ColwiseParallel(), tp.RowwiseParallel(), Replicate()
     layer: dict[str, tp.ParallelStyle] = {
         "self_attn": tp.PrepareModuleInput(  # its input's gradient, once for q, k and v

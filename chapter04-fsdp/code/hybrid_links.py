@@ -4,20 +4,19 @@ Two nodes of two ranks each. DDP sends every gradient around a ring of all ranks
 each node's link for n bytes of parameters; fully sharded, the parameters go around too, 3 n and
 more. Hybrid sharding gathers and reduces inside a node, where bytes are cheap, and sends between
 the nodes an all-reduce of each rank's shard: n bytes. So the slow link wants hybrid sharding; on a
-fast one what it does more inside the node costs more than what it saves between them.
+fast one what it does more inside the node costs more than it saves between them.
 
     step = inside + calls * latency + bytes / rate
 
-`inside` is measured: the same step with nothing between the nodes, which is one process's for DDP,
-`fully_shard` on a group of one rank for full, and on a node's ranks for hybrid. The latency is a
-small message's. The bytes are a formula, and the rate is the link's: no step that crosses the link
-is used to predict one. On a CPU `fully_shard` overlaps nothing, and DDP here has a single bucket.
+`inside` is measured: a step with nothing between the nodes, which is one process's for DDP,
+`fully_shard` on one rank for full, and on a node's ranks for hybrid. The latency is a small
+message's, the rate the link's: no step that crosses the link is used to predict one. Nothing is
+taken to overlap: `fully_shard` waits for gloo, and DDP has a single bucket here.
 
 Run:
     python chapter04-fsdp/code/hybrid_links.py
-    python chapter04-fsdp/code/hybrid_links.py --rates 100mbit 1gbit
 
-It makes a virtual cluster. On real nodes, with torchrun and --link-rate, it measures one row.
+It makes a virtual cluster. On real nodes, with torchrun and --link-rate, it measures their link.
 
 You should see: bytes over a node's link as the formulas say; hybrid first on a slow link and DDP on
 a fast one, with the rate between them predicted, and confirmed at a rate on either side of it; and
@@ -38,7 +37,7 @@ from distlab import measure, predict, runtime, script
 from distlab.cluster import VirtualCluster
 from distlab.cluster.links import burst_bytes, parse_rate
 from distlab.cluster.sweep import Sweep, here_or_on_nodes
-from distlab.display import quantity, side_by_side
+from distlab.display import side_by_side
 from distlab.errors import UsageError
 from distlab.model import Llama, add_model_flags, config_from_args, model_from_args
 from distlab.ranks import gathered, in_turns
@@ -48,13 +47,12 @@ from fsdp.strategies import Sizes, Training, own_batch, replicate, shard
 from fsdp.traffic import bytes_sent, reduction_factor
 
 NODES, PER_NODE = 2, 2
+LAPTOP = {"model": "laptop", "batch_size": 1, "seq_len": 64, "repeats": 5, "rates": ["300mbit"],
+          "sides": [0.4, 2.5], "tolerance": 0.15}  # fmt: skip
 PRESETS: dict[str, dict[str, object]] = {
     "smoke": {"model": "smoke", "batch_size": 1, "seq_len": 32, "repeats": 3, "rates": [],
               "sides": [2.5]},
-    "laptop": {"model": "laptop", "batch_size": 1, "seq_len": 64, "repeats": 5,
-               "rates": ["300mbit"], "sides": [0.4, 2.5], "tolerance": 0.15},
-    "gpu": {"model": "laptop", "batch_size": 1, "seq_len": 64, "repeats": 5,
-            "rates": ["300mbit"], "sides": [0.4, 2.5], "tolerance": 0.15},
+    "laptop": LAPTOP, "gpu": LAPTOP,  # the virtual nodes compute on their CPU
 }  # fmt: skip
 FOR_THE_NODES = (
     "preset", "model", "hidden_size", "layers", "heads", "kv_heads", "vocab_size", "batch_size",
@@ -89,8 +87,10 @@ def parse_args(argv: list[str] | None) -> Namespace:
     args = parser.parse_args(argv)
     if args.repeats < 3:
         raise UsageError(f"--repeats {args.repeats} gives no median; use 3 or more")
-    for rate in [*args.rates, *([args.link_rate] if args.link_rate else [])]:
-        parse_rate(rate)
+    for rate in args.rates:
+        parse_rate(rate, f"--rates {rate}")
+    if args.link_rate:
+        parse_rate(args.link_rate, f"--link-rate {args.link_rate}")
     config_from_args(args)  # a wrong shape is told before anything starts
     return args
 
@@ -147,8 +147,8 @@ def over_the_link(
     Between the nodes each rank of a node has its own all-reduce, of its shard.
     """
     units = config_from_args(args).num_hidden_layers + 1
-    part, whole = torch.zeros(SMALL), torch.zeros(SMALL * job.world_size)
-    part, whole = part.to(job.device), whole.to(job.device)
+    whole = torch.zeros(SMALL * job.world_size, device=job.device)
+    part = torch.zeros(SMALL, device=job.device)
 
     def seconds(message: Any) -> float:
         return max(gathered(measure.measure(message, 3, 9, job.device).median))
@@ -176,13 +176,12 @@ def predicted(part: Mapping[str, float], bits_per_s: float) -> float:
 
 def rows_of(parts: Parts, rate: str | None) -> list[list[Any]]:
     rows: list[list[Any]] = []
-    for mode in MODES:
-        part, mbit = parts[mode], None
-        shown = [None, 1e3 * part["measured"], None]
-        if rate is not None:
-            mbit = parse_rate(rate) / 1e6
-            shown = [*side_by_side(predicted(part, 1e6 * mbit), part["measured"], 1e3)]
-        rows.append([mbit, mode, part["sent"] / 1e6, 1e3 * part["inside"], *shown])
+    bits = None if rate is None else parse_rate(rate)
+    for mode, part in parts.items():
+        shown: list[Any] = [None, 1e3 * part["measured"], None]
+        if bits is not None:
+            shown = [*side_by_side(predicted(part, bits), part["measured"], 1e3)]
+        rows.append([bits and bits / 1e6, mode, part["sent"] / 1e6, 1e3 * part["inside"], *shown])
     return rows
 
 
@@ -205,22 +204,18 @@ def compare_links(run: Run, args: Namespace) -> None:
         rates = [*args.rates, *sides]
         several = {rate: measured(rate) for rate in run.progress(rates, "links")}
     run.check_equal("losses and bytes are as expected on every link", all(sweep.sound), True)
-    run.table("links", COLUMNS, rows, caption=f"{NODES} nodes of {PER_NODE} ranks; ms, medians of "
-              f"{args.repeats} in turns; link —: not shaped, and no prediction")  # fmt: skip
+    caption = f"medians of {args.repeats} in turns; link —: not shaped, and no prediction"
+    run.table("links", COLUMNS, rows, caption)
     worst = max((abs(row[-1]) for row in rows if row[-1] is not None), default=0.0)
     if args.tolerance is not None:
         limit = 100 * args.tolerance
         run.check_below("the worst error of a predicted step", worst, limit, "%", of_time=True)
-    if change is None:
-        run.print("verdict: one mode is predicted to be the best at every rate")
-        return
     run.metric("the best mode changes at", change, "bit/s", "predicted")
     for rate in sides:
         parts, bits = several[rate], parse_rate(rate)
         guess = min(MODES, key=lambda mode: predicted(parts[mode], bits))
         best = min(MODES, key=lambda mode: parts[mode]["measured"])
-        run.print(f"verdict: at {quantity(bits, 'bit/s')} {best} is the fastest, "
-                  f"predicted is {guess}")  # fmt: skip
+        run.print(f"verdict: {rate}: {best} is the fastest, predicted is {guess}")
         over = parts[guess]["measured"] / parts[best]["measured"]
         run.check_below(f"the predicted best at {rate}, over the best", over, 1.05, of_time=True)
 

@@ -14,7 +14,6 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.nn.parallel import DistributedDataParallel as DDP
 
 from distlab.model import Llama, config_from_args, num_parameters
@@ -109,6 +108,8 @@ def _replicated(model: Llama, mesh: DeviceMesh) -> Training:
 
 
 def _zero_1(model: Llama, mesh: DeviceMesh) -> Training:
+    from torch.distributed.optim import ZeroRedundancyOptimizer  # compiles much as it is imported
+
     optimizer = ZeroRedundancyOptimizer(
         model.parameters(), torch.optim.AdamW, lr=LEARNING_RATE, fused=True
     )
