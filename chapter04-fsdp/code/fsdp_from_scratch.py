@@ -30,7 +30,6 @@ from torch.distributed.fsdp import fully_shard
 
 from distlab import runtime, script
 from distlab.errors import UsageError
-from distlab.host import interface_bytes
 from distlab.launch import detect_launch
 from distlab.measure import LiveBytes, tensor_bytes
 from distlab.model import Llama, add_model_flags, config_from_args, model_from_args, num_parameters
@@ -39,6 +38,8 @@ from distlab.run import Run
 from distlab.runtime import Runtime
 from fsdp.parity import MICRO_BATCHES, prove_equal
 from fsdp.sharded import FullySharded
+from fsdp.strategies import own_batch
+from fsdp.traffic import bytes_sent, reduction_factor
 
 PRESETS: dict[str, dict[str, object]] = {
     "smoke": {"model": "smoke", "batch_size": 24, "seq_len": 32, "steps": 20, "repeats": 5},
@@ -51,7 +52,6 @@ FLOAT = 4  # bytes
 STATES = 4  # float32 numbers of a parameter: weight, gradient, Adam's two means
 TIMED_SEQUENCES = 4  # of a rank, in a step that is timed
 WARMUP_STEPS = 3
-COUNTED_STEPS = 4
 HEADERS = 0.01  # of the payload, at most: packets' headers and acknowledgements
 
 Step = Callable[[], object]
@@ -131,7 +131,7 @@ def report_wire(run: Run, args: Namespace, job: Runtime) -> None:
     root, *units = (FLOAT * job.world_size * size for size in shard_sizes(args, job.world_size))
     share = (job.world_size - 1) / job.world_size
     once, inner = root + sum(units), sum(units)
-    reduction = 2 if job.backend == "gloo" else 1
+    reduction = reduction_factor(job.backend)
     kinds: dict[str, tuple[Any, float]] = {
         "from scratch": (sharded(args, job), once + inner + once),
         "from scratch, kept after forward": (sharded(args, job, False), once + once),
@@ -149,18 +149,6 @@ def report_wire(run: Run, args: Namespace, job: Runtime) -> None:
     )  # fmt: skip
     worst = max(abs(error) for *_, error in rows) / 100
     run.check_below("the largest of these errors", worst, HEADERS)
-
-
-def bytes_sent(step: Step, job: Runtime) -> float:
-    """By this node's interfaces in a step, in the mean."""
-    step()
-    job.barrier()
-    _, before = interface_bytes()
-    for _ in range(COUNTED_STEPS):
-        step()
-    job.barrier()
-    _, after = interface_bytes()
-    return (after - before) / COUNTED_STEPS
 
 
 def compare_steps(run: Run, args: Namespace, job: Runtime) -> None:
@@ -209,14 +197,11 @@ def by_torch(args: Namespace, job: Runtime) -> nn.Module:
 
 def stepper(args: Namespace, job: Runtime, model: Any, optimizer: torch.optim.Optimizer) -> Step:
     """A step on this rank's own batch, always the same."""
-    generator = torch.Generator().manual_seed(args.seed + job.rank)
-    shape = (TIMED_SEQUENCES, args.seq_len + 1)
-    vocabulary = config_from_args(args).vocab_size
-    tokens = torch.randint(vocabulary, shape, generator=generator).to(job.device)
+    inputs, targets = own_batch(args, job, TIMED_SEQUENCES)
 
     def step() -> Tensor:
         optimizer.zero_grad()
-        loss: Tensor = model(tokens[:, :-1], targets=tokens[:, 1:])
+        loss: Tensor = model(inputs, targets=targets)
         loss.backward()
         optimizer.step()
         return loss.detach()

@@ -1,4 +1,4 @@
-"""Run a script on the nodes of a virtual cluster, a rank on each, and read the record it writes."""
+"""Run a script on the nodes of a virtual cluster, and read the record it writes."""
 
 import sys
 import tempfile
@@ -34,6 +34,7 @@ def record_of(
     timeout_s: float,
     nodes: Sequence[str] | None = None,
     env: Mapping[str, str] | None = None,
+    ranks_per_node: int = 1,
 ) -> dict[str, Any]:
     """Run `script` on the nodes; rank 0's record. A check of its own that fails is in the record.
 
@@ -44,7 +45,7 @@ def record_of(
         file = Path(folder) / "record.json"
         command = [sys.executable, str(script), *flags, "--json", str(file)]
         ranks = cluster.run_ranks(
-            command, nodes, env={**RANK_VARIABLES, **(env or {})}, timeout_s=timeout_s
+            command, nodes, ranks_per_node, {**RANK_VARIABLES, **(env or {})}, timeout_s
         )
         for rank, done in enumerate(ranks):
             if done.status not in (0, CHECK_FAILED) or not file.exists():

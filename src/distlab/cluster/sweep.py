@@ -65,13 +65,14 @@ def sleeps_s() -> float | None:
 
 @dataclass
 class Sweep:
-    """Runs of `script` on the nodes of clusters, a rank on each, with `args`' values of `names`."""
+    """Runs of `script` on the nodes of clusters, with `args`' values of `names`."""
 
     script: Path
     args: Namespace
     names: Sequence[str]
     computes_s: float | None = None  # of one node alone: once known, the nodes sleep so long
     sound: list[bool] = field(default_factory=list)  # of each run: whether all its checks held
+    ranks_per_node: int = 1
 
     def on_nodes(self, nodes: int, rate: str | None, *flags: str) -> dict[str, Any]:
         """Rank 0's record on so many new nodes, whose links have `rate`, or are not shaped."""
@@ -84,6 +85,8 @@ class Sweep:
         if rate is not None:
             told += ["--link-rate", rate]
         env = {} if self.computes_s is None else {SLEEPS: str(self.computes_s)}
-        record = record_of(cluster, self.script, told, TIMEOUTS * self.args.timeout, env=env)
+        record = record_of(
+            cluster, self.script, told, TIMEOUTS * self.args.timeout, None, env, self.ranks_per_node
+        )
         self.sound.append(all(check["ok"] for check in record["checks"]))
         return record
