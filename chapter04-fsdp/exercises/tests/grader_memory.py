@@ -15,13 +15,14 @@ def sharded_views(shard, tensors, rank, ranks):
 
 
 @rig
-def unsharded(unshard, shards, shapes):
-    """(tensors, whether one shares memory with a shard or another, whether one is read-only)."""
-    tensors = unshard(shards, shapes)
-    arrays = [*shards, *tensors]
+def made_of(function, given, *arguments):
+    """(arrays that it makes of those given, whether one shares memory with one given or another,
+    whether one is read-only)."""
+    made = function(given, *arguments)
+    arrays = [*given, *made]
     shared = any(
         np.shares_memory(one, other)
-        for place, one in enumerate(tensors, start=len(shards))
+        for place, one in enumerate(made, start=len(given))
         for other in arrays[:place]
     )
-    return tensors, shared, not all(tensor.flags.writeable for tensor in tensors)
+    return made, shared, not all(array.flags.writeable for array in made)

@@ -3,7 +3,7 @@
 import math
 
 import numpy as np
-from grader_memory import sharded_views, unsharded
+from grader_memory import made_of, sharded_views
 
 DTYPES = (np.float64, np.float32, np.float16, np.int64, np.int8, np.uint16)
 
@@ -151,7 +151,7 @@ def test_nothing_is_shared_and_nothing_silent(student, chance):
             assert_shard(part, expected[rank], dtype, f"{case}, in {order} memory")
             assert not shared, f"{case}, in {order} memory: the shard is a view of the tensors"
         shards = [np.frombuffer(part, dtype).copy() for part in expected]
-        back, shared, locked = unsharded(student.unshard, shards, shapes)
+        back, shared, locked = made_of(student.unshard, shards, shapes)
         assert_tensors(back, tensors, case)
         assert not shared, f"{case}: an unsharded tensor shares memory with a shard or another"
         assert not locked, f"{case}: an unsharded tensor cannot be written to"
