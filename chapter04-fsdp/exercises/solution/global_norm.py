@@ -12,11 +12,11 @@ def global_norm(sharded, replicated, all_reduce, replicas):
 
 def squares(gradients):
     there = (gradient for gradient in gradients if gradient is not None)
-    return sum((gradient.to(wide(gradient)).square().sum().item() for gradient in there), 0.0)
+    return sum((gradient.square().sum().item() for gradient in map(wide, there)), 0.0)
 
 
 def wide(gradient):
-    return torch.promote_types(gradient.dtype, torch.float32)
+    return gradient.to(torch.promote_types(gradient.dtype, torch.float32))
 
 
 def clip_factor(norm, max_norm):
@@ -38,5 +38,4 @@ def clip(sharded, replicated, max_norm, all_reduce, replicas, in_place):
 def scaled(gradient, factor, in_place):
     if gradient is None:
         return None
-    product = (gradient.to(wide(gradient)) * factor).to(gradient.dtype)
-    return gradient.copy_(product) if in_place else product
+    return gradient.mul_(factor) if in_place else gradient * factor

@@ -93,7 +93,7 @@ def normal(chance, shape, dtype, scale=1.0):
     return torch.tensor(chance.normal(size=shape) * scale).to(dtype)
 
 
-def random_job(student, chance, scale=1.0, some=False):
+def random_job(student, chance, scale=1.0, some=False, dtypes=DTYPES):
     """With empty shards, and parameters without a gradient; with `some`, a gradient at least."""
     ranks, copies = int(chance.integers(1, 5)), int(chance.choice([1, 1, 2, 3]))
 
@@ -101,7 +101,7 @@ def random_job(student, chance, scale=1.0, some=False):
         found = []
         for _ in range(count):
             shape = tuple(chance.integers(0, 9, chance.integers(1, 3)).tolist())
-            dtype = DTYPES[int(chance.integers(len(DTYPES)))]
+            dtype = dtypes[int(chance.integers(len(dtypes)))]
             there = chance.random() >= missing
             found.append(normal(chance, shape, dtype, scale) if there else None)
         return found
@@ -139,8 +139,9 @@ def test_every_gradient_counts_once(student, chance):
         ([[floats(-3.0)], [floats(-4.0)]], [floats(0.0)], 1, 5.0, "signs"),
     ):
         assert_norm(Job(student, shards, replicated, copies), expected, why)
-    for _ in range(30):
-        job = random_job(student, chance, float(chance.choice([1.0, 1e-3, 100.0])))
+    for _ in range(20):
+        scale = float(chance.choice([1.0, 1e-3, 100.0]))
+        job = random_job(student, chance, scale, dtypes=(torch.float32, torch.float64))
         assert_norm(job, math.sqrt(job.squares()))
 
 
@@ -161,9 +162,12 @@ def test_low_precision_and_what_is_not_finite(student, chance):
         made = [normal(chance, (40,), dtype, scale) for _ in range(3)]
         job = Job(student, [made[:1], made[1:2]], made[2:])
         assert_norm(job, math.sqrt(job.squares()), f"magnitudes of {scale} in {dtype}")
+    for _ in range(10):
+        job = random_job(student, chance, float(chance.choice([1.0, 100.0])))
+        assert_norm(job, math.sqrt(job.squares()))
     pairs = (NAN, 1.0, NAN), (INF, 1.0, INF), (-INF, INF, INF), (INF, NAN, NAN)
     for bad, other, expected in pairs:
-        for dtype in DTYPES:
+        for dtype in (DTYPES[number] for number in chance.permutation(4)[:2]):
             one, two, good = (floats(2.0, value, dtype=dtype) for value in (bad, other, 1.0))
             for shards, replicated in (
                 ([[good], [one, two]], []),
@@ -227,13 +231,15 @@ def test_clipping_in_place_or_not(student, chance):
             job.replicated.append(floats(1.0, bad, dtype=DTYPES[int(chance.integers(4))]))
             assert_clipped(job, 1.0, bad, factor=1.0, in_place=in_place)
     for max_norm in (-1.0, NAN):
-        calls = []
         try:
-            got = student.clip([floats(1.0)], [], max_norm, lambda v: calls.append(v) or v, 1, True)
+            got = student.clip([floats(1.0)], [], max_norm, waits_forever, 1, True)
         except ValueError:
-            assert not calls, f"max_norm {max_norm}: a rank waited for others before its ValueError"
             continue
         raise AssertionError(f"max_norm {max_norm}: expected a ValueError, got {got!r:.200}")
+
+
+def waits_forever(value):
+    raise AssertionError("a rank waits for the others before it sees that max_norm is no norm")
 
 
 def assert_clipped(job, max_norm, norm, factor, in_place):
