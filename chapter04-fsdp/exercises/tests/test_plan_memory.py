@@ -50,15 +50,14 @@ def walk(units, s):
         moments.append(dict(held))
 
     for place, unit in enumerate(order):
-        coming = order[place + 1 : place + 1 + s.prefetch]
-        for needed in (unit, *coming):
-            if needed not in whole:
-                whole.add(needed)
-                note("gathered", sharing * shard[needed] * s.gathered)
+        window = order[place : place + s.prefetch + 1]
+        for late in sorted({*window} - whole):
+            whole.add(late)
+            note("gathered", sharing * shard[late] * s.gathered)
         backward = place >= len(units)
         if backward:
             note("reducing", sharing * shard[unit] * s.reduced)
-        if backward or (s.mode != "grad" and unit not in coming):
+        if backward or (s.mode != "grad" and unit not in window[1:]):
             whole.remove(unit)
             note("gathered", -sharing * shard[unit] * s.gathered)
         if backward:
