@@ -109,7 +109,9 @@ def form(value):
 
 def test_tensors_and_other_values_come_back_too(there):
     for dtype in (torch.bfloat16, torch.float32, torch.int64, torch.bool):
-        for tensor in (torch.tensor(1), torch.zeros(0, 3), torch.arange(12).reshape(3, 4).T):
+        several = torch.tensor(1), torch.zeros(0, 3), torch.arange(12).reshape(3, 4).T
+        unusual = torch.zeros(()).expand(0), torch.tensor(5).expand(1)  # their stride is 0
+        for tensor in (*several, *unusual):
             sent = tensor.to(dtype)
             got = there.copied(sent)
             assert got.dtype == dtype and torch.equal(got, sent) and got is not sent

@@ -41,7 +41,8 @@ def state_of(value: Any) -> Any:
     if torch_type(value, "Tensor"):
         import torch
 
-        flat = value.detach().cpu().contiguous().reshape(-1)
+        flat = value.detach().cpu().contiguous()
+        flat = flat.as_strided((flat.numel(),), (1,))  # of up to one element any stride may be told
         return flat.view(torch.uint8).numpy().tobytes()
     return [getattr(value, field.name) for field in dataclasses.fields(value)]
 
