@@ -63,7 +63,7 @@ def tabulate(run: Run, args: Namespace) -> None:
 def symptom(told: list[Told], seconds: float) -> tuple[str, float, str]:
     """What the job did, when, and the first thing that a rank said of it."""
     if error := next((rank.error for rank in told if rank.error), ""):
-        return "ends with an error", round(seconds, 1), error[:100]
+        return "ends with an error", round(seconds, 1), error.split(". ")[0]
     failed = [one for rank in told for one in rank.failed]
     return "trains on in silence", round(seconds, 1), failed[0] if failed else "none"
 

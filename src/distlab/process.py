@@ -174,11 +174,12 @@ def run_command(
     with job(command, env, cwd or Path.cwd(), echo) as running:
         status = running.wait(timeout_s)
         seconds = time.monotonic() - started
-        # Stragglers of a job that has just ended are on their way out: give them a moment.
-        left: tuple[str, ...] = ()
-        if marked(running.mark):
-            time.sleep(0.5)
-            left = running.end()
+        # Stragglers of a job that has just ended are on their way out: a fork server that has
+        # imported torch takes a second, more where others want the cores.
+        patience = time.monotonic() + GRACE_S
+        while marked(running.mark) and time.monotonic() < patience:
+            time.sleep(0.1)
+        left = running.end() if marked(running.mark) else ()
     texts = running.texts
     return Completed(status, "".join(texts["stdout"]), "".join(texts["stderr"]), seconds, left)
 
