@@ -40,7 +40,7 @@ def explain(output: str, gigabytes: float = 0.1) -> str:
             f"the disk is full ({room}; about {gigabytes:g} GB are needed); "
             "make room and run this again"
         )
-    if is_unavailable(output) and uv.forbids_indexes():
+    if NO_SUCH_VERSION.search(output) and uv.forbids_indexes():
         return (
             "no index may be asked (PIP_NO_INDEX, UV_NO_INDEX, or no-index in `pip config list`), "
             "and find-links lacks a package; unset that, or add what the log names to find-links"
