@@ -17,6 +17,7 @@ import psutil
 
 MARKER = "LAB_RUN_ID"
 GRACE_S = 5.0
+SCANS = 4  # of the list of processes: on a busy machine there is always a new one
 # Else setproctitle, which vLLM and SGLang call, writes its title over the environment and its mark.
 KEEP_ENVIRON = {"SPT_NOENV": "1"}
 # What is read from a pipe is UTF-8, in whatever language this machine speaks.
@@ -140,8 +141,20 @@ def end_marked(mark: str) -> tuple[str, ...]:
 
 
 def marked(mark: str) -> list[psutil.Process]:
-    """The processes that carry the job's mark."""
-    return [process for process in psutil.process_iter() if _has_mark(process, mark)]
+    """The processes that carry the job's mark.
+
+    One may start another and end while we look through a list that has only itself, so what is new
+    by then is looked at too.
+    """
+    seen: set[int] = set()
+    found: list[psutil.Process] = []
+    for _ in range(SCANS):
+        new = [process for process in psutil.process_iter() if process.pid not in seen]
+        seen.update(process.pid for process in new)
+        found += [process for process in new if _has_mark(process, mark)]
+        if not new:
+            break
+    return found
 
 
 def _has_mark(process: psutil.Process, mark: str) -> bool:

@@ -8,12 +8,14 @@ import sys
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
 
 from distlab import process
 from distlab.process import marked, run_command
+from processes import running_below
 
 pytestmark = pytest.mark.slow  # most wait for a limit to pass
 
@@ -121,6 +123,14 @@ while True:  # each generation starts the next and ends
     os.setsid()
     time.sleep(0.3)
 """
+
+
+def test_a_process_that_moves_while_the_list_is_read_is_found(monkeypatch):
+    lists = iter([[1], [1, 2], [1, 2]])
+    listed = lambda: [SimpleNamespace(pid=pid) for pid in next(lists)]  # noqa: E731
+    monkeypatch.setattr(process.psutil, "process_iter", listed)
+    monkeypatch.setattr(process, "_has_mark", lambda seen, mark: seen.pid == 2)
+    assert [found.pid for found in marked("mark")] == [2]
 
 
 def test_a_process_that_keeps_moving_is_caught(pids):
@@ -261,15 +271,16 @@ def test_a_job_within_a_job_is_ended_by_the_outer_one(pids):
 
 
 def test_guardians_end_with_their_jobs():
-    before = set(guardians())
+    before = set(running_below("distlab.guardian"))
     for _ in range(2):
         run_command(["true"])
-    assert set(guardians()) <= before
+    assert set(running_below("distlab.guardian")) <= before
 
 
-def guardians() -> list[int]:
-    return [
-        child.pid
-        for child in psutil.Process().children(recursive=True)
-        if "distlab.guardian" in child.cmdline()
-    ]
+def test_a_process_that_has_ended_and_is_not_yet_waited_for_runs_no_more():
+    waiting = [sys.executable, "-c", "input()", "a word"]
+    with subprocess.Popen(waiting, stdin=subprocess.PIPE) as child:
+        assert running_below("a word") == [child.pid]
+        child.kill()
+        os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)  # it stays a zombie
+        assert running_below("a word") == []

@@ -1,13 +1,16 @@
 """The client against a server that does as it is told: the load, the check, and every refusal."""
 
+import errno
 import json
 
+import anyio
 import pytest
 
 import vllm_client
 from distlab import script
 from distlab.errors import RunError
 from fake_openai import fake_openai
+from inference import clients
 
 SMOKE = ["--preset", "smoke", "--timeout", "20"]
 
@@ -66,6 +69,26 @@ def test_no_server_is_one_line(capsys):
     error = capsys.readouterr().err
     assert error.startswith(f"error: no server answers at {url} (")
     assert error.count("\n") == 1 and "vllm_server.sh" in error
+
+
+def test_each_request_has_an_open_file(monkeypatch):
+    allowed = []
+    monkeypatch.setattr(clients, "allow_open_files", allowed.append)
+    with fake_openai() as fake:
+        assert vllm_client.main([*SMOKE, "--base-url", fake.url, "--concurrency", "500"]) == 0
+    assert max(allowed) > 500
+
+
+def test_no_open_file_left_is_told_as_such(monkeypatch, capsys):
+    async def refused(*args, **settings):
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    monkeypatch.setattr(anyio, "connect_tcp", refused)
+    flags = [*SMOKE, "--base-url", "http://127.0.0.1:9/v1"]
+    assert script.status_of(lambda: vllm_client.main(flags)) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("error: this process or machine has no open file left for another ")
+    assert error.count("\n") == 1
 
 
 @pytest.mark.parametrize(

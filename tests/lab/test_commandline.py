@@ -291,3 +291,24 @@ def test_environments_are_set_up_while_the_tests_run(monkeypatch):
     testing.set_up_meanwhile(wanted)
     assert [command[-4:] for command in started] == [["env", *wanted]]
     assert os.environ["LAB_TEST_ENVIRONMENTS"].split() == wanted
+
+
+@pytest.mark.parametrize(
+    ("words", "builds"),
+    [(["-x"], True), (["tests/lab/test_shape.py::x"], False), (["-k", "no/such.py"], True)],
+)
+def test_a_few_chosen_tests_build_what_they_need_themselves(words, builds, monkeypatch):
+    """The folder of one chapter's environment has gigabytes."""
+    told, ran = [], []
+    monkeypatch.setattr(testing, "set_up_meanwhile", lambda names, start: told.append(start))
+    monkeypatch.setattr(os, "execv", lambda program, command: ran.append(command))
+    monkeypatch.delenv("CI", raising=False)
+    monkeypatch.chdir(Path.cwd())
+    testing.main(["--", *words])
+    assert told == [builds] and ran[0][-len(words) :] == words
+
+
+def test_a_file_of_tests_comes_after_two_hyphens(capsys):
+    status, _, err = command("test", "tests/lab/test_shape.py", capsys=capsys)
+    assert status == 2 and err.count("\n") == 1
+    assert err.endswith("scripts/lab.py test -- tests/lab/test_shape.py\n")

@@ -2,7 +2,6 @@
 
 import socket
 
-import psutil
 import pytest
 
 from distlab.errors import RunError
@@ -10,6 +9,7 @@ from distlab.lab import blocks, lessons, servers
 from distlab.lab.blocks import run_block
 from distlab.lab.lessons import read_blocks
 from distlab.lab.servers import Servers
+from processes import running_below
 
 
 @pytest.fixture(autouse=True)
@@ -54,14 +54,6 @@ def lesson(checkout):
     return read_blocks(path)
 
 
-def servers_running() -> list[int]:
-    return [
-        process.pid
-        for process in psutil.Process().children(recursive=True)
-        if "http.server" in process.cmdline()
-    ]
-
-
 def test_a_server_lives_from_its_block_to_the_end_of_its_section(lesson, checkout, monkeypatch):
     monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")  # a user's proxy has no say in it
     monkeypatch.setenv("no_proxy", "127.0.0.1")
@@ -71,18 +63,18 @@ def test_a_server_lives_from_its_block_to_the_end_of_its_section(lesson, checkou
         assert run_block(asks, "smoke", checkout / "records").stdout.strip() == "hello"
         running.start_for(server)
         running.start_for(asks)
-        assert len(servers_running()) == 1
+        assert len(running_below("http.server")) == 1
         assert (checkout / "starts").read_text() == "x\n"
         running.start_for(alone)
-        assert servers_running() == []
+        assert running_below("http.server") == []
 
 
 def test_a_server_ends_with_the_lesson_and_after_an_error(lesson, checkout):
     with pytest.raises(ZeroDivisionError), Servers("smoke", checkout / "records") as running:
         running.start_for(lesson[0])
-        assert len(servers_running()) == 1
+        assert len(running_below("http.server")) == 1
         raise ZeroDivisionError
-    assert servers_running() == []
+    assert running_below("http.server") == []
 
 
 def test_a_server_that_ends_before_it_is_ready_says_why(checkout):
@@ -103,8 +95,7 @@ def test_a_server_that_never_answers_is_ended(checkout, monkeypatch):
     with Servers("smoke", checkout / "records") as running:
         with pytest.raises(RunError, match="http://127.0.0.1:9/ did not answer within 0.5 s"):
             running.start_for(read_blocks(path)[0])
-        left = psutil.Process().children(recursive=True)
-        assert not [p for p in left if p.status() != "zombie" and "321" in p.cmdline()]
+        assert running_below("321") == []
 
 
 def test_a_stranger_at_the_servers_address_is_not_taken_for_it(lesson, checkout):
@@ -115,4 +106,4 @@ def test_a_stranger_at_the_servers_address_is_not_taken_for_it(lesson, checkout)
             pytest.raises(RunError, match="answers before the server is started; end it"),
         ):
             second.start_for(lesson[0])
-        assert len(servers_running()) == 1
+        assert len(running_below("http.server")) == 1

@@ -30,8 +30,21 @@ def test_a_failed_command_is_explained(
     output: str, line: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr(progress, "FOLDER", tmp_path)
+    monkeypatch.setattr(uv, "forbids_indexes", lambda: False)
     explanation = progress.explain(output)
     assert explanation.startswith(line) and "\n" not in explanation
+
+
+@pytest.mark.parametrize(("value", "forbids"), [("1", True), ("true", True), ("0", False)])
+def test_who_forbids_indexes_is_told_so(
+    value: str, forbids: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(progress, "FOLDER", tmp_path)
+    monkeypatch.setattr(uv, "FOLDER", tmp_path)
+    monkeypatch.setattr(uv, "pip_settings", lambda: {"no-index": value})
+    monkeypatch.delenv("UV_NO_INDEX", raising=False)
+    told = progress.explain("error: No solution found")
+    assert told.startswith("no index may be asked (PIP_NO_INDEX, ") == forbids
 
 
 def test_torch_build_follows_the_driver(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

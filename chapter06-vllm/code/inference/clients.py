@@ -1,6 +1,7 @@
 """Requests to an OpenAI server, streamed and timed, many at once: for scripts that load one."""
 
 import asyncio
+import errno
 import os
 import time
 from collections.abc import AsyncIterator, Sequence
@@ -12,7 +13,9 @@ import openai
 
 from distlab import script
 from distlab.errors import RunError
-from distlab.host import LOOPBACK
+from distlab.host import LOOPBACK, allow_open_files
+
+OWN_FILES = 64  # libraries, sockets' selector and logs, beside a connection for each request
 
 
 def add_server_flags(parser: script.Parser) -> None:
@@ -91,6 +94,7 @@ class Server:
 
         A closed loop: who has an answer sends the next request at once.
         """
+        allow_open_files(concurrency + OWN_FILES)
         places = asyncio.Semaphore(concurrency)
 
         async def one(prompt: str) -> Answer:
@@ -137,6 +141,11 @@ async def connected(
         except openai.APITimeoutError as error:
             raise RunError(f"{base_url} did not answer within {timeout_s:g} s") from error
         except openai.APIConnectionError as error:
+            if lacks_files(error):
+                raise RunError(
+                    "this process or machine has no open file left for another connection; raise "
+                    "the limit (ulimit -Hn) or send fewer requests at once"
+                ) from error
             raise RunError(
                 f"no server answers at {base_url} ({error.__cause__ or error}); start one, such as "
                 "bash chapter06-vllm/code/vllm_server.sh, or name another by --base-url"
@@ -145,3 +154,12 @@ async def connected(
             raise RunError(
                 f"the server at {base_url} answered {error.status_code}: {error.message}"
             ) from error
+
+
+def lacks_files(error: BaseException | None) -> bool:
+    """Whether its cause, which libraries wrap in errors of theirs, is that no file was left."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE):
+            return True
+        error = error.__cause__ or error.__context__
+    return False

@@ -7,6 +7,7 @@ import sys
 import tempfile
 import time
 
+from distlab.environments import uv
 from distlab.environments.recipes import FOLDER
 
 PLAIN_LINE_SECONDS = 10
@@ -38,6 +39,11 @@ def explain(output: str, gigabytes: float = 0.1) -> str:
         return (
             f"the disk is full ({room}; about {gigabytes:g} GB are needed); "
             "make room and run this again"
+        )
+    if NO_SUCH_VERSION.search(output) and uv.forbids_indexes():
+        return (
+            "no index may be asked (PIP_NO_INDEX, UV_NO_INDEX, or no-index in `pip config list`), "
+            "and find-links lacks a package; unset that, or add what the log names to find-links"
         )
     if NO_NETWORK.search(output) or os.environ.get("UV_OFFLINE"):
         return (

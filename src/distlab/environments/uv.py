@@ -99,6 +99,11 @@ def uv_variables() -> dict[str, str]:
     return variables
 
 
+def forbids_indexes() -> bool:
+    """Whether the user's settings let packages come from find-links alone."""
+    return uv_variables().get("UV_NO_INDEX", "").lower() in ("1", "true", "yes", "on", "y", "t")
+
+
 @functools.cache
 def pip_settings() -> dict[str, str]:
     """Where pip takes packages from, by its files and variables; nothing where there is no pip."""

@@ -14,7 +14,7 @@ import os
 import subprocess
 import sys
 
-from distlab.errors import RunError
+from distlab.errors import RunError, UsageError
 from distlab.files import repo_root
 from distlab.host import usable_cores
 from distlab.lab.lessons import Chapter, chapter, chapters
@@ -29,12 +29,19 @@ def main(argv: list[str]) -> int:
     """Run pytest in this process's place, so that Ctrl-C and its exit status are its own."""
     place = argv.index("--") if "--" in argv else len(argv)
     args, for_pytest = _parse(argv[:place]), argv[place + 1 :]
+    if args.chapter and _is_test(args.chapter):
+        raise UsageError(
+            f"{args.chapter} is no chapter; pytest's arguments come after --, "
+            f"as in: python3 scripts/lab.py test -- {args.chapter}"
+        )
     in_ci = os.environ.get("CI") == "true"
     if in_ci:
         install_system_packages()
     tested = [chapter(args.chapter)] if args.chapter else [c for c in chapters() if c.written]
     if not args.fast:
-        set_up_meanwhile(environments(tested, in_ci))
+        # A few chosen tests may need no environment; one that does sets it up itself.
+        chosen = args.chapter is None and any(map(_is_test, for_pytest))
+        set_up_meanwhile(environments(tested, in_ci), start=not chosen)
     command = [sys.executable, "-m", "pytest", *processes()]
     if args.fast:
         command += ["-m", "not slow"]
@@ -62,8 +69,8 @@ def environments(tested: list[Chapter], in_ci: bool) -> list[str]:
     return sorted({block.env for block in blocks}.union(of_tests) - {"core"})
 
 
-def set_up_meanwhile(names: list[str]) -> None:
-    """Start to build these environments, one after the other, and name them to the tests.
+def set_up_meanwhile(names: list[str], start: bool = True) -> None:
+    """`start` to build these environments, one after the other, and name them to the tests.
 
     A test that needs one asks for it itself (`environment_python`), waits for its lock, and tells
     why it cannot be had. The builder ends with its work, or by the terminal's Ctrl-C.
@@ -71,6 +78,8 @@ def set_up_meanwhile(names: list[str]) -> None:
     if not names:
         return
     os.environ["LAB_TEST_ENVIRONMENTS"] = " ".join(names)
+    if not start:
+        return
     lab = [sys.executable, str(repo_root() / "scripts" / "lab.py")]
     subprocess.Popen(
         ["nice", "-n", "5", *lab, "env", *names],
@@ -97,6 +106,12 @@ def install_system_packages() -> None:
         )
         if done.returncode:
             raise RunError(f"{' '.join(step)} failed with status {done.returncode}")
+
+
+def _is_test(word: str) -> bool:
+    """Whether it names a file or folder of tests, or a test in a file, as pytest takes them."""
+    path = repo_root() / word.partition("::")[0]
+    return path.is_relative_to(repo_root() / "tests") and path.exists()
 
 
 def _parse(argv: list[str]) -> argparse.Namespace:
