@@ -82,6 +82,7 @@ def parse_args(argv: list[str] | None) -> Namespace:
     return args
 
 
+MUST_SAVE = CheckpointPolicy.MUST_SAVE
 DEAR = (  # operators whose results the policy "products" keeps
     torch.ops.aten.mm.default,
     torch.ops.aten.addmm.default,
@@ -96,7 +97,7 @@ DEAR = (  # operators whose results the policy "products" keeps
 def keep_dear(context: Any, operator: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
     """Of each operator in forward: keep its result, or compute it again."""
     if operator in DEAR:
-        return CheckpointPolicy.MUST_SAVE
+        return MUST_SAVE
     return CheckpointPolicy.PREFER_RECOMPUTE
 
 
@@ -129,6 +130,13 @@ def products(layers: Sequence[nn.Module]) -> None:
         recompute(layer, context_fn=partial(create_selective_checkpoint_contexts, keep_dear))
 
 
+def asked(layers: Sequence[nn.Module]) -> None:
+    """Keep all, but be asked for each operator, in Python: what a policy costs by itself."""
+    keep_each = partial(create_selective_checkpoint_contexts, lambda *_, **__: MUST_SAVE)
+    for layer in layers:
+        recompute(layer, context_fn=keep_each)
+
+
 POLICIES: dict[str, Callable[[Sequence[nn.Module]], None]]
 POLICIES = {"none": keep_all, "products": products, "half": half, "full": full}
 
@@ -145,13 +153,16 @@ class Trained:
 
 def compare_policies(run: Run, args: Namespace, job: Runtime) -> None:
     trained = {name: train(args, job, policy) for name, policy in POLICIES.items()}
+    steps = {name: one.step for name, one in trained.items()}
     timings = measure.compare(
-        {name: one.step for name, one in trained.items()},
+        {**steps, "asked": train(args, job, asked).step},
         warmup=1, repeats=args.repeats, device=job.device, before=job.barrier,
     )  # fmt: skip
     timings = {name: slowest(timing) for name, timing in timings.items()}
     shape = config_from_args(args).architecture
-    plan = Costs(shape, args.batch_size, args.seq_len, timings["none"].median, job.device)
+    seconds = timings["none"].median, timings["asked"].median
+    plan = Costs(shape, args.batch_size, args.seq_len, *seconds, job.device)
+    run.metric("asking", seconds[1] / seconds[0] - 1, "", "a step more by a policy that keeps all")
     report(run, args, plan, trained, timings)
 
 

@@ -6,9 +6,7 @@ later is found by the checksums in its manifest, and the one before it is used.
 """
 
 import os
-import re
 import shutil
-import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,10 +20,7 @@ from torch import Tensor
 from distlab.checkpoint_files import Damaged, encode, read_files, write_files
 from distlab.errors import RunError, UsageError
 from distlab.files import make_synced_folder, sync_folder
-
-NAME = re.compile(r"step_(\d{8,})")
-SAVE_WAITS_S = 5.0  # for the one before: less than the other ranks wait in a collective
-PATIENCE_S = 60.0  # at the end of a run, and for another process that writes
+from distlab.training.checkpoint_folder import PATIENCE_S, SAVE_WAITS_S, CheckpointFolder
 
 
 @dataclass(frozen=True)
@@ -37,7 +32,7 @@ class Loaded:
     path: Path
 
 
-class Checkpoints:
+class Checkpoints(CheckpointFolder):
     """The checkpoints in one folder. One rank, rank 0, saves; every rank may load.
 
     With `asynchronous`, `save` returns when the state is copied to host memory, and a thread writes
@@ -53,15 +48,8 @@ class Checkpoints:
         asynchronous: bool = True,
         report: Callable[[str], object] = print,
     ) -> None:
-        if keep < 1:
-            raise UsageError(f"--keep {keep} would keep no checkpoint; use 1 or more")
-        self.folder = Path(folder)
-        self.keep = keep
-        self.asynchronous = asynchronous
-        self.report = report
+        super().__init__(folder, keep, asynchronous, report)
         self._copies = HostCopies()
-        self._writer: threading.Thread | None = None
-        self._failure: BaseException | None = None
         try:
             make_synced_folder(self.folder)
         except OSError as error:
@@ -84,22 +72,7 @@ class Checkpoints:
             self._write(step, tree, tensors)
             return True
         copies = self._copies.take(tensors)
-        self._writer = threading.Thread(
-            target=self._write_apart, args=(step, tree, copies), name="checkpoint", daemon=True
-        )
-        self._writer.start()
-        return True
-
-    def wait(self, timeout_s: float = PATIENCE_S) -> bool:
-        """Wait until nothing is being written; False when something still is."""
-        if self._writer is not None:
-            self._writer.join(timeout_s)
-            if self._writer.is_alive():
-                return False
-            self._writer = None
-        if (failure := self._failure) is not None:
-            self._failure = None
-            raise failure
+        self._apart(lambda: self._write(step, tree, copies))
         return True
 
     def close(self) -> None:
@@ -117,14 +90,6 @@ class Checkpoints:
         trace: TracebackType | None,
     ) -> None:
         self.close()
-
-    def steps(self) -> list[int]:
-        """The steps of the checkpoints that are there, damaged ones too, the oldest first."""
-        names = [NAME.fullmatch(path.name) for path in self.folder.iterdir()]
-        return sorted(int(found[1]) for found in names if found)
-
-    def path(self, step: int) -> Path:
-        return self.folder / f"step_{step:08d}"
 
     def load_newest(self, device: torch.device | str = "cpu") -> Loaded | None:
         """The newest that is whole, or None when there is none at all.
@@ -151,9 +116,7 @@ class Checkpoints:
 
     def load(self, path: str | Path, device: torch.device | str = "cpu") -> Loaded:
         """This one checkpoint. Raises `UsageError` when it is none, `RunError` when damaged."""
-        path = Path(path)
-        if not path.is_dir() or not NAME.fullmatch(path.resolve().name):
-            raise UsageError(f"{path} is no checkpoint; name a folder such as {self.path(120)}")
+        path = self.named(path)
         try:
             return self._read(path, device)
         except Damaged as damage:
@@ -164,12 +127,6 @@ class Checkpoints:
         if path.resolve().name != self.path(step).name:
             raise Damaged(f"its files are those of step {step}")
         return Loaded(step, state, path)
-
-    def _write_apart(self, step: int, tree: Any, tensors: dict[str, Tensor]) -> None:
-        try:
-            self._write(step, tree, tensors)
-        except Exception as error:
-            self._failure = error  # raised where the next save, wait or close is called
 
     def _write(self, step: int, tree: Any, tensors: dict[str, Tensor]) -> None:
         try:
@@ -195,40 +152,13 @@ class Checkpoints:
             shutil.rmtree(temporary, ignore_errors=True)
             self._mend(step)
 
-    def _delete_old(self, saved: int) -> None:
-        """Keep the newest of those up to the step just saved; later ones are another run's."""
-        steps = self.steps()
-        if later := [step for step in steps if step > saved]:
-            self.report(f"checkpoint of step {saved} saved, yet {self.path(later[-1])} is newer")
-        for step in [step for step in steps if step <= saved][: -self.keep]:
-            doomed = self._temporary(step)
-            shutil.rmtree(doomed, ignore_errors=True)
-            os.rename(self.path(step), doomed)  # half-deleted under its own name is damaged
-            shutil.rmtree(doomed, ignore_errors=True)
-
     def _sweep(self) -> None:
         """Remove what a killed writer left. Nobody writes while the lock is ours."""
         try:
             with self._lock(0.5):
-                for left in self.folder.glob(".step_*"):
-                    if found := NAME.match(left.name[1:]):
-                        self._mend(int(found[1]))
-                        shutil.rmtree(left, ignore_errors=True)
+                self._remove_left()
         except OSError:
             pass  # another process is writing, or the folder is read-only: nothing to remove for us
-
-    def _mend(self, step: int) -> None:
-        """Give the checkpoint that was put aside its name back, unless the new one has it."""
-        aside = self._aside(step)
-        if aside.exists() and not self.path(step).exists():
-            os.rename(aside, self.path(step))
-        shutil.rmtree(aside, ignore_errors=True)
-
-    def _temporary(self, step: int) -> Path:
-        return self.folder / f".{self.path(step).name}.tmp"
-
-    def _aside(self, step: int) -> Path:
-        return self.folder / f".{self.path(step).name}.old"
 
     def _lock(self, timeout_s: float) -> Any:
         return FileLock(self.folder / ".lock").acquire(timeout=timeout_s)

@@ -13,9 +13,7 @@ and converted, is in `fsdp.contents`.
 """
 
 import os
-import re
 import shutil
-import threading
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from types import TracebackType
@@ -42,15 +40,13 @@ from distlab.errors import RunError, UsageError
 from distlab.files import sync_folder
 from distlab.ranks import gathered
 from distlab.runtime import Runtime
+from distlab.training.checkpoint_folder import PATIENCE_S, SAVE_WAITS_S, CheckpointFolder
 from fsdp.contents import METADATA, Loaded, load, settings_of, tensors_of
 
-NAME = re.compile(r"step_(\d{8,})")
-SAVE_WAITS_S = 5.0  # for the one before: less than the other ranks wait in a collective
-PATIENCE_S = 60.0  # at the end of a run
 PROBE_BYTES = 1 << 20
 
 
-class Checkpoints:
+class Checkpoints(CheckpointFolder):
     """The checkpoints in one folder that all ranks share. Every rank makes every call.
 
     With `asynchronous`, `save` returns when this rank's shards are copied to host memory, and a
@@ -68,15 +64,11 @@ class Checkpoints:
         report: Callable[[str], object] = print,
         reads: bool = False,
     ) -> None:
-        if keep < 1:
-            raise UsageError(f"--keep {keep} would keep no checkpoint; use 1 or more")
-        self.folder, self.job, self.keep = Path(folder), job, keep
-        self.asynchronous, self.report = asynchronous, report
+        super().__init__(folder, keep, asynchronous, report)
+        self.job = job
         # A group of its own: a thread's collectives must not get between those of the training.
         self._group = dist.new_group(backend="gloo")
         self._stager = DefaultStager(StagingOptions(job.device.type == "cuda", False, False, False))
-        self._writer: threading.Thread | None = None
-        self._failure: BaseException | None = None
         if not reads:
             self._on_main(self._prepare)
 
@@ -105,22 +97,7 @@ class Checkpoints:
             self._write(step, fields, lambda: dcp.save(tensors, **options))
             return True
         written: Any = dcp.async_save(tensors, async_stager=self._stager, **options)
-        self._writer = threading.Thread(
-            target=self._write_apart, args=(step, fields, written.result), daemon=True
-        )
-        self._writer.start()
-        return True
-
-    def wait(self, timeout_s: float = PATIENCE_S) -> bool:
-        """Wait until this rank writes nothing; False when it still does."""
-        if self._writer is not None:
-            self._writer.join(timeout_s)
-            if self._writer.is_alive():
-                return False
-            self._writer = None
-        if (failure := self._failure) is not None:
-            self._failure = None
-            raise failure
+        self._apart(lambda: self._write(step, fields, written.result))
         return True
 
     def close(self) -> None:
@@ -140,14 +117,6 @@ class Checkpoints:
     ) -> None:
         if kind is None:
             self.close()  # after an error the other ranks may not come to finish theirs
-
-    def steps(self) -> list[int]:
-        """The steps of the checkpoints that are there, damaged ones too, the oldest first."""
-        names = [NAME.fullmatch(path.name) for path in self.folder.iterdir()]
-        return sorted(int(found[1]) for found in names if found)
-
-    def path(self, step: int) -> Path:
-        return self.folder / f"step_{step:08d}"
 
     def load_newest(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> Loaded | None:
         """The newest that is whole, put into both; None when there is none at all.
@@ -171,9 +140,7 @@ class Checkpoints:
     def load(self, path: str | Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> Loaded:
         """This one, sharded or one of chapter 3's. Raises `UsageError` when it is none, `RunError`
         when it is damaged."""
-        path = Path(path)
-        if not path.is_dir() or not NAME.fullmatch(path.resolve().name):
-            raise UsageError(f"{path} is no checkpoint; name a folder such as {self.path(120)}")
+        path = self.named(path)
         if damage := self._verify(path):
             raise RunError(f"the checkpoint {path} is damaged: {damage}")
         return load(path, model, optimizer)
@@ -206,12 +173,6 @@ class Checkpoints:
         except Damaged as damage:
             return str(damage)
         return None
-
-    def _write_apart(self, step: int, fields: dict[str, Any], wait: Callable[[], object]) -> None:
-        try:
-            self._write(step, fields, wait)
-        except BaseException as error:
-            self._failure = error  # raised where the next save, wait or close is called
 
     def _write(self, step: int, fields: dict[str, Any], write: Callable[[], object]) -> None:
         """Let DCP write; then each rank sums up its files, and rank 0 makes a checkpoint of it."""
@@ -272,16 +233,6 @@ class Checkpoints:
         os.rename(self._temporary(step), final)
         sync_folder(self.folder)
 
-    def _delete_old(self, saved: int) -> None:
-        """Keep the newest of those up to the step just saved; later ones are another run's."""
-        steps = self.steps()
-        if later := [step for step in steps if step > saved]:
-            self.report(f"checkpoint of step {saved} saved, yet {self.path(later[-1])} is newer")
-        for step in [step for step in steps if step <= saved][: -self.keep]:
-            doomed = self._temporary(step)
-            os.rename(self.path(step), doomed)  # half-deleted under its own name is damaged
-            shutil.rmtree(doomed, ignore_errors=True)
-
     def _prepare(self) -> None:
         """Make the folder, and remove what a killed run left in it."""
         try:
@@ -290,17 +241,7 @@ class Checkpoints:
             raise UsageError(
                 f"the folder of checkpoints {self.folder}: {error.strerror}"
             ) from error
-        for left in self.folder.glob(".step_*"):
-            if found := NAME.match(left.name[1:]):
-                self._mend(int(found[1]))
-                shutil.rmtree(left, ignore_errors=True)
-
-    def _mend(self, step: int) -> None:
-        """Give the checkpoint that was put aside its name back, unless the new one has it."""
-        aside = self._aside(step)
-        if aside.exists() and not self.path(step).exists():
-            os.rename(aside, self.path(step))
-        shutil.rmtree(aside, ignore_errors=True)
+        self._remove_left()
 
     def _on_main(self, do: Callable[[], object]) -> None:
         """Do it on rank 0, and have every rank wait, and fail if it failed."""
@@ -317,9 +258,3 @@ class Checkpoints:
     def _tell(self, line: str) -> None:
         if self.job.is_main:
             self.report(line)
-
-    def _temporary(self, step: int) -> Path:
-        return self.folder / f".{self.path(step).name}.tmp"
-
-    def _aside(self, step: int) -> Path:
-        return self.folder / f".{self.path(step).name}.old"

@@ -11,15 +11,18 @@ from distlab.predict.architecture import Architecture
 class Costs:
     """What each policy should keep, and what computing the rest again should take.
 
-    `seconds` is a step that keeps all. A product takes its FLOPs at that step's rate; what is
-    computed element by element takes its bytes, read once and written once, at the rate of such a
-    kernel.
+    `seconds` is a step that keeps all, `asked` one whose policy is asked for each operator and
+    keeps all: Python's time, which compiling or large operators hide. A product takes its FLOPs at
+    that step's rate; what is computed element by element takes its bytes, read once and written
+    once, at the rate of such a kernel.
     """
 
     def __init__(
-        self, a: Architecture, batch: int, seq_len: int, seconds: float, device: torch.device
-    ) -> None:
-        self.a, self.batch, self.seq_len, self.seconds = a, batch, seq_len, seconds
+        self, a: Architecture, batch: int, seq_len: int, seconds: float, asked: float,
+        device: torch.device,
+    ) -> None:  # fmt: skip
+        self.a, self.batch, self.seq_len = a, batch, seq_len
+        self.seconds, self.asked = seconds, asked
         self.tokens = batch * seq_len
         whole = predict.training_flops_per_token(a, seq_len)
         again = predict.training_flops_per_token(a, seq_len, "full")
@@ -41,7 +44,7 @@ class Costs:
         if policy == "products":
             dropped = self._layer() - self._products() - 4 * self.a.hidden_size
             again = self.tokens * dropped * self.a.num_hidden_layers
-            return self.seconds + 2 * again * self.per_byte
+            return self.asked + 2 * again * self.per_byte
         share = {"none": 0.0, "half": self._layers(0) / self.a.num_hidden_layers, "full": 1.0}
         return self.seconds * (1 + share[policy] * self.full_share)
 
