@@ -35,11 +35,6 @@ from distlab.training.memory import MB, DeviceMemory, bytes_of, device_memory
 from fsdp.disk import put_on_disk
 from fsdp.memory_timeline import Plan, Sharding
 
-PRESETS: dict[str, dict[str, object]] = {
-    "smoke": {"ranks": 2, "memory_mb": 48.0, "hidden_size": 128, "batch_size": 1, "seq_len": 64},
-    "laptop": {"ranks": 4, "memory_mb": 128.0, "hidden_size": 192, "batch_size": 1, "seq_len": 64},
-    "gpu": {"ranks": 2, "memory_mb": 4000.0, "hidden_size": 1024, "batch_size": 4, "seq_len": 512},
-}  # fmt: skip
 MODES = {  # but for their ranks
     "DDP": Sharding(1, units="none"),
     "DDP, recomputing": Sharding(1, units="none", checkpointing=True),
@@ -48,6 +43,15 @@ MODES = {  # but for their ranks
     "fully sharded, recomputing": Sharding(1, checkpointing=True),
     "fully sharded, on disk": Sharding(1, on_disk=True),
 }
+ALL = list(MODES)
+PRESETS: dict[str, dict[str, object]] = {
+    "smoke": {"ranks": 2, "memory_mb": 48.0, "hidden_size": 128, "batch_size": 1, "seq_len": 64,
+              "modes": ["DDP", "fully sharded", "fully sharded, on disk"]},
+    "laptop": {"ranks": 4, "memory_mb": 128.0, "hidden_size": 192, "batch_size": 1, "seq_len": 64,
+               "modes": ALL},
+    "gpu": {"ranks": 2, "memory_mb": 4000.0, "hidden_size": 1024, "batch_size": 4, "seq_len": 512,
+            "modes": ALL},
+}  # fmt: skip
 VOCABULARY, HEAD = 512, 32
 FLOAT = 4  # bytes
 STEPS = 2  # the second has the optimizer's state from its beginning
@@ -59,7 +63,7 @@ TOO_SMALL = "are used up"  # what a rank says whose memory does not suffice
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
     with script.run(args) as run:
-        found = [Search(args, mode).run() for mode in run.progress(MODES, "modes")]
+        found = [Search(args, mode).run() for mode in run.progress(args.modes, "modes")]
         report(run, args, found)
     return run.status
 
@@ -73,6 +77,7 @@ def parse_args(argv: list[str] | None) -> Namespace:
     add("--hidden-size", type=script.positive_int, help="of every model; layers are what varies")
     add("--batch-size", type=script.positive_int, help="sequences of a rank")
     add("--seq-len", type=script.positive_int)
+    add("--modes", nargs="+", choices=ALL, metavar="MODE", help="; ".join(ALL))
     add("--offload-dir", metavar="DIR", default="build/offload", help="on a disk, for the last row")
     args = parser.parse_args(argv)
     if args.hidden_size % HEAD:
