@@ -180,7 +180,9 @@ class Sharded:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.fields: dict[str, Any] = decode(json.loads((path / TREE).read_text()), {})
+        self.fields: dict[str, Any] = decode(
+            json.loads((path / TREE).read_text(encoding="utf-8")), {}
+        )
         try:
             metadata = Reader(path).read_metadata()
         except pickle.UnpicklingError as error:
@@ -215,7 +217,7 @@ class Replicated:
         self.file = path / TENSORS
         with safe_open(self.file, framework="pt") as opened:
             kept: dict[str, Any] = {n: Meta(opened, n) for n in opened.keys()}  # noqa: SIM118
-        state = decode(json.loads((path / TREE).read_text()), kept)
+        state = decode(json.loads((path / TREE).read_text(encoding="utf-8")), kept)
         self.fields = {name: state[name] for name in ("loader", "flags", "world_size")}
         self.fields["groups"] = [_settings(g) for g in state["optimizer"]["param_groups"]]
         once: dict[str, str] = {}  # a tied tensor goes by the first of its names

@@ -18,7 +18,7 @@ only a unit or two are whole at a time, while the next one is already on its way
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -27,6 +27,7 @@ from torch.autograd import Variable
 from torch.utils._pytree import tree_leaves, tree_map
 
 from fsdp.collectives import Reduction, all_gather, broadcast_from_first, subgroup_of
+from fsdp.slots import Slot, slots_by_unit
 
 
 class FullySharded(nn.Module):
@@ -241,37 +242,6 @@ class FullySharded(nn.Module):
         for unit in units:
             unit.due = 0
             unit.free()
-
-
-class Slot(NamedTuple):
-    """A place where a module has a parameter; a tied one has several."""
-
-    path: str
-    module: nn.Module
-    name: str
-    parameter: nn.Parameter
-
-
-def slots_by_unit(model: nn.Module, units: list[nn.Module]) -> list[list[list[Slot]]]:
-    """For the root and for each unit its parameters, each with all of its places.
-
-    A module belongs to the innermost unit around it, and a parameter to the unit that has all of
-    its places, else to the root.
-    """
-    numbers = {module: number for number, module in enumerate(units, start=1)}
-    owners: dict[str, int] = {}
-    places: dict[nn.Parameter, dict[tuple[nn.Module, str], tuple[Slot, int]]] = {}
-    for path, module in model.named_modules(remove_duplicate=False):
-        owner = numbers.get(module, owners.get(path.rpartition(".")[0], 0) if path else 0)
-        owners[path] = owner
-        for name, parameter in module.named_parameters(recurse=False):
-            slot = Slot(f"{path}.{name}".lstrip("."), module, name, parameter)
-            places.setdefault(parameter, {}).setdefault((module, name), (slot, owner))
-    found: list[list[list[Slot]]] = [[] for _ in range(len(units) + 1)]
-    for where in places.values():
-        owned_by = {owner for _, owner in where.values()}
-        found[owned_by.pop() if len(owned_by) == 1 else 0].append([s for s, _ in where.values()])
-    return found
 
 
 class Unit:
