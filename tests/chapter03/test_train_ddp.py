@@ -23,7 +23,7 @@ SHORT = ["--preset", "smoke", "--device", "cpu", "--steps", "9", "--eval-every",
 # Seven windows do not divide by two ranks, and the norm of the gradient is above the limit.
 SHORT += ["--eval-windows", "7", "--clip", "0.2", "--checkpoint-every", "100"]
 LEARNING_RATE = 1e-2  # of the preset
-FEW_STEPS = {"the held-out loss is 0.1 nats below the unigram entropy"}
+
 LIMIT_S = 120
 
 
@@ -39,7 +39,7 @@ def test_two_ranks_equal_one_process(alone, micro_batches):
     both = spawn(train, 2, flags, timeout_s=LIMIT_S)
     before_the_first_step, *synchronised = both[0].synchronised
     assert synchronised == ([False] * (micro_batches - 1) + [True]) * 9
-    assert set(both[0].failed) <= FEW_STEPS
+    assert not both[0].failed
     assert both[0].losses == pytest.approx(alone.losses, abs=1e-5)
     assert both[0].held_out == pytest.approx(alone.held_out, abs=1e-5)
     # AdamW divides by the root of the second moment: it makes a step of up to the learning rate of

@@ -25,7 +25,7 @@ from fsdp.training import new_mesh, refuse_sharding
 SHORT = ["--preset", "smoke", "--device", "cpu", "--steps", "3", "--eval-every", "2"]
 # Seven windows do not divide by the ranks; 3 layers give units of 1 and 2; the gradient is clipped.
 SHORT += ["--eval-windows", "7", "--clip", "0.2", "--layers", "3", "--vocab-size", "300"]
-FEW_STEPS = {"the held-out loss is 0.1 nats below the unigram entropy"}
+
 LIMIT_S = 280
 MODES = [
     [],
@@ -99,11 +99,11 @@ def test_stopped_on_two_ranks_it_goes_on_with_three_and_is_exported(tmp_path):
     assert [path.name for path in (tmp_path / "kept").glob("step_*")] == ["step_00000002"]
     exported = ["--export", str(tmp_path / "model")]
     ranks = spawn(run_script, 3, [*kept, *exported], timeout_s=LIMIT_S)
-    assert set(ranks[0].failed) <= FEW_STEPS and not ranks[1].failed
+    assert not ranks[0].failed and not ranks[1].failed
     resumed = [line for line in ranks[0].said if "resumed from" in line]
     assert resumed[0].endswith("step_00000002, written by 2 rank(s)")
     [undisturbed] = spawn(run_script, 1, ["--batch-size", "6", "--prove", "2"], timeout_s=LIMIT_S)
-    assert set(undisturbed.failed) <= FEW_STEPS
+    assert not undisturbed.failed
     losses = [one.metrics["held_out_loss"]["value"] for one in (ranks[0], undisturbed)]
     assert losses[0] == pytest.approx(losses[1], abs=1e-5)
     assert load(tmp_path / "model").config.vocab_size == 300
@@ -168,10 +168,10 @@ def test_a_model_larger_than_a_rank_s_memory_is_trained_saved_resumed_and_export
     ]
     large += ["--offload", "disk", "--offload-dir", str(tmp_path / "offload")]
     first = spawn(run_script, 2, [*large, "--steps", "1"], timeout_s=LIMIT_S)[0]
-    assert set(first.failed) <= FEW_STEPS
+    assert not first.failed
     exported = ["--steps", "2", "--export", str(tmp_path / "model")]
     ranks = spawn(run_script, 3, [*large, *exported], timeout_s=LIMIT_S)
-    assert set(ranks[0].failed) <= FEW_STEPS
+    assert not ranks[0].failed
     assert any(line.endswith("step_00000001, written by 2 rank(s)") for line in ranks[0].said)
     assert (tmp_path / "model" / "model.safetensors").stat().st_size > 70e6
 

@@ -37,6 +37,7 @@ BEFORE_AND_AFTER = [  # of a line, so that the header of any block can be read
     ("if 0:\n  pass\n", "\n  pass"),
     ("try:\n  pass\n", "\n  pass"),
 ]
+FEW_STEPS = 20  # after fewer no model has learnt to use context
 EXPORT_WINDOW = 48  # held-out tokens that both models read
 EXPORT_NEW_TOKENS = 24
 LOGIT_TOLERANCE = 1e-3  # of a logit, in float32: their kernels add up in another order than ours
@@ -67,10 +68,11 @@ def report_losses(
         ],
         lines=[{"label": "unigram entropy", "y": unigram}],
     )  # fmt: skip
-    run.check_below(
-        f"the held-out loss is {BELOW_UNIGRAM} nats below the unigram entropy",
-        reached, unigram - BELOW_UNIGRAM, "nats",
-    )  # fmt: skip
+    name = f"the held-out loss is {BELOW_UNIGRAM} nats below the unigram entropy"
+    if first + len(losses) < FEW_STEPS:
+        run.print(f"not judged after {first + len(losses)} step(s), fewer than {FEW_STEPS}: {name}")
+    else:
+        run.check_below(name, reached, unigram - BELOW_UNIGRAM, "nats")
 
 
 def report_speed(
