@@ -98,6 +98,11 @@ def refuse_unwritable_folder(flag: str, path: str | Path) -> None:
     _make_writable(f"{flag} {path}", path)
 
 
+def refuse_unwritable_beside(flag: str, path: str | Path) -> None:
+    """As `refuse_unwritable_file`, for a folder that is made at the end, by renaming."""
+    _make_writable(f"{flag} {path}", Path(path).parent)
+
+
 def _make_writable(what: str, folder: Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)

@@ -1,5 +1,6 @@
 """What training scripts share: refusals, the held-out loss, progress, the schedule, the outcome."""
 
+import math
 import os
 import signal
 from types import SimpleNamespace
@@ -10,6 +11,7 @@ import torch
 
 from distlab import script
 from distlab.data import Tokens
+from distlab.errors import RunError
 from distlab.spawning import spawn
 from distlab.training import flags, outcome
 from distlab.training.held_out import HeldOut
@@ -23,6 +25,14 @@ def test_a_batch_that_does_not_divide_is_told_with_those_that_do():
         flags.refuse_batch(SimpleNamespace(batch_size=12, accumulate=4), 2)
     with pytest.raises(script.UsageError, match="use --batch-size 8$"):
         flags.refuse_batch(SimpleNamespace(batch_size=2, accumulate=4), 2)
+
+
+def test_an_export_that_cannot_be_written_is_refused_before_the_training(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(script.UsageError, match=r"^--export \S+/file/model cannot be written: "):
+        flags.refuse_used_folder(tmp_path / "file" / "model")
+    flags.refuse_used_folder(tmp_path / "new" / "model")
+    assert not (tmp_path / "new" / "model").exists()
 
 
 def test_float16_where_the_processor_has_none_is_refused(monkeypatch):
@@ -66,6 +76,22 @@ def two_losses(job):
         loss = torch.tensor(1.0 + step + job.rank)
         if progress.share(step, loss, asked_to_stop=step == 1 and job.rank == 1):
             return progress.losses(), step
+
+
+def test_a_loss_that_is_no_number_ends_the_run_on_all_ranks():
+    """The next checkpoints would push out those from before."""
+    for told, steps in spawn(lost_on_one_rank, 2, timeout_s=60):
+        assert told.startswith("the loss of step 3 is nan, and stays so; use a lower")
+        assert steps == 3
+
+
+def lost_on_one_rank(job):
+    run = SimpleNamespace(progress=lambda steps, label: steps)
+    progress = Progress(run, job, steps=9, tokens_per_step=100)
+    with pytest.raises(RunError) as caught:
+        for step in progress.steps():
+            progress.share(step, torch.tensor(math.nan if step + job.rank == 3 else 1.0), False)
+    return str(caught.value), step
 
 
 def test_tokens_per_second_are_those_of_the_median_step_without_the_first():

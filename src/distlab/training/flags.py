@@ -9,6 +9,7 @@ import torch
 
 from distlab import data, runtime, script
 from distlab.errors import UsageError
+from distlab.files import refuse_unwritable_beside
 from distlab.model import add_model_flags, config_from_args
 from distlab.runtime import Runtime
 from distlab.training.held_out import DTYPES, autocast
@@ -25,7 +26,7 @@ def add_training_flags(parser: script.Parser) -> None:
     learning.add_argument(
         "--warmup", type=script.fraction, default=0.1, help="share of the steps (default 0.1)"
     )
-    learning.add_argument("--weight-decay", type=float, default=0.1)
+    learning.add_argument("--weight-decay", type=script.non_negative_float, default=0.1)
     learning.add_argument(
         "--clip", type=script.positive_float, default=1.0, help="largest norm of the gradient"
     )
@@ -81,6 +82,7 @@ def refuse_used_folder(folder: Path) -> None:
         raise UsageError(f"--export {folder} is a file; name a folder for the model")
     if folder.is_dir() and any(folder.iterdir()):
         raise UsageError(f"--export {folder} is not empty; name a new folder, or remove it first")
+    refuse_unwritable_beside("--export", folder)
 
 
 def refuse_resume(args: Namespace) -> None:

@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from distlab.errors import RunError
 from distlab.run import Run
 from distlab.runtime import Runtime
 
@@ -50,15 +51,32 @@ class Progress:
     def share(self, step: int, loss: Tensor, asked_to_stop: bool) -> bool:
         """Tell the other ranks; whether any rank was asked to stop, the same answer on all.
 
+        Raises `RunError`, on all ranks, when the loss is no number.
+
         The answer is that of the step before, which has come by now: asking a GPU for this step's
         would make the host wait for it, and the GPU afterwards for the host.
         """
         told = self._told[step]
         told[0], told[1] = loss, float(asked_to_stop)
         dist.all_reduce(told)
-        stop = step > self.first_step and bool(self._told[step - 1, 1].item())
+        stop = step > self.first_step and self._was_told(step - 1)
         self.seconds.append(time.perf_counter() - self._started)
         return stop
+
+    def _was_told(self, step: int) -> bool:
+        """Whether a rank was asked to stop in that step.
+
+        A loss that is no number never becomes one again, and every checkpoint from there on would
+        push out one that is good.
+        """
+        loss, asked = self._told[step].tolist()
+        if not math.isfinite(loss):
+            raise RunError(
+                f"the loss of step {step + 1} is {loss:g}, and stays so; use a lower "
+                "--learning-rate, a longer --warmup or a smaller --clip, and --resume a checkpoint "
+                "from well before it"
+            )
+        return bool(asked)
 
     def tell(self, done: int, held_out: float) -> None:
         """Print where the run is, after `done` steps."""
