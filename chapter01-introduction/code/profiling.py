@@ -91,7 +91,7 @@ def parse_args(argv: list[str] | None) -> Namespace:
     group.add_argument("--trace", type=Path, metavar="FILE", help="the Chrome trace")
     group.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     group.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
-    group.add_argument("--seed", type=int, default=0)
+    group.add_argument("--seed", type=script.seed, default=0)
     args = parser.parse_args(argv)
     files.refuse_unwritable_file("--trace", trace_file(args))
     return args

@@ -84,7 +84,7 @@ def parse_args(argv: list[str] | None) -> Namespace:
     optimisation.add_argument("--steps", type=script.positive_int)
     optimisation.add_argument("--learning-rate", type=script.positive_float, metavar="LR")
     optimisation.add_argument("--weight-decay", type=float, default=0.1)
-    optimisation.add_argument("--seed", type=int, default=0)
+    optimisation.add_argument("--seed", type=script.seed, default=0)
     execution = parser.add_argument_group("execution")
     execution.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
     execution.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")

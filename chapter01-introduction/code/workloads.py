@@ -72,7 +72,7 @@ def parse_args(argv: list[str] | None) -> Namespace:
     execution = parser.add_argument_group("execution")
     execution.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
     execution.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
-    execution.add_argument("--seed", type=int, default=0)
+    execution.add_argument("--seed", type=script.seed, default=0)
     args = parser.parse_args(argv)
     if args.repeats < 3:
         raise UsageError(f"--repeats {args.repeats} gives no median; use at least 3")

@@ -89,7 +89,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         type=script.positive_float,
         help="how much slower than the fastest is right; not given, as at smoke size: not judged",
     )
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=script.seed, default=0)
     parser.add_argument("--timeout", type=script.positive_float, default=60.0)
     args = parser.parse_args(argv)
     for rate in args.rates:

@@ -64,7 +64,7 @@ def parse_args(argv: list[str] | None) -> Namespace:
     parser.add_argument("--epochs", type=script.positive_int, help="of training")
     parser.add_argument("--repeats", type=script.positive_int, help="of training, each its seed")
     parser.add_argument("--learning-rate", type=script.positive_float, default=0.03, metavar="LR")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=script.seed, default=0)
     args = parser.parse_args(argv)
     if min(args.epochs, args.repeats) < 2:
         raise UsageError(

@@ -73,8 +73,8 @@ def parse_args(argv: list[str] | None) -> Namespace:
     parser = script.Parser(__doc__, PRESETS)
     add_model_flags(parser)
     parser.add_argument("--repeats", type=script.positive_int, help="of each kind of save")
-    parser.add_argument("--timeout", type=script.positive_float, default=200.0, help="seconds")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--timeout", type=script.seconds, default=200.0, help="seconds")
+    parser.add_argument("--seed", type=script.seed, default=0)
     args = parser.parse_args(argv)
     config_from_args(args)
     return args

@@ -37,7 +37,7 @@ def parse_args(argv: list[str] | None) -> Namespace:
     parser = script.Parser(__doc__, PRESETS)
     parser.add_argument("--mistakes", nargs="+", choices=ALL, metavar="NAME", help=", ".join(ALL))
     parser.add_argument(
-        "--timeout", type=script.positive_float, metavar="S", help="of a collective, seconds"
+        "--timeout", type=script.seconds, metavar="S", help="of a collective, seconds"
     )
     return parser.parse_args(argv)
 

@@ -91,7 +91,7 @@ def parse_args(argv: list[str] | None) -> Namespace:
     parser.add_argument("--output-mean", **number, help="tokens")
     parser.add_argument("--longest", **positive, help="tokens of prompt and output, each at most")
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=script.seed, default=0)
     args = parser.parse_args(argv)
     if not 0 < args.load < 1:
         raise UsageError(f"--load {args.load:g} has no steady state; use one between 0 and 1")

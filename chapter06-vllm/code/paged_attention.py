@@ -76,7 +76,7 @@ def parse_args(argv: list[str] | None) -> Namespace:
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32",
                         help="of the timed runs; the proofs are in float32")  # fmt: skip
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=script.seed, default=0)
     args = parser.parse_args(argv)
     if args.heads % args.kv_heads:
         raise UsageError(

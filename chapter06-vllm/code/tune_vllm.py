@@ -108,7 +108,7 @@ def parse_args(argv: list[str] | None) -> Namespace:
     add("--requests", type=script.positive_int, metavar="N", help="at each concurrency")
     add("--new-tokens", type=script.positive_int, metavar="N", help="of each answer")
     add("--shared-tokens", type=script.positive_int, metavar="N", help="of the shared beginning")
-    add("--seed", type=int, default=0)
+    add("--seed", type=script.seed, default=0)
     args = parser.parse_args(argv)
     if args.new_tokens < 2:
         raise UsageError(f"--new-tokens {args.new_tokens} has no time per token; use 2 or more")

@@ -66,15 +66,15 @@ class Runtime:
 
 def add_runtime_flags(parser: argparse.ArgumentParser) -> None:
     """--backend, --device, --timeout and --seed, for a script that runs on several ranks."""
-    from distlab.script import positive_float
+    from distlab.script import seconds, seed
 
     group = parser.add_argument_group("job")
     group.add_argument("--backend", choices=["auto", "nccl", "gloo"], default="auto")
     group.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
     group.add_argument(
-        "--timeout", type=positive_float, default=DEFAULT_TIMEOUT_S, help="of a collective, seconds"
+        "--timeout", type=seconds, default=DEFAULT_TIMEOUT_S, help="of a collective, seconds"
     )
-    group.add_argument("--seed", type=int, default=0)
+    group.add_argument("--seed", type=seed, default=0)
 
 
 @contextmanager

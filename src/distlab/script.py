@@ -29,6 +29,7 @@ __all__ = ["Parser", "Run", "RunError", "Skipped", "UsageError", "exit", "run", 
 
 CHECK_FAILED, BAD_ARGUMENT, SKIPPED, INTERRUPTED = 1, 2, 77, 130
 PRESET_NAMES = ("smoke", "laptop", "gpu")
+NO_MEMORY = re.compile(r"can't allocate memory|out of memory|std::bad_alloc", re.IGNORECASE)
 MORE_PROCESSES = "end some of yours, or raise the limit (ulimit -u), and run again"
 
 
@@ -69,8 +70,16 @@ class Parser(OneLineParser):
             own = {action.dest for action in parser._actions}
             parser.set_defaults(**{k: v for k, v in self.presets[preset].items() if k in own})
         parsed = super().parse_args(args, namespace)
+        self._refuse_empty(parsed)
         parsed.preset = preset
         return parsed
+
+    def _refuse_empty(self, parsed: argparse.Namespace) -> None:
+        """`--checkpoint-dir "$UNSET"` must not train for a day and save nothing."""
+        for action in [a for parser in self._all_parsers() for a in parser._actions]:
+            if getattr(parsed, action.dest, None) == "" and action.default != "":
+                name = action.option_strings[-1] if action.option_strings else action.dest
+                self.error(f"{name} is empty; give it a value, or leave it out")
 
     def add_subparsers(self, **options: Any) -> Any:
         """As argparse's; the flags of every script may stand after the subcommand too."""
@@ -136,6 +145,22 @@ def non_negative_int(text: str) -> int:
 def positive_float(text: str) -> float:
     """An argparse type: a finite number above 0."""
     return _number(text, float, lambda value: 0 < value < float("inf"), "a number above 0")
+
+
+def non_negative_float(text: str) -> float:
+    """An argparse type: a finite number of at least 0."""
+    return _number(text, float, lambda value: 0 <= value < float("inf"), "a number of at least 0")
+
+
+def seconds(text: str) -> float:
+    """An argparse type: a time that every clock of a collective can count."""
+    return _number(text, float, lambda value: 0 < value <= 1e7, "a number above 0 and up to 1e7")
+
+
+def seed(text: str) -> int:
+    """An argparse type: what Python's, NumPy's and torch's generators all take."""
+    wanted = "a whole number from 0 to 2^63 - 1"
+    return int(_number(text, int, lambda value: 0 <= value < 2**63, wanted))
 
 
 def fraction(text: str) -> float:
@@ -217,7 +242,11 @@ def status_of(main: Callable[[], int]) -> int:
             raise
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return CHECK_FAILED
+    except MemoryError as failure:
+        return _out_of_memory(failure)
     except RuntimeError as failure:
+        if NO_MEMORY.search(str(failure)):  # torch's, of a CPU or a GPU
+            return _out_of_memory(failure)
         if str(failure) != "can't start new thread":  # Python's, see threading.Thread.start
             raise
         return _fail(f"{failure}; {MORE_PROCESSES}", CHECK_FAILED)
@@ -241,6 +270,12 @@ def _output_is_unwanted() -> bool:
     output = select.poll()
     output.register(sys.stdout, 0)  # an error and a hang-up are always reported
     return bool(output.poll(0))
+
+
+def _out_of_memory(failure: Exception) -> int:
+    first_line = (str(failure).splitlines() or [type(failure).__name__])[0]
+    remedy = "use smaller sizes, or a machine with more"
+    return _fail(f"there is not enough memory ({first_line}); {remedy}", CHECK_FAILED)
 
 
 def _fail(message: object, status: int) -> int:

@@ -1,12 +1,13 @@
 """A device with a size: what fits runs, what does not ends with a line that says what held it."""
 
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import nn
 
-from distlab.errors import RunError
+from distlab.errors import RunError, UsageError
 from distlab.spawning import spawn
 from distlab.training.memory import bytes_of, device_memory
 
@@ -44,3 +45,13 @@ def test_memory_is_bounded_to_a_few_megabytes():
     assert "weights 16.8 MB, gradients 16.8 MB, optimizer" in told
     assert told.endswith("; try more")
     assert "are used up in backward" in spawn(trained, 1, STATE_MB / 3)[0]
+
+
+@pytest.mark.parametrize("megabytes", [1e12, 1e307])
+def test_a_bound_above_what_the_process_may_have_is_refused(megabytes):
+    job = SimpleNamespace(device=torch.device("cpu"))
+    with (
+        pytest.raises(UsageError, match=r"^--memory-mb 1e\+\d+ is more than this process may have"),
+        device_memory(job, megabytes),
+    ):
+        pytest.fail("it began")

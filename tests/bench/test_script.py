@@ -1,12 +1,15 @@
 """A script's contract: presets, exit statuses, and one line for each mistake."""
 
+import argparse
 import errno
 import os
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 
 from distlab import script
 from distlab.errors import RunError, Skipped, UsageError
@@ -327,3 +330,41 @@ def test_the_bench_is_imported_without_torch():
 def test_errors_are_the_same_classes_everywhere():
     assert (script.UsageError, script.RunError, script.Skipped) == (UsageError, RunError, Skipped)
     assert Path(script.__file__).name == "script.py"
+
+
+@pytest.mark.parametrize("words", [["--out", ""], ["--out="]])
+def test_an_empty_value_is_refused_since_a_shell_s_variable_may_be_unset(words, capsys):
+    parser = script.Parser(None, PRESETS)
+    parser.add_argument("--out", metavar="DIR")
+    parser.add_argument("--steps", type=int)
+    parser.add_argument("--rate", type=float)
+    assert parser.parse_args(["--preset", "smoke"]).out is None
+    with pytest.raises(SystemExit) as ended:
+        parser.parse_args(["--preset", "smoke", *words])
+    assert ended.value.code == 2
+    assert capsys.readouterr().err == "error: --out is empty; give it a value, or leave it out\n"
+
+
+def test_numbers_that_no_generator_and_no_clock_takes_are_refused():
+    assert script.seed("0") == 0 and script.seed(str(2**63 - 1)) == 2**63 - 1
+    assert script.seconds("0.5") == 0.5 and script.non_negative_float("0") == 0
+    for convert, text in [
+        (script.seed, "-1"), (script.seed, str(2**63)), (script.seed, "1.5"),
+        (script.seconds, "1e30"), (script.seconds, "0"), (script.seconds, "nan"),
+        (script.non_negative_float, "-1"), (script.non_negative_float, "nan"),
+        (script.non_negative_float, "inf"),
+    ]:  # fmt: skip
+        with pytest.raises(argparse.ArgumentTypeError, match=f"'{text}' is not a "):
+            convert(text)
+
+
+@pytest.mark.parametrize("library", ["numpy", "torch"])
+def test_sizes_beyond_the_memory_end_in_one_line(library, capsys):
+    too_many = {"numpy": lambda: np.empty(2**57), "torch": lambda: torch.empty(2**57)}
+
+    def main() -> int:
+        return len(too_many[library]())
+
+    assert script.status_of(main) == 1
+    told = capsys.readouterr().err
+    assert told.startswith("error: there is not enough memory (") and told.count("\n") == 1

@@ -110,7 +110,8 @@ class Checkpoints(CheckpointFolder):
             newest = max(damaged)
             raise RunError(
                 f"no checkpoint in {self.folder} is whole; the newest, "
-                f"{self.path(newest).name}: {damaged[newest]}"
+                f"{self.path(newest).name}: {damaged[newest]}; name another "
+                "--checkpoint-dir to begin anew, or remove them"
             )
         return None
 

@@ -134,7 +134,8 @@ class Checkpoints(CheckpointFolder):
         if damaged:
             newest = max(damaged)
             raise RunError(f"no checkpoint in {self.folder} is whole; the newest, "
-                           f"{self.path(newest).name}: {damaged[newest]}")  # fmt: skip
+                           f"{self.path(newest).name}: {damaged[newest]}; name another "
+                           "--checkpoint-dir to begin anew, or remove them")  # fmt: skip
         return None
 
     def load(self, path: str | Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> Loaded:

@@ -30,7 +30,7 @@ from distlab.model_config import config_to_json
 from distlab.ranks import gathered
 from distlab.run import Run
 from distlab.runtime import Runtime
-from distlab.script import Parser
+from distlab.script import Parser, positive_int
 from distlab.training.memory import DeviceMemory, add_memory_flag, bytes_of
 from fsdp.checkpoints import Checkpoints
 from fsdp.contents import Loaded, keep_own, named_shards
@@ -49,7 +49,10 @@ def add_sharding_flags(parser: Parser) -> None:
         "shard within each of --replicas groups of ranks; none: a replica on each rank, as DDP",
     )  # fmt: skip
     group.add_argument(
-        "--replicas", type=int, metavar="N", help="of the model, for hybrid (default: the nodes)"
+        "--replicas",
+        type=positive_int,
+        metavar="N",
+        help="of the model, for hybrid (default: the nodes)",
     )
     group.add_argument(
         "--units", default="block", metavar="block|N",

@@ -25,14 +25,15 @@ from distlab.display import quantity
 from distlab.errors import RunError, UsageError
 from distlab.measure import tensor_bytes
 from distlab.runtime import Runtime
-from distlab.script import Parser, positive_float
+from distlab.script import NO_MEMORY, Parser, positive_float
 
 MB = 10**6
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's mallopt
 STACK = 1 << 20  # bytes of a new thread's: each maps all of it at once, and by default 8 MiB
 ATTRIBUTES = 256  # bytes, more than any pthread_attr_t
 OWN_MAPPING = 1 << 14  # bytes from which an allocation is given back as soon as it is freed
-FAILED = re.compile(r"can't allocate memory|out of memory|std::bad_alloc", re.IGNORECASE)
+MOST = 2**50  # bytes, more than any machine has
+HEADROOM = 64 * MB  # for what is loaded and kept between the refusal and the bound
 TRIED = re.compile(r"tried to allocate ([\d.]+) (bytes|[KMG]iB)")
 UNITS = {"bytes": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
 
@@ -130,6 +131,7 @@ def device_memory(
         yield DeviceMemory(job, None)
         return
     refuse_system(job.device)
+    _refuse_bound(job.device, megabytes)
     _settle(job)
     rehearse()
     gc.collect()
@@ -140,7 +142,7 @@ def device_memory(
             with _bounded(job.device, memory.start + round(megabytes * MB)):
                 yield memory
     except (RuntimeError, MemoryError) as error:
-        if isinstance(error, MemoryError) or FAILED.search(str(error)):
+        if isinstance(error, MemoryError) or NO_MEMORY.search(str(error)):
             raise memory.failure(error) from None
         raise
 
@@ -151,6 +153,20 @@ def refuse_system(device: torch.device) -> None:
         raise UsageError(
             "--memory-mb needs Linux, whose RLIMIT_DATA bounds what a process may write to; "
             "leave it out, or run in a Linux container"
+        )
+
+
+def _refuse_bound(device: torch.device, megabytes: float) -> None:
+    """Raise `UsageError` for a bound above the one that this process already has, by `ulimit -d`
+    or by the integers of RLIMIT_DATA."""
+    if device.type != "cpu":
+        return
+    _, hard = resource.getrlimit(resource.RLIMIT_DATA)
+    most = (MOST if hard == resource.RLIM_INFINITY else hard) - allocated(device)
+    if megabytes * MB + HEADROOM > most:
+        raise UsageError(
+            f"--memory-mb {megabytes:g} is more than this process may have, "
+            f"{quantity(max(0, most), 'B')} (ulimit -H -d); use less, or leave it out"
         )
 
 
