@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from distlab.training import cgroup
-from distlab.training.cgroup import bounded_memory
+from distlab.training.cgroup import Group, bounded_memory
 
 MB = 2**20
 USER = """
@@ -75,3 +75,10 @@ def test_without_the_right_there_is_no_bound(monkeypatch, tmp_path):
     with bounded_memory(64 * MB) as group:
         assert group is None
     assert os.listdir(tmp_path) == []
+
+
+def test_a_limit_beyond_the_kernel_s_numbers_is_no_small_one(tmp_path):
+    group = Group(tmp_path, 2)
+    group.swap.write_text("max")
+    group.bound(10**300)
+    assert int(group.limit.read_text()) == 2**50

@@ -18,6 +18,7 @@ from distlab import host
 
 MOUNT = Path("/sys/fs/cgroup")
 PREFIX = "distlab-"  # of a group's name, which ends with its owner's process id
+MOST = 2**50  # bytes, more than any machine has
 FILES = {  # of version 1 and 2: limit, limit with swap, what is used, and its peak
     1: ("memory.limit_in_bytes", "memory.memsw.limit_in_bytes", "memory.usage_in_bytes",
         "memory.max_usage_in_bytes"),
@@ -43,6 +44,7 @@ class Group:
         self.limit, self.swap, self.usage, self.maximum = (folder / name for name in FILES[version])
 
     def bound(self, limit: int) -> None:
+        limit = min(limit, MOST)  # of a longer number the kernel takes the low digits
         self.limit.write_text(str(limit), encoding="utf-8")
         if self.swap.exists():  # version 1 counts memory and swap together
             self.swap.write_text(str(limit if self.version == 1 else 0), encoding="utf-8")
