@@ -60,38 +60,35 @@ class FullySharded(nn.Module):
     ) -> None:
         super().__init__()
         self.group, self.replicas, self.prefetch = shard_group, replica_group, prefetch
-        self.synchronizes = True  # False within no_sync
-        self.in_backward = False
+        self.regrouped: dist.ProcessGroup | None = None  # where a smaller group keeps units whole
+        self.dtype = dtype
+        self.in_backward, self.synchronizes = False, True  # the latter is False within no_sync
         self.order: list[Unit] = []  # of the units in the last forward
         self.walk: list[Unit] = []  # in this one, so far
         self.trail: list[Unit] = []  # units that await their backward
         self.reduction: tuple[Flat, Reduction] | None = None  # on its way, one at a time
         self.averaging: list[tuple[Flat, Reduction]] = []  # over replicas
         broadcast_from_first([*module.parameters(), *module.buffers()])
-        self.root, self.units = self._make_units(module, list(units), reshard_after_forward, dtype)
-        self.shards = nn.ParameterList(
-            flat.shard for unit in (self.root, *self.units) for flat in unit.flats
-        )
+        self.root, self.units = self._make_units(module, list(units), reshard_after_forward)
+        self.flats = [flat for unit in (self.root, *self.units) for flat in unit.flats]
+        self.shards = nn.ParameterList(flat.shard for flat in self.flats)
         self.module = module
 
     def _make_units(
-        self,
-        module: nn.Module,
-        wrapped: list[nn.Module],
-        reshard: bool | int,
-        dtype: torch.dtype | None,
+        self, module: nn.Module, wrapped: list[nn.Module], reshard: bool | int
     ) -> "tuple[Unit, list[Unit]]":
-        regrouped = None
         if reshard and reshard is not True:
-            regrouped = subgroup_of(reshard, self.group)
+            self.regrouped = subgroup_of(reshard, self.group)
         root, *inner = slots_by_unit(module, wrapped)
-        units = [Unit(slots, self, bool(reshard), regrouped, dtype) for slots in inner]
+        units = [Unit(slots, self, bool(reshard)) for slots in inner]
         for unit, its_module in zip(units, wrapped, strict=True):
             its_module.register_forward_pre_hook(self._before(unit), with_kwargs=True, prepend=True)
             its_module.register_forward_hook(self._after(unit))
-        return Unit(root, self, False, None, dtype), units
+        return Unit(root, self, False), units
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if self.in_backward and torch._C._current_graph_task_id() < 0:
+            self._abandon_backward()
         self.root.gather()
         self.walk = []
         self._prefetch_in_forward()
@@ -139,15 +136,13 @@ class FullySharded(nn.Module):
         `of(shard)` None leaves its parameters out. Every rank calls it; for proofs and exports.
         """
         found: dict[str, Tensor] = {}
-        for unit in (self.root, *self.units):
-            for flat in unit.flats:
-                part = of(flat.shard)
-                if part is None:
-                    continue
-                full = part.new_empty(flat.padded)
-                all_gather(full, part.contiguous(), self.group).wait()
-                names = [places[0].path for places in flat.slots]
-                found.update(zip(names, flat.views(full), strict=True))
+        for flat in self.flats:
+            part = of(flat.shard)
+            if part is None:
+                continue
+            full = part.new_empty(flat.padded)
+            all_gather(full, part.contiguous(), self.group).wait()
+            found.update(zip([p[0].path for p in flat.slots], flat.views(full), strict=True))
         return found
 
     def _before(self, unit: "Unit") -> Callable[..., Any]:
@@ -164,11 +159,13 @@ class FullySharded(nn.Module):
         def free(module: nn.Module, args: Any, output: Any) -> None:
             if self.in_backward:
                 return
-            if torch.is_grad_enabled():
+            trains = torch.is_grad_enabled()
+            if trains:
                 self.trail.append(unit)
-                self._on_first_gradient(output, unit)
-            if unit.reshards or not torch.is_grad_enabled():
-                unit.free(keep_part=torch.is_grad_enabled())
+                if not self._on_first_gradient(output, unit):
+                    return  # backward may come to it unseen, by a side way: it stays whole
+            if unit.reshards or not trains:
+                unit.free(keep_part=trains)
 
         return free
 
@@ -177,8 +174,8 @@ class FullySharded(nn.Module):
         if self.prefetch and len(self.walk) < len(self.order):
             self.order[len(self.walk)].gather()
 
-    def _on_first_gradient(self, output: Any, unit: "Unit") -> None:
-        """Prepare `unit` for backward when the first gradient of its `output` is there."""
+    def _on_first_gradient(self, output: Any, unit: "Unit") -> bool:
+        """Prepare `unit` for backward when the first gradient of its `output` is there, if any."""
         tensors = [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor)]
         tensors = [tensor for tensor in tensors if tensor.requires_grad]
 
@@ -194,6 +191,7 @@ class FullySharded(nn.Module):
 
         if tensors:
             torch.autograd.graph.register_multi_grad_hook(tensors, prepare, mode="any")
+        return bool(tensors)
 
     def _begin_backward(self) -> None:
         if not self.in_backward:
@@ -221,8 +219,7 @@ class FullySharded(nn.Module):
         if self.reduction is None:
             return
         flat, reduction = self.reduction
-        part = reduction.wait()
-        self.reduction = None
+        part, self.reduction = reduction.wait(), None
         if self.replicas is None:
             flat.give(part)
         else:
@@ -230,16 +227,27 @@ class FullySharded(nn.Module):
 
     def _end_backward(self) -> None:
         """Reduce what is left, wait for all, and be ready for the next forward."""
-        units = (self.root, *self.units)
         if self.synchronizes:
-            for flat in (flat for unit in units for flat in unit.flats):
+            for flat in self.flats:
                 if flat.gradient is not None:  # from within no_sync, and not used since
                     self._reduce(flat)
             self._finish_reduction()
             for flat, reduction in self.averaging:
                 flat.give(reduction.wait())
+        self._rest()
+
+    def _abandon_backward(self) -> None:
+        """A backward pass raised and never ended: drop what it had not yet given to the shards."""
+        for _, reduction in filter(None, [self.reduction, *self.averaging]):
+            reduction.wait()
+        self.reduction = None
+        for flat in self.flats:
+            flat.gradient = None
+        self._rest()
+
+    def _rest(self) -> None:
         self.averaging, self.trail, self.in_backward = [], [], False
-        for unit in units:
+        for unit in (self.root, *self.units):
             unit.due = 0
             unit.free()
 
@@ -247,21 +255,14 @@ class FullySharded(nn.Module):
 class Unit:
     """Parameters that are gathered and freed together: the trained ones, and the frozen ones."""
 
-    def __init__(
-        self,
-        slots: "list[list[Slot]]",
-        owner: FullySharded,
-        reshards: bool,
-        regrouped: dist.ProcessGroup | None,
-        dtype: torch.dtype | None,
-    ) -> None:
-        self.owner, self.reshards, self.dtype = owner, reshards, dtype
+    def __init__(self, slots: "list[list[Slot]]", owner: FullySharded, reshards: bool) -> None:
+        self.owner, self.reshards, self.dtype = owner, reshards, owner.dtype
         self.due = 0  # gradients of its buffers that backward is about to complete
         kinds = defaultdict(list)
         for places in slots:
             parameter = places[0].parameter
             kinds[parameter.requires_grad, parameter.dtype].append(places)
-        self.flats = [Flat(some, self, owner.group, regrouped, dtype) for some in kinds.values()]
+        self.flats = [Flat(some, self) for some in kinds.values()]
 
     def gather(self) -> None:
         """Begin to gather, where it is neither whole nor on its way."""
@@ -296,31 +297,27 @@ class Flat:
     `shard` [ceil(n/K)] is this rank's part; `full` [K * ceil(n/K)] has memory only while needed.
     """
 
-    def __init__(
-        self,
-        slots: "list[list[Slot]]",
-        unit: Unit,
-        group: dist.ProcessGroup | None,
-        regrouped: dist.ProcessGroup | None,
-        dtype: torch.dtype | None,
-    ) -> None:
-        self.slots, self.unit, self.group, self.regrouped = slots, unit, group, regrouped
+    def __init__(self, slots: "list[list[Slot]]", unit: Unit) -> None:
+        self.slots, self.unit = slots, unit
+        self.group, self.regrouped = unit.owner.group, unit.owner.regrouped
         parameters = [places[0].parameter for places in slots]
         self.shapes = [parameter.shape for parameter in parameters]
         self.sizes = [parameter.numel() for parameter in parameters]
-        ranks = dist.get_world_size(group)
+        ranks = dist.get_world_size(self.group)
         size = -(-sum(self.sizes) // ranks)
         self.padded = ranks * size
         one = parameters[0]
         whole = torch.cat([p.detach().flatten() for p in parameters])
-        own = whole[size * dist.get_rank(group) :][:size]
+        own = whole[size * dist.get_rank(self.group) :][:size]
         self.shard = nn.Parameter(one.new_zeros(size), requires_grad=one.requires_grad)
         self.shard.data[: len(own)] = own
-        self.full = torch.empty(self.padded, dtype=dtype or one.dtype, device=one.device)
+        dtype = unit.dtype if unit.dtype and one.is_floating_point() else one.dtype
+        self.full = torch.empty(self.padded, dtype=dtype, device=one.device)
         self.bytes = self.full.nbytes
         self.full.untyped_storage().resize_(0)
         self.part: Tensor | None = None  # of the whole, kept by a smaller group since forward
         self.work: Any = None  # the all-gather under way
+        self.version = 0  # of the shard that was gathered
         self.gradient: Tensor | None = None  # whole, not yet reduced
         for places in slots:
             for place in places:
@@ -328,9 +325,12 @@ class Flat:
 
     @torch.no_grad()
     def gather(self) -> None:
+        if self.version != self.shard._version:  # an optimizer's step since: what is whole is old
+            self.free()
         storage = self.full.untyped_storage()
         if storage.nbytes() or not self.padded:
             return
+        self.version = self.shard._version
         storage.resize_(self.bytes)
         if self.part is None:
             self.work = all_gather(self.full, self.shard.to(self.full.dtype), self.group)
