@@ -50,9 +50,9 @@ def clip(
 ) -> tuple[float, list[Tensor | None], list[Tensor | None]]:
     """(norm before, sharded, replicated), the gradients multiplied by the factor of the norm.
 
-    With `in_place` the given tensors are changed, and are those that come back; otherwise they are
-    not, and new ones come back, which share no memory with them, also where the factor is 1.0.
-    Shapes, dtypes and None stay. Each product is computed in float32 or more, with a factor that is
+    With `in_place` the given tensors are changed, in the memory that they have, which others may
+    look at, and are those that come back; otherwise they are not, and new ones come back, which
+    share no memory with them, also where the factor is 1.0. Shapes, dtypes and None stay. Each product is computed in float32 or more, with a factor that is
     as precise, and rounded once. ValueError as in `clip_factor`, before anybody waits for another
     rank.
     """

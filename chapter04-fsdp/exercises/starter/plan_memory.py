@@ -59,6 +59,6 @@ def fewest_ranks(units: Sequence[int], settings: Settings, budget: int, most: in
 
     None where no number is enough. The other settings stay as they are, whatever
     `settings.ranks` is; in "hybrid" only multiples of `replicas` are possible. Padding makes some
-    numbers of ranks worse than a smaller one.
+    numbers of ranks worse than a smaller one. Neither `units` nor `settings` is changed.
     """
     raise NotImplementedError("plan_memory.fewest_ranks is yours to write")

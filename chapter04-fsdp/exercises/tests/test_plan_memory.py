@@ -202,7 +202,10 @@ def test_the_fewest_ranks_that_suffice(student, chance):
 
 
 def assert_fewest(student, units, settings, budget, most, expected):
-    got = student.fewest_ranks(list(units), settings, budget, most)
+    handed, kept = list(units), vars(settings).copy()
+    got = student.fewest_ranks(handed, settings, budget, most)
+    assert handed == list(units), "fewest_ranks changed the list of units"
+    assert vars(settings) == kept, "fewest_ranks changed the settings"
     assert got == expected, (
         f"units of {units}; {settings}; {budget} bytes, at most {most} ranks: expected {expected} "
         f"ranks, got {got}"

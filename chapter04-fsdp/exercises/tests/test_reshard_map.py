@@ -80,6 +80,7 @@ def test_the_whole_map_and_no_more_copies(student, chance):
         refused(student.copies_to, (0, *worlds), told(*worlds))
     for target in (-1, 2, 3):
         refused(student.copies_to, (target, 10, 3, 2), f"rank {target} of 2")
+        refused(student.copies_to, (target, 0, 3, 2), f"rank {target} of 2, of no elements")
 
 
 def test_no_padding_travels(student, chance):
@@ -148,6 +149,8 @@ def test_shards_of_another_world(student, chance):
         ([two, two], 5, 2, "shards of 2 elements, for 5"),
         ([three, three], 4, 2, "shards of 3 elements, for 4 on 2 ranks"),
         ([three, three.astype(np.float64)], 6, 2, "float32 and float64"),
+        ([three, three.astype(np.float64), three], 9, 2, "float64 between two of float32"),
+        ([three, two, three], 8, 2, "a shard of 2 elements between two of 3"),
         ([three.reshape(3, 1)] * 2, 6, 3, "shards of two dimensions"),
         ([], 0, 2, "no shards"),
         ([three], 3, 0, "no targets"),

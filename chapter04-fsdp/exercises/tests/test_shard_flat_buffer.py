@@ -162,7 +162,9 @@ def test_nothing_is_shared_and_nothing_silent(student, chance):
         (([floats], 0, 0), "no ranks"),
         (([], 0, 2), "no tensor"),
         (([floats, more.astype(np.float64)], 0, 2), "float32 and float64 in one buffer"),
+        (([floats, more.astype(np.float64), floats], 0, 2), "float64 between two of float32"),
         (([floats, np.ones((), np.float32)], 0, 2), "a scalar among the tensors"),
+        (([floats, np.ones((), np.float32), more], 0, 2), "a scalar in the middle"),
         (([np.ones((), np.float32), floats], 0, 2), "a scalar first"),
     ):
         refused(student.shard, arguments, why)
@@ -179,6 +181,7 @@ def test_nothing_is_shared_and_nothing_silent(student, chance):
         ([short, short], "shards of 4 elements, for 10"),
         ([long, long], "shards of 6 elements, for 10 on 2 ranks"),
         ([good, good.astype(np.float16)], "shards of float32 and float16"),
+        ([short, short.astype(np.float16), short], "float16 between two shards of float32"),
         ([good], "one shard of two"),
         ([], "no shard"),
     ):
