@@ -52,8 +52,8 @@ def clip(
 
     With `in_place` the given tensors are changed, in the memory that they have, which others may
     look at, and are those that come back; otherwise they are not, and new ones come back, which
-    share no memory with them, also where the factor is 1.0. Shapes, dtypes and None stay. Each product is computed in float32 or more, with a factor that is
-    as precise, and rounded once. ValueError as in `clip_factor`, before anybody waits for another
-    rank.
+    share no memory with them, also where the factor is 1.0. Shapes, dtypes and None stay. Each
+    product is computed in float32 or more, with a factor that is as precise, and rounded once.
+    ValueError as in `clip_factor`, before anybody waits for another rank.
     """
     raise NotImplementedError("global_norm.clip is yours to write")
