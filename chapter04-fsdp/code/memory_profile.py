@@ -186,7 +186,7 @@ def draw(
     lines: list[dict[str, Any]] = [
         {"label": "predicted: weights and optimizer", "y": state / 1e6},
         {"label": f"predicted: peak ({peak.name})", "y": peak.total / 1e6},
-        *({"label": phase, "x": end} for phase, end in timeline.marks.items()),
+        *({"label": f"end of {phase}", "x": end} for phase, end in timeline.marks.items()),
     ]
     run.figure(
         mode, kind="area", title=f"One step, {mode}, on {plan.sharding.ranks} ranks",

@@ -212,11 +212,6 @@ def report(run: Run, args: Namespace, job: Runtime, outcomes: dict[str, Outcome]
     run.table("places", COLUMNS, rows, f"bytes of rank 0; the page cache bounded by {how}")
     run.metric("disk_reads", disk.rates[0], "B/s", "mapped, this folder, all ranks at once")
     run.metric("disk_writes", disk.rates[1], "B/s")
-    tokens = args.batch_size * args.seq_len
-    run.metric(
-        "tokens_to_hide_the_disk", tokens * waiting / memory.seconds, "tokens",
-        "of a rank in a step, at which computing takes as long as the disk: more hide it better",
-    )  # fmt: skip
     same = {place: (one.losses, one.weights) for place, one in outcomes.items()}
     run.check_equal("losses and weights are memory's", same, dict.fromkeys(same, same["memory"]))
     check_traffic(run, args, disk)

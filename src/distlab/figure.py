@@ -26,6 +26,7 @@ from distlab.files import atomic_write
 # Okabe and Ito's palette, told apart by colour-blind readers too (jfly.uni-koeln.de/color, 2008).
 COLOURS = ["#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#F0E442", "#000000"]
 MOST_NAMES = 24  # on an axis of a matrix
+LINE_STYLES = ["--", ":", "-.", (0, (8, 3)), (0, (4, 2, 1, 2, 1, 2))]  # of marks, each once
 MARKERS = ["o", "s", "^", "D", "v", "P", "X", "*"]
 
 
@@ -222,7 +223,7 @@ def _heights(series: Mapping[str, Any]) -> list[float]:
 def _marks(axes: Axes, spec: Mapping[str, Any]) -> None:
     for index, mark in enumerate(spec["lines"]):
         style: dict[str, Any] = {
-            "linestyle": ("--", ":", "-.")[index % 3],
+            "linestyle": LINE_STYLES[index % len(LINE_STYLES)],
             "color": "0.35",
             "label": _plain(mark["label"]),
         }

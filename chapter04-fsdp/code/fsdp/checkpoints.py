@@ -7,9 +7,9 @@
 
 torch.distributed.checkpoint (DCP) divides the work and finds for each rank of the next run the
 parts that it needs, whatever the number of ranks was. It does not notice a changed bit, and a save
-that is killed leaves a folder like any other. So a checkpoint is written under a temporary name,
-flushed to the disk, listed with its sums, and renamed at the end. What is in it, and how it is read
-and converted, is in `fsdp.contents`.
+that is killed lacks .metadata, or has that of an older save which the folder held. So a checkpoint
+is written under a temporary name, flushed to the disk, listed with its sums, and renamed at the
+end. What is in it, and how it is read and converted, is in `fsdp.contents`.
 """
 
 import os
