@@ -71,7 +71,7 @@ from fsdp.training import (
 )
 
 PRESETS: dict[str, dict[str, object]] = {
-    "smoke": {"model": None, "corpus_mb": 1.0, "seq_len": 32, "batch_size": 8, "steps": 100,
+    "smoke": {"model": None, "corpus_mb": 1.0, "seq_len": 32, "batch_size": 8, "steps": 150,
               "learning_rate": 1e-2, "eval_every": 50, "eval_windows": 64},
     "laptop": {"model": None, "corpus_mb": 2.0, "seq_len": 128, "batch_size": 8, "steps": 200,
                "learning_rate": 6e-3, "eval_every": 100, "eval_windows": 64},
