@@ -65,6 +65,7 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         yield folder
 
 
+@pytest.mark.timeout(600)  # a server's start, and a command
 @pytest.mark.parametrize(("block", "backend"), list(_cases()))
 def test_command(
     block: Block, backend: str, servers: Servers, outcomes: Path, ledger, tmp_path: Path

@@ -9,7 +9,7 @@ from distlab.lab.blocks import block_environment, command_line
 from distlab.lab.lessons import Block, read_blocks
 from distlab.service import Service, service
 
-READY_TIMEOUT_S = 120.0
+READY_TIMEOUT_S = 300.0  # only a hang is longer: vLLM has taken 120 s where others want the cores
 
 
 class Servers:
