@@ -21,7 +21,7 @@ from typing import Self
 from distlab.errors import RunError
 from distlab.process import Job, job
 
-START_S = 120.0
+START_S = 240.0
 STOP_S = 20.0
 POLL_S = 0.05
 LOG_LINES = 10  # of the log, in the message of a service that ended
