@@ -31,7 +31,6 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel as DDP
 
 from distlab import data, hardware, measure, predict, runtime, script
-from distlab.errors import UsageError
 from distlab.model import add_model_flags, config_from_args, model_from_args, num_parameters
 from distlab.ranks import distinct, gathered
 from distlab.run import Run
@@ -65,8 +64,7 @@ def parse_args(argv: list[str] | None) -> Namespace:
     parser.add_argument("--steps", type=script.positive_int)
     parser.add_argument("--learning-rate", type=script.positive_float, default=0.03, metavar="LR")
     args = parser.parse_args(argv)
-    if args.steps < WARMUP_STEPS + 3:
-        raise UsageError(f"--steps {args.steps} gives no median; use {WARMUP_STEPS + 3} or more")
+    script.refuse_no_median(args, "steps", WARMUP_STEPS + 3)
     return args
 
 

@@ -79,8 +79,7 @@ def parse_args(argv: list[str] | None) -> Namespace:
         )
     if args.factor < 2:
         raise UsageError(f"--factor {args.factor} does not grow; use 2 or more")
-    if args.repeats < MIN_REPEATS:
-        raise UsageError(f"--repeats {args.repeats} gives no median; use {MIN_REPEATS} or more")
+    script.refuse_no_median(args, "repeats", MIN_REPEATS)
     if args.link_delay and not args.link_rate:
         raise UsageError("--link-delay tells half of the link; give --link-rate too")
     if "all" in args.collective:

@@ -72,8 +72,7 @@ def parse_args(argv: list[str] | None) -> Namespace:
         help="check that the pipelined ring has R of the library's speed",
     )  # fmt: skip
     args = parser.parse_args(argv)
-    if args.repeats < 3:
-        raise UsageError(f"--repeats {args.repeats} gives no median; use 3 or more")
+    script.refuse_no_median(args, "repeats")
     if not args.compare_with_library and (args.min_ratio or args.link_gbit):
         raise UsageError("--min-ratio and --link-gbit are about time; add --compare-with-library")
     return args

@@ -70,8 +70,7 @@ def parse_args(argv: list[str] | None) -> Namespace:
     cluster.add_argument("--rates", nargs="+", metavar="RATE")
     cluster.add_argument("--nodes", nargs="+", type=script.positive_int, metavar="K")
     args = parser.parse_args(argv)
-    if args.steps < 3:
-        raise UsageError(f"--steps {args.steps} gives no median; use 3 or more")
+    script.refuse_no_median(args, "steps")
     if not 2 <= max(args.nodes) <= 8:
         raise UsageError(f"--nodes {max(args.nodes)} is no curve; use 2 to 8, such as 1 2 4")
     for rate in args.rates:

@@ -38,7 +38,7 @@ from ddp.amp import (
     report_underflow,
 )  # fmt: skip
 from distlab import data, measure, runtime, script
-from distlab.errors import Skipped, UsageError
+from distlab.errors import Skipped
 from distlab.model import add_model_flags, config_from_args, model_from_args
 from distlab.ranks import distinct
 from distlab.run import Run
@@ -100,8 +100,7 @@ def parse_args(argv: list[str] | None) -> Namespace:
     add("--scale", type=script.positive_float, default=2.0**16, help="the scaler's first")
     args = parser.parse_args(argv)
     config_from_args(args)  # a wrong shape is told before anything starts
-    if args.steps < 5:
-        raise UsageError(f"--steps {args.steps} gives no median; use 5 or more")
+    script.refuse_no_median(args, "steps", 5)
     return args
 
 

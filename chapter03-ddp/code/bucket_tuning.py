@@ -112,8 +112,7 @@ def parse_args(argv: list[str] | None) -> Namespace:
         "--tolerance", type=script.positive_float, help="of the check of the predictions, relative"
     )
     args = parser.parse_args(argv)
-    if args.steps < 3:
-        raise UsageError(f"--steps {args.steps} gives no median; use 3 or more")
+    script.refuse_no_median(args, "steps")
     if len(set(args.buckets)) < 2:
         raise UsageError(f"--buckets {args.buckets[0]:g} compares nothing; use 2 sizes or more")
     for rate in args.rates:

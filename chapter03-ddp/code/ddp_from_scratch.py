@@ -77,8 +77,7 @@ def parse_args(argv: list[str] | None) -> Namespace:
     add("--max-ratio", type=script.positive_float, help="to DDP's step time, judged at 2 ranks")
     args = parser.parse_args(argv)
     check_shares(args)
-    if args.repeats < 3:
-        raise UsageError(f"--repeats {args.repeats} gives no median; use 3 or more")
+    script.refuse_no_median(args, "repeats")
     if args.bucket_mb * MIB < 1:
         raise UsageError(f"--bucket-mb {args.bucket_mb:g} is less than a byte; use 0.1 or more")
     return args

@@ -26,7 +26,6 @@ from ddp.diagnosis.injected.diagnose_agent import Agent
 from ddp.diagnosis.injected.diagnose_agent.hooks import activate
 from ddp.diagnosis.watching import agent_variables
 from distlab import data, measure, runtime, script
-from distlab.errors import UsageError
 from distlab.launch import detect_launch
 from distlab.model import add_model_flags, config_from_args, model_from_args
 from distlab.run import Run
@@ -61,8 +60,7 @@ def parse_args(argv: list[str] | None) -> Namespace:
     parser.add_argument("--steps", type=script.positive_int, help="of a round")
     parser.add_argument("--rounds", type=script.positive_int, help="with the agent, and without")
     args = parser.parse_args(argv)
-    if args.rounds < 3:
-        raise UsageError(f"--rounds {args.rounds} gives no median; use 3 or more")
+    script.refuse_no_median(args, "rounds")
     return args
 
 

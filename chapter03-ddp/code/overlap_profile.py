@@ -60,7 +60,6 @@ from distlab import files, host, runtime, script
 from distlab.cluster import VirtualCluster
 from distlab.cluster.links import parse_rate
 from distlab.cluster.sweep import Sweep, here_or_on_nodes
-from distlab.errors import UsageError
 from distlab.model import add_model_flags, config_from_args, model_from_args
 from distlab.ranks import in_turns
 from distlab.run import Run
@@ -102,8 +101,7 @@ def parse_args(argv: list[str] | None) -> Namespace:
     cluster.add_argument("--rate", help="of the link, instead of the one chosen by formula")
     cluster.add_argument("--least-speedup", type=script.positive_float, help="of the check")
     args = parser.parse_args(argv)
-    if args.steps < 3:
-        raise UsageError(f"--steps {args.steps} gives no median; use 3 or more")
+    script.refuse_no_median(args, "steps")
     for flag, rate in (("--rate", args.rate), ("--link-rate", args.link_rate)):
         if rate:
             parse_rate(rate, f"{flag} {rate}")
@@ -129,8 +127,7 @@ def predict_then_measure(run: Run, args: Namespace) -> None:
         predicted = predict_variants(alone, wire, own, args.bucket_mb)
         words = ", ".join(f"{1e3 * predicted[name]:.1f} ms {name}" for name in VARIANTS)
         run.print(f"predicted: {words}: a speed-up of {predicted[WITHOUT] / predicted[WITH]:.2f}")
-        for node in cluster.names:
-            cluster.rate(node, rate)
+        cluster.rates(rate)
         trace = ["--trace", str(Path(args.trace).absolute())] if args.trace else []
         record = sweep.on(cluster, rate, *cores, *trace)
         if args.trace:

@@ -95,8 +95,7 @@ def parse_args(argv: list[str] | None) -> Namespace:
             "server's parameters live in host memory; use --backend gloo"
         )
     args.backend = "gloo"  # with GPUs too
-    if args.link_steps < 3:
-        raise UsageError(f"--link-steps {args.link_steps} gives no median; use 3 or more")
+    script.refuse_no_median(args, "link_steps")
     if not 1 <= min(args.workers) <= max(args.workers) <= 8:
         raise UsageError(f"--workers {max(args.workers)} is too many nodes here; use 1 to 8")
     for flag in ("rate", "link_rate"):

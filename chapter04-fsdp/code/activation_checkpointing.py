@@ -77,8 +77,7 @@ def parse_args(argv: list[str] | None) -> Namespace:
     add("--seq-len", type=script.positive_int, help="tokens")
     add("--repeats", type=script.positive_int, help="timed steps of each policy, 3 or more")
     args = parser.parse_args(argv)
-    if args.repeats < 3:
-        parser.error(f"--repeats {args.repeats} gives no median; use 3 or more")
+    script.refuse_no_median(args, "repeats")
     return args
 
 

@@ -31,6 +31,7 @@ from distlab.cluster import VirtualCluster
 from distlab.cluster.links import parse_rate
 from distlab.cluster.sweep import Sweep, here_or_on_nodes
 from distlab.errors import UsageError
+from distlab.launch import world_size
 from distlab.model import add_model_flags, config_from_args, model_from_args
 from distlab.ranks import gathered, in_turns
 from distlab.run import Run
@@ -82,12 +83,11 @@ def parse_args(argv: list[str] | None) -> Namespace:
     add("--links", nargs="+", metavar="RATE", help="of the virtual nodes: 1gbit, or unshaped")
     add("--times-only", action="store_true", help="with torchrun: no memory, bytes and losses")
     args = parser.parse_args(argv)
-    ranks = int(os.environ.get("WORLD_SIZE", NODES))
+    ranks = world_size() if "RANK" in os.environ else NODES
     if ranks % args.replicas:
         fitting = ", ".join(str(n) for n in range(1, ranks + 1) if ranks % n == 0)
         raise UsageError(f"--replicas {args.replicas} does not divide {ranks} ranks; use {fitting}")
-    if args.repeats < 3:
-        raise UsageError(f"--repeats {args.repeats} gives no median; use 3 or more")
+    script.refuse_no_median(args, "repeats")
     for link in args.links:
         if link != UNSHAPED:
             parse_rate(link, f"--links {link}")
@@ -157,8 +157,7 @@ def compare_links(run: Run, args: Namespace) -> None:
     only: list[str] = []  # the first time all is measured
     with VirtualCluster(NODES) as cluster:
         for link in run.progress(args.links, "links"):
-            for node in cluster.names:
-                cluster.rate(node, None if link == UNSHAPED else link)
+            cluster.rates(None if link == UNSHAPED else link)
             now: Found = sweep.on(cluster, None, *only)["strategies"]
             only = ["--times-only"]
             found = found or now

@@ -89,8 +89,7 @@ def parse_args(argv: list[str] | None) -> Namespace:
             f"--batch-size {args.batch_size} is not divisible by {MICRO_BATCHES} micro-batches on "
             f"{parts // MICRO_BATCHES} ranks; use {-(-args.batch_size // parts) * parts}"
         )
-    if args.repeats < 3:
-        raise UsageError(f"--repeats {args.repeats} gives no median; use 3 or more")
+    script.refuse_no_median(args, "repeats")
     return args
 
 

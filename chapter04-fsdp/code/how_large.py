@@ -206,7 +206,7 @@ def build(
     model.gradient_checkpointing = mode.checkpointing
     if mode.units == "none":
         wrapped = DDP(model, gradient_as_bucket_view=True)
-        optimizer = torch.optim.AdamW(wrapped.parameters(), fused=True)
+        optimizer = adam(model)
         yield wrapped, optimizer, optimizer.step
         return
     for layer in model.model.layers:

@@ -85,8 +85,7 @@ def parse_args(argv: list[str] | None) -> Namespace:
     add("--sides", nargs="*", type=script.positive_float, metavar="X",
         help="more rates: so many times the one at which the best mode changes")  # fmt: skip
     args = parser.parse_args(argv)
-    if args.repeats < 3:
-        raise UsageError(f"--repeats {args.repeats} gives no median; use 3 or more")
+    script.refuse_no_median(args, "repeats")
     for rate in args.rates:
         parse_rate(rate, f"--rates {rate}")
     if args.link_rate:
@@ -192,8 +191,7 @@ def compare_links(run: Run, args: Namespace) -> None:
     with VirtualCluster(NODES) as cluster:
 
         def measured(rate: str | None) -> Parts:
-            for node in cluster.names:
-                cluster.rate(node, rate)
+            cluster.rates(rate)
             parts: Parts = sweep.on(cluster, rate)["parts"]
             rows.extend(rows_of(parts, rate))
             return parts

@@ -190,9 +190,9 @@ def run_command(
         # Stragglers of a job that has just ended are on their way out: a fork server that has
         # imported torch takes a second, more where others want the cores.
         patience = time.monotonic() + GRACE_S
-        while marked(running.mark) and time.monotonic() < patience:
+        while (alive := marked(running.mark)) and time.monotonic() < patience:
             time.sleep(0.1)
-        left = running.end() if marked(running.mark) else ()
+        left = running.end() if alive else ()
     texts = running.texts
     return Completed(status, "".join(texts["stdout"]), "".join(texts["stderr"]), seconds, left)
 

@@ -163,6 +163,13 @@ def seed(text: str) -> int:
     return int(_number(text, int, lambda value: 0 <= value < 2**63, wanted))
 
 
+def refuse_no_median(args: argparse.Namespace, name: str, least: int = 3) -> None:
+    """Raise `UsageError` where the flag --`name` asks for fewer than `least` timings."""
+    if (count := getattr(args, name)) < least:
+        flag = name.replace("_", "-")
+        raise UsageError(f"--{flag} {count} gives no median; use {least} or more")
+
+
 def fraction(text: str) -> float:
     """An argparse type: a number from 0 to 1."""
     return _number(text, float, lambda value: 0 <= value <= 1, "a number from 0 to 1")

@@ -206,8 +206,7 @@ def change_links(cluster: VirtualCluster, folder: Path, ended: threading.Event) 
     request = folder / REQUEST
     while not ended.wait(LOOK_EVERY_S):
         if request.exists():
-            for node in cluster.names:
-                cluster.rate(node, request.read_text(encoding="utf-8"))
+            cluster.rates(request.read_text(encoding="utf-8"))
             request.unlink()
 
 

@@ -86,7 +86,12 @@ class Sweep:
             told += ["--link-rate", rate]
         env = {} if self.computes_s is None else {SLEEPS: str(self.computes_s)}
         record = record_of(
-            cluster, self.script, told, TIMEOUTS * self.args.timeout, None, env, self.ranks_per_node
+            cluster,
+            self.script,
+            told,
+            TIMEOUTS * self.args.timeout,
+            env=env,
+            ranks_per_node=self.ranks_per_node,
         )
         self.sound.append(all(check["ok"] for check in record["checks"]))
         return record

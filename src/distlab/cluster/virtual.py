@@ -170,6 +170,11 @@ class VirtualCluster:
         shape = replace(self._network.shapes[node], bits_per_s=bits_per_s, delay_s=delay_s)
         self._network.shape(node, shape)
 
+    def rates(self, rate: str | None) -> None:
+        """Change every node's link alike, as `rate`."""
+        for node in self.names:
+            self.rate(node, rate)
+
     def cut(self, node: str) -> None:
         """Pull the cable of a node's link: packets get lost, and nobody is told."""
         self._check_on(node)

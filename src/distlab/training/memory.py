@@ -26,13 +26,13 @@ from distlab.errors import RunError, UsageError
 from distlab.measure import tensor_bytes
 from distlab.runtime import Runtime
 from distlab.script import NO_MEMORY, Parser, positive_float
+from distlab.training.cgroup import MOST
 
 MB = 10**6
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's mallopt
 STACK = 1 << 20  # bytes of a new thread's: each maps all of it at once, and by default 8 MiB
 ATTRIBUTES = 256  # bytes, more than any pthread_attr_t
 OWN_MAPPING = 1 << 14  # bytes from which an allocation is given back as soon as it is freed
-MOST = 2**50  # bytes, more than any machine has
 HEADROOM = 64 * MB  # for what is loaded and kept between the refusal and the bound
 TRIED = re.compile(r"tried to allocate ([\d.]+) (bytes|[KMG]iB)")
 UNITS = {"bytes": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
@@ -249,7 +249,7 @@ def _holes_filled() -> Iterator[None]:
     libc.free.argtypes = [ctypes.c_void_p]
     mapped = libc.mallinfo().hblks
     try:
-        while libc.mallinfo().hblks == mapped:
+        while not taken or libc.mallinfo().hblks <= mapped:  # other threads may give some back
             taken.append(libc.malloc(OWN_MAPPING))
         libc.free(taken.pop())  # which has a mapping
         yield
