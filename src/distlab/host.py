@@ -12,6 +12,7 @@ from functools import cache
 from pathlib import Path, PurePosixPath
 
 PROXIES = ("http_proxy", "https_proxy", "all_proxy", "ftp_proxy")
+PACKET_HEADERS = 14 + 20 + 32  # bytes: Ethernet, IPv4, TCP with its timestamp
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
@@ -47,10 +48,26 @@ def own_address() -> str | None:
 
 def interface_bytes() -> tuple[int, int]:
     """(received, sent) so far by this node's network interfaces but the loopback."""
+    (received, _), (sent, _) = _interface_counts()
+    return received, sent
+
+
+def interface_payload() -> tuple[int, int]:
+    """`interface_bytes` without the packets' headers: Ethernet's, IPv4's and TCP's.
+
+    An acknowledgement is nothing but headers, so that what is left is what was written to sockets.
+    """
+    received, sent = _interface_counts()
+    return received[0] - PACKET_HEADERS * received[1], sent[0] - PACKET_HEADERS * sent[1]
+
+
+def _interface_counts() -> tuple[tuple[int, int], tuple[int, int]]:
+    """((bytes, packets) received, (bytes, packets) sent)."""
     lines = Path("/proc/net/dev").read_text(encoding="utf-8").splitlines()[2:]
     fields = [line.replace(":", " ").split() for line in lines]
-    counted = [(int(f[1]), int(f[9])) for f in fields if f[0] != "lo"]
-    return sum(pair[0] for pair in counted), sum(pair[1] for pair in counted)
+    counted = [[int(f[column]) for column in (1, 2, 9, 10)] for f in fields if f[0] != "lo"]
+    received, packets_in, sent, packets_out = map(sum, zip([0] * 4, *counted, strict=True))
+    return (received, packets_in), (sent, packets_out)
 
 
 def reach_itself() -> None:

@@ -22,13 +22,13 @@ from torch.futures import Future
 from torch.nn.parallel import DistributedDataParallel as DDP
 
 from distlab import predict
+from distlab.host import PACKET_HEADERS
 from distlab.run import Run
 from distlab.runtime import Runtime
 
 Shape = tuple[int, ...]
 Payload = Callable[[Sequence[Shape], int], float]
 FLOAT = 4
-HEADERS = 14 + 20 + 32  # bytes of a packet: Ethernet, IPv4, TCP with its timestamp
 PACKET = 1500 - 20 - 32  # bytes of data in a full packet
 MESSAGES = 10_000  # bytes of gloo's own messages in a step, which do not grow with the gradient
 ELEMENTS = 50_000
@@ -90,7 +90,7 @@ def most_on_the_wire(payload: float) -> float:
     may be fewer.
     """
     packets = payload / PACKET
-    return payload + 1.5 * packets * HEADERS + MESSAGES
+    return payload + 1.5 * packets * PACKET_HEADERS + MESSAGES
 
 
 def none(replica: DDP, args: Namespace) -> None:

@@ -11,7 +11,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from distlab.host import interface_bytes
+from distlab.host import interface_payload
 from distlab.measure import tensors_in
 from distlab.runtime import Runtime
 
@@ -19,14 +19,14 @@ COUNTED_STEPS = 4
 
 
 def bytes_sent(step: Callable[[], object], job: Runtime) -> float:
-    """By this node's interfaces in a step, in the mean: headers and acknowledgements are in it."""
+    """By this node's interfaces in a step, in the mean, without the packets' headers."""
     step()
     job.barrier()
-    _, before = interface_bytes()
+    _, before = interface_payload()
     for _ in range(COUNTED_STEPS):
         step()
     job.barrier()
-    _, after = interface_bytes()
+    _, after = interface_payload()
     return (after - before) / COUNTED_STEPS
 
 
