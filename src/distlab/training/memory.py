@@ -201,9 +201,7 @@ def _bounded(device: torch.device, limit: int) -> Iterator[None]:
 def _settle(job: Runtime) -> None:
     """Do first what costs memory once: a step's threads and imports, and the libraries' own pools.
 
-    glibc is told to give every larger block back as soon as it is freed: by default it keeps more
-    and more for itself, and the bound would be its, not the tensors'. So it would be the threads',
-    which libraries start when they like, with stacks of 8 MiB.
+    Threads, which libraries start when they like, get stacks of 1 MiB instead of 8.
     """
     with suppress(OSError, AttributeError):
         libc = ctypes.CDLL(None)
@@ -211,8 +209,7 @@ def _settle(job: Runtime) -> None:
         libc.pthread_attr_init(attributes)
         libc.pthread_attr_setstacksize(attributes, ctypes.c_size_t(STACK))
         libc.pthread_setattr_default_np(attributes)
-        libc.mallopt(M_MMAP_THRESHOLD, OWN_MAPPING)
-        libc.mallopt(M_TRIM_THRESHOLD, OWN_MAPPING)
+    give_back_at_once()
     layer = nn.Linear(64, 64, device=job.device)
     optimizer = torch.optim.AdamW(layer.parameters(), fused=True)
     for _ in range(2):
@@ -221,6 +218,17 @@ def _settle(job: Runtime) -> None:
             assert parameter.grad is not None
             dist.all_reduce(parameter.grad)
         optimizer.step()
+
+
+def give_back_at_once() -> None:
+    """Tell glibc to give every larger block back to the system as soon as it is freed.
+
+    By default it keeps more and more for itself, and a bound would be its, not the tensors'.
+    """
+    with suppress(OSError, AttributeError):
+        libc = ctypes.CDLL(None)
+        libc.mallopt(M_MMAP_THRESHOLD, OWN_MAPPING)
+        libc.mallopt(M_TRIM_THRESHOLD, OWN_MAPPING)
 
 
 class _Heap(ctypes.Structure):
