@@ -36,10 +36,10 @@ from distlab.model import add_model_flags, config_from_args, model_from_args
 from distlab.ranks import gathered, in_turns
 from distlab.run import Run
 from distlab.runtime import Runtime
+from distlab.traffic import bytes_sent, reduction_factor
 from distlab.training.memory import bytes_of
 from fsdp.memory_timeline import MemoryTimeline, gather_buffers, gradient_buffers
 from fsdp.strategies import FLOAT, STRATEGIES, Batch, Sizes, Training, own_batch
-from fsdp.traffic import bytes_sent, reduction_factor
 
 NODES = 4
 UNSHAPED = "unshaped"

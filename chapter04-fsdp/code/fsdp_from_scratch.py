@@ -36,10 +36,10 @@ from distlab.model import Llama, add_model_flags, config_from_args, model_from_a
 from distlab.ranks import gathered, in_turns
 from distlab.run import Run
 from distlab.runtime import Runtime
+from distlab.traffic import bytes_sent, reduction_factor
 from fsdp.parity import MICRO_BATCHES, prove_equal
 from fsdp.sharded import FullySharded
 from fsdp.strategies import own_batch
-from fsdp.traffic import bytes_sent, reduction_factor
 
 PRESETS: dict[str, dict[str, object]] = {
     "smoke": {"model": "smoke", "batch_size": 24, "seq_len": 32, "steps": 20, "repeats": 5},

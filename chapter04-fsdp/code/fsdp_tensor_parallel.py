@@ -38,8 +38,9 @@ from distlab.launch import detect_launch
 from distlab.model import Llama, ModelConfig, add_model_flags, config_from_args, num_parameters
 from distlab.run import Run
 from distlab.runtime import Runtime
+from distlab.traffic import bytes_sent, reduction_factor
 from fsdp import parity
-from fsdp.traffic import AxisTraffic, bytes_sent, reduction_factor
+from fsdp.traffic import AxisTraffic
 
 LAPTOP = {"model": "laptop", "batch_size": 8, "seq_len": 16, "steps": 10}
 PRESETS: dict[str, dict[str, object]] = {

@@ -43,8 +43,8 @@ from distlab.model import Llama, add_model_flags, config_from_args, model_from_a
 from distlab.ranks import gathered, in_turns
 from distlab.run import Run
 from distlab.runtime import Runtime
+from distlab.traffic import bytes_sent, reduction_factor
 from fsdp.strategies import Sizes, Training, own_batch, replicate, shard
-from fsdp.traffic import bytes_sent, reduction_factor
 
 NODES, PER_NODE = 2, 2
 LAPTOP = {"model": "laptop", "batch_size": 1, "seq_len": 64, "repeats": 5, "rates": ["300mbit"],

@@ -30,7 +30,7 @@ Batch = tuple[Tensor, Tensor]
 class Sizes:
     """What the formulas need: bytes of all parameters, and of the root, which is in no layer.
 
-    `reduction` is how much more a reduce-scatter sends than it must (`fsdp.traffic`).
+    `reduction` is how much more a reduce-scatter sends than it must (`distlab.traffic`).
     """
 
     whole: float

@@ -1,7 +1,6 @@
-"""What a step sends: counted at the network interface, or call by call for each axis of a mesh."""
+"""What a step sends along each axis of a mesh, counted call by call."""
 
 from collections import Counter
-from collections.abc import Callable
 from typing import Any
 
 import torch.distributed as dist
@@ -11,28 +10,8 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from distlab.host import interface_payload
 from distlab.measure import tensors_in
-from distlab.runtime import Runtime
-
-COUNTED_STEPS = 4
-
-
-def bytes_sent(step: Callable[[], object], job: Runtime) -> float:
-    """By this node's interfaces in a step, in the mean, without the packets' headers."""
-    step()
-    job.barrier()
-    _, before = interface_payload()
-    for _ in range(COUNTED_STEPS):
-        step()
-    job.barrier()
-    _, after = interface_payload()
-    return (after - before) / COUNTED_STEPS
-
-
-def reduction_factor(backend: str) -> int:
-    """Of what a reduce-scatter must send, how much it does: gloo's is a whole all-reduce."""
-    return 2 if backend == "gloo" else 1
+from distlab.traffic import reduction_factor
 
 
 class AxisTraffic(TorchDispatchMode):

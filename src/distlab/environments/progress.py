@@ -12,7 +12,8 @@ from distlab.environments.recipes import FOLDER
 
 PLAIN_LINE_SECONDS = 10
 STAGE = re.compile(
-    r"^ *((?:Collecting|Downloading|Building|Preparing|Installing|Resolved|Prepared|Installed) .*)",
+    r"^ *((?:Collecting|Downloading|Building|Compiling|Preparing|Installing|Resolved|Prepared|"
+    r"Installed) .*)",
     re.MULTILINE,
 )
 NO_SUCH_VERSION = re.compile(r"No matching distribution found|No solution found")

@@ -33,6 +33,7 @@ CHROMIUM = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stab
 NVIDIA_PCI_VENDOR = "0x10de"
 COMPILED = "torch.compile, DeepSpeed, the paged engine's operators"
 ENVIRONMENTS = (  # beside core: name, chapters, what for
+    ("deepspeed", (5,), "DeepSpeed's compiled operators"),
     ("vllm", (6, 9), "the vLLM engine"),
     ("triton", (6,), "tests of the engine's CUDA kernel without a GPU"),
     ("tracing", (9,), "Phoenix, which shows traces"),

@@ -1,0 +1,1 @@
+"""What chapter 5's scripts share, and what stands behind them."""

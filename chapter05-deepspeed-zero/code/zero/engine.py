@@ -1,0 +1,206 @@
+"""DeepSpeed's engine as this chapter uses it: begun in a job that has met, quiet, and counted.
+
+    engine = begin(model, config, job)
+    loss = engine(inputs, targets=targets)
+    engine.backward(loss)
+    engine.step()
+
+`import deepspeed` reads the environment and looks for compilers, so it is done here, in `begin`,
+after the reader's flags have been refused or taken.
+"""
+
+import copy
+import json
+import logging
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from distlab.errors import UsageError
+from distlab.measure import tensor_bytes
+from distlab.runtime import Runtime
+from zero import operators
+
+CONFIGS = Path(__file__).resolve().parents[2] / "configs"
+OFFLOADED = ("offload_optimizer", "offload_param")
+
+
+def load() -> Any:
+    """`import deepspeed`, as this chapter wants it: on this device, and without a word.
+
+    On a CPU its back end would compile an all-reduce over shared memory (a minute, at first use),
+    which only its inference calls; it is told that this machine cannot have it.
+    """
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    os.environ.setdefault("DEEPSPEED_LOG_LEVEL", "error")
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    import deepspeed
+
+    deepspeed.utils.logger.setLevel(logging.ERROR)
+    compatible = deepspeed.ops.__compatible_ops__
+    compatible["deepspeed_shm_comm"] = False
+    return deepspeed
+
+
+def join(job: Runtime) -> Any:
+    """DeepSpeed, in the process group that this job has already."""
+    deepspeed = load()
+    if not deepspeed.comm.is_initialized():
+        deepspeed.init_distributed(
+            dist_backend=job.backend, dist_init_required=False, verbose=False
+        )
+    return deepspeed
+
+
+def begin(
+    model: nn.Module, config: Mapping[str, Any], job: Runtime, parameters: Any = None,
+    optimizer: Any = None, flag: str = "--config",
+) -> Any:  # fmt: skip
+    """An engine for `model`; `parameters` are groups for the config's optimizer, or all of them.
+
+    Raises `UsageError` that names `flag` where the config wants an operator that is not built.
+    """
+    load_operators(config, job, flag)
+    deepspeed = join(job)
+    engine, *_ = deepspeed.initialize(
+        model=model, config=copy.deepcopy(dict(config)), optimizer=optimizer,
+        model_parameters=None if optimizer else parameters or model.parameters(),
+        dist_init_required=False,
+    )  # fmt: skip
+    return engine
+
+
+def load_operators(config: Mapping[str, Any], job: Runtime, flag: str) -> None:
+    """On a GPU DeepSpeed compiles its own, since which ones depends on the card."""
+    if job.device.type != "cpu":
+        return
+    load()
+    zero = config.get("zero_optimization", {})
+    devices = [zero.get(part, {}).get("device", "none") for part in OFFLOADED]
+    torchs = config.get("optimizer", {}).get("params", {}).get("torch_adam", False)
+    if devices[0] in ("cpu", "nvme") and not torchs:
+        operators.use(operators.CPU_ADAM, flag=flag)
+    if "nvme" in devices:
+        operators.use(operators.PINNED, operators.ASYNC_IO, flag=flag)
+
+
+def read_config(path: str | Path, flag: str = "--config") -> dict[str, Any]:
+    """A config file's content. Raises `UsageError` for a file that is none."""
+    try:
+        config = json.loads(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        shipped = ", ".join(sorted(file.name for file in CONFIGS.glob("*.json")))
+        raise UsageError(
+            f"{flag} {path}: there is no such file; {CONFIGS.name}/ has {shipped}"
+        ) from None
+    except json.JSONDecodeError as error:
+        raise UsageError(
+            f"{flag} {path} is no JSON: {error}; compare it with a file of {CONFIGS.name}/"
+        ) from None
+    if not isinstance(config, dict):
+        raise UsageError(f"{flag} {path} holds a {type(config).__name__}; a config is an object")
+    return config
+
+
+def stage_config(
+    stage: int, sequences: int, *, accumulate: int = 1, learning_rate: float = 1e-3,
+    dtype: str = "float32", clip: float = 0.0, **zero: Any,
+) -> dict[str, Any]:  # fmt: skip
+    """The least that a config needs: `sequences` are a rank's in a micro-batch."""
+    config: dict[str, Any] = {
+        "train_micro_batch_size_per_gpu": sequences,
+        "gradient_accumulation_steps": accumulate,
+        "gradient_clipping": clip,
+        "optimizer": {"type": "AdamW", "params": {"lr": learning_rate, "torch_adam": True}},
+        "zero_optimization": {"stage": stage, **zero},
+        "steps_per_print": 10**9,
+    }
+    if dtype == "bfloat16":
+        config["bf16"] = {"enabled": True}
+    return config
+
+
+def held(engine: Any) -> dict[str, int]:
+    """Bytes that this rank keeps, by kind: walked over unique storages, each counted once.
+
+    weights: what the module computes with; gradients: what backward left; optimizer: its moments;
+    master: float32 copies of the weights (or of a part) beside these, which DeepSpeed always makes.
+    """
+    optimizer = engine.optimizer
+    inner = getattr(optimizer, "optimizer", optimizer)
+    weights = [_local(p) for p in engine.module.parameters()]
+    gradients = [*_gradients(engine)]
+    moments = [
+        value
+        for state in inner.state.values()
+        for value in state.values()
+        if isinstance(value, Tensor)
+    ]
+    masters = [p.detach() for group in inner.param_groups for p in group["params"]]
+    kinds = {"weights": weights, "gradients": gradients, "moments": moments, "master": masters}
+    seen: list[Tensor] = []
+    found, before = {}, 0
+    for name, tensors in kinds.items():
+        seen += tensors
+        now = tensor_bytes(seen)
+        found[name], before = now - before, now
+    return found
+
+
+def _local(parameter: nn.Parameter) -> Tensor:
+    """What is here of a parameter: of stage 3's, this rank's part."""
+    return getattr(parameter, "ds_tensor", parameter).detach()
+
+
+def _gradients(engine: Any) -> Iterator[Tensor]:
+    optimizer = engine.optimizer
+    for parameter in engine.module.parameters():
+        if parameter.grad is not None:
+            yield parameter.grad
+    for name in (
+        "averaged_gradients",
+        "_DeepSpeedZeroOptimizer_Stage3__param_id_to_grad_partition",
+    ):
+        for value in (getattr(optimizer, name, None) or {}).values():
+            yield from [value] if isinstance(value, Tensor) else filter(None.__ne__, value)
+    flat = getattr(optimizer, "grad_partitions_flat_buffer", None)
+    if isinstance(flat, Tensor):
+        yield flat
+
+
+@contextmanager
+def engine_of(*args: Any, **kwargs: Any) -> Iterator[Any]:
+    """`begin`, and the engine's hooks and buffers gone at the end."""
+    engine = begin(*args, **kwargs)
+    try:
+        yield engine
+    finally:
+        engine.destroy()
+
+
+def whole_weights(engine: Any) -> dict[str, Tensor]:
+    """float32 copies of all parameters, whole, on every rank; every rank calls it."""
+    from deepspeed.utils import safe_get_full_fp32_param
+
+    found = {}
+    for name, parameter in engine.module.named_parameters():
+        value = safe_get_full_fp32_param(parameter)
+        found[name] = (parameter if value is None else value).detach().float().clone()
+    return found
+
+
+def whole_gradients(engine: Any) -> dict[str, Tensor]:
+    """Of the last backward, before the step; every rank calls it."""
+    from deepspeed.utils import safe_get_full_grad
+
+    return {
+        name: gradient.float().clone()
+        for name, parameter in engine.module.named_parameters()
+        if (gradient := safe_get_full_grad(parameter)) is not None
+    }
