@@ -6,7 +6,7 @@ state, and the weights too, lie in files: each rank reads a group of parameters,
 writes it back. A model too small writes no file and says nothing, so the files are counted.
 
 Run:
-    torchrun --nproc_per_node=2 chapter05-deepspeed-zero/code/offload.py --folder build/nvme
+    torchrun --nproc_per_node=2 chapter05-deepspeed-zero/code/offload_deepspeed.py --folder build/nvme
 
 You should see: the same losses wherever the state is; swap files of 12 bytes for each of a rank's
 parameters, and as much read and written in a step; a step that takes as much longer as the disk
@@ -69,7 +69,7 @@ def main(argv: list[str] | None = None) -> int:
         engine.load()
         if job.device.type == "cpu":
             names = (operators.CPU_ADAM, operators.PINNED, operators.ASYNC_IO)
-            operators.use(*names, flag="offload.py")
+            operators.use(*names, flag="offload_deepspeed.py")
         compare_adams(run, args, job)
         compare_places(run, args, job)
     return run.status
