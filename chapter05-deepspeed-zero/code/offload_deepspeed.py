@@ -6,7 +6,7 @@ state, and the weights too, lie in files: each rank reads a group of parameters,
 writes it back. A model too small writes no file and says nothing, so the files are counted.
 
 Run:
-    torchrun --nproc_per_node=2 chapter05-deepspeed-zero/code/offload_deepspeed.py --folder build/nvme
+    torchrun --nproc_per_node=2 chapter05-deepspeed-zero/code/offload_deepspeed.py
 
 You should see: the same losses wherever the state is; swap files of 12 bytes for each of a rank's
 parameters, and as much read and written in a step; a step that takes as much longer as the disk

@@ -30,7 +30,13 @@ def test_bad_input_is_one_line(module, flags, told):
 
 
 def test_a_batch_that_the_ranks_do_not_divide_is_refused(monkeypatch):
-    for name, value in {"RANK": "0", "WORLD_SIZE": "5", "LOCAL_RANK": "0"}.items():
+    for name, value in {
+        "RANK": "0",
+        "WORLD_SIZE": "5",
+        "LOCAL_RANK": "0",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": "1",
+    }.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(UsageError, match="--batch-size 12 is not divisible by 5 ranks; use 15"):
         zero_from_scratch.parse_args(["--preset", "smoke"])
