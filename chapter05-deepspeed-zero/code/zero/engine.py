@@ -13,6 +13,7 @@ import copy
 import json
 import logging
 import os
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -40,6 +41,9 @@ def load() -> Any:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     os.environ.setdefault("DEEPSPEED_LOG_LEVEL", "error")
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    # It calls what torch 2.13 renamed, and broadcasts tied weights as parameters.
+    warnings.filterwarnings("ignore", message=".*is deprecated. Please use `torch.distributed")
+    warnings.filterwarnings("ignore", message="c10d::broadcast_: an autograd kernel")
     import deepspeed
 
     deepspeed.utils.logger.setLevel(logging.ERROR)
