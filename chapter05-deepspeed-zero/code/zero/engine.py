@@ -10,12 +10,13 @@ after the reader's flags have been refused or taken.
 """
 
 import copy
+import io
 import json
 import logging
 import os
 import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -72,11 +73,12 @@ def begin(
     """
     load_operators(config, job, flag)
     deepspeed = join(job)
-    engine, *_ = deepspeed.initialize(
-        model=model, config=copy.deepcopy(dict(config)), optimizer=optimizer,
-        model_parameters=None if optimizer else parameters or model.parameters(),
-        dist_init_required=False,
-    )  # fmt: skip
+    with redirect_stdout(io.StringIO()):  # it prints which process groups experts get
+        engine, *_ = deepspeed.initialize(
+            model=model, config=copy.deepcopy(dict(config)), optimizer=optimizer,
+            model_parameters=None if optimizer else parameters or model.parameters(),
+            dist_init_required=False,
+        )  # fmt: skip
     return engine
 
 
