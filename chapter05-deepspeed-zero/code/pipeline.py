@@ -189,7 +189,7 @@ def measure_bubbles(run: Run, args: Namespace, job: Runtime, batch: Batch, cuts:
         stage = cut(new_model(args, job), stages, job)
         with engine_of(stage, config := config_of(args, job, stages), job) as engine:
             pace = Paced(engine, args.stage_ms / 1e3, job)
-            own = tuple(part[: config["train_micro_batch_size_per_gpu"]] for part in batch)
+            own = [part[: config["train_micro_batch_size_per_gpu"]] for part in batch]
             for m in run.progress(TIMED, f"{stages} stages"):
                 steps = list(timed(engine, pace, job, own, m, args.repeats))
                 step, busy = (median(values) for values in zip(*steps, strict=True))
@@ -208,7 +208,7 @@ def measure_bubbles(run: Run, args: Namespace, job: Runtime, batch: Batch, cuts:
 
 
 def timed(
-    engine: Any, pace: Paced, job: Runtime, own: Batch, m: int, repeats: int
+    engine: Any, pace: Paced, job: Runtime, own: list[Tensor], m: int, repeats: int
 ) -> Iterator[tuple[float, float]]:
     """Seconds of each step, from its first pass to its last, and of them those a stage was busy."""
     engine.set_train_batch_size(m * len(own[0]) * engine.grid.data_parallel_size)

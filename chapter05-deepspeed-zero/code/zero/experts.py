@@ -24,11 +24,13 @@ class Mixture(nn.Module):
 
     Forward leaves `balance`, the balancing loss, and `wanted`, how many tokens chose each expert,
     and adds up in `seen` and `dropped` the tokens, and those that found their expert full. Routing
-    is the same in every run: without `use_rts` a full expert has the first tokens, not random ones.
+    is the same in every run: without `use_rts` a full expert keeps torch.topk's choice of tokens,
+    which is not the first ones, but no random ones either.
     """
 
     balance: Tensor
     wanted: Tensor
+    moe: Any
 
     def __init__(
         self, hidden_size: int, expert: nn.Module, experts: int, factor: float, ranks: int = 1
@@ -40,7 +42,8 @@ class Mixture(nn.Module):
             hidden_size, expert, experts, ep_size=ranks, k=1, capacity_factor=factor,
             min_capacity=1, use_rts=False,
         )  # fmt: skip
-        self.gate = self.moe.deepspeed_moe.gate
+        inside = self.moe.deepspeed_moe
+        self.gate, self.experts = inside.gate, inside.experts
         self.gate.register_forward_hook(self._note)
         self.seen = self.dropped = 0
 
@@ -80,11 +83,10 @@ def whole_model(args: Namespace, job: Runtime) -> Llama:
 def own_part(whole: Llama, job: Runtime) -> Llama:
     """A copy of which this rank has its part of the experts, and all else."""
     model = deepcopy(whole)
-    for layer in model.model.layers:
-        moe, factor = layer.mlp.moe, layer.mlp.gate.capacity_factor
-        expert = moe.deepspeed_moe.experts.deepspeed_experts[0]
-        size = layer.mlp.gate.wg.in_features
-        layer.mlp = Mixture(size, expert, moe.num_experts, factor, job.world_size).to(job.device)
+    for layer, all_here in zip(model.model.layers, mixtures(model), strict=True):
+        expert, size = all_here.experts.deepspeed_experts[0], whole.config.hidden_size
+        count, factor = all_here.moe.num_experts, all_here.gate.capacity_factor
+        layer.mlp = Mixture(size, expert, count, factor, job.world_size).to(job.device)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             parameter.copy_(whole.get_parameter(whole_name(name, model, job)))
@@ -105,12 +107,12 @@ def all_to_all_bytes() -> Iterator[list[float]]:
     sent: list[float] = []
     original = dist.all_to_all_single
 
-    def counting(output: Tensor, input: Tensor, *args: Any, group: Any = None, **kw: Any) -> Any:
-        ranks = dist.get_world_size(group)
+    def counting(output: Tensor, input: Tensor, **how: Any) -> Any:
+        ranks = dist.get_world_size(how.get("group"))
         sent.append(input.nbytes * (ranks - 1) / ranks)
-        return original(output, input, *args, group=group, **kw)
+        return original(output, input, **how)
 
-    dist.all_to_all_single = counting
+    dist.all_to_all_single = counting  # type: ignore[assignment]
     try:
         yield sent
     finally:

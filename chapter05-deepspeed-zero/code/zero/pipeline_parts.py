@@ -21,7 +21,7 @@ class Part(nn.Module):
     def __init__(self, whole: Llama, name: str) -> None:
         super().__init__()
         self.config, self.name = whole.config, name
-        self.part = deepcopy(whole.get_submodule(name))
+        self.part: Any = deepcopy(whole.get_submodule(name))
 
     def forward(self, x: Tensor) -> Tensor:
         return self.part(x)
