@@ -26,18 +26,17 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from distlab import runtime, script
-from distlab.errors import Skipped, UsageError
-from distlab.launch import detect_launch
+from distlab.errors import Skipped
 from distlab.measure import tensors_in
 from distlab.predict import BUS_FACTORS
 from distlab.run import Run
 from distlab.runtime import Runtime
 
-PRESETS = {preset: {"hidden_size": n} for preset, n in
-           (("smoke", 64), ("laptop", 512), ("gpu", 4096))}  # fmt: skip
-TOKENS, WIDER = 256, 4  # of the input, and times the hidden size inside
-CURE = "python3 scripts/lab.py env deepspeed installs it"
+SIZES = {"smoke": 64, "laptop": 512, "gpu": 4096}
+PRESETS = {preset: {"hidden_size": size} for preset, size in SIZES.items()}
+TOKENS, WIDER = 256, 4  # of the input; columns of A for each of its rows
 WITHOUT_GPU = {"use_cpu_initialization": True, "gradient_accumulation_fusion": False}
+CURE = "python3 scripts/lab.py env deepspeed installs it"
 SAME = 1e-5  # of the largest value: float32 sums in another order
 
 
@@ -58,11 +57,7 @@ def parse_args(argv: list[str] | None) -> Namespace:
     parser = script.Parser(__doc__, PRESETS)
     runtime.add_runtime_flags(parser)
     parser.add_argument("--hidden-size", type=script.positive_int, metavar="N")
-    args, ranks = parser.parse_args(argv), detect_launch().world_size
-    if WIDER * args.hidden_size % ranks:
-        raise UsageError(f"--hidden-size {args.hidden_size}: {ranks} ranks do not divide "
-                         f"{WIDER} times that; use {ranks * args.hidden_size}")  # fmt: skip
-    return args
+    return parser.parse_args(argv)
 
 
 class Whole(nn.Module):
@@ -86,7 +81,7 @@ class FromScratch(Whole):
 
 
 class Summed(torch.autograd.Function):
-    """The sum of all ranks' parts: of `values`, or else of their gradients."""
+    """The ranks' sum, of `values` on the way forward or of gradients on the way back."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, values: bool) -> Tensor:
@@ -98,8 +93,8 @@ class Summed(torch.autograd.Function):
         return gradients[0] if ctx.values else summed(gradients[0]), None
 
 
-def summed(part: Tensor) -> Tensor:
-    dist.all_reduce(whole := part.clone())
+def summed(own: Tensor) -> Tensor:
+    dist.all_reduce(whole := own.clone())
     return whole
 
 
@@ -140,7 +135,8 @@ class AllReduced(TorchDispatchMode):
 
 
 def compare(run: Run, args: Namespace, job: Runtime) -> None:
-    inner, hidden = WIDER * args.hidden_size, args.hidden_size
+    hidden = args.hidden_size
+    inner = -(-WIDER * hidden // job.world_size) * job.world_size  # the ranks must divide it
     shapes = ((inner, hidden), (hidden, inner), (TOKENS, hidden), (TOKENS, hidden))
     a, b, x, upstream = (torch.randn(shape, device=job.device) / hidden**0.5 for shape in shapes)
     _, wanted = step(Whole(a, b), x, upstream)
@@ -155,14 +151,8 @@ def compare(run: Run, args: Namespace, job: Runtime) -> None:
         run.check_close(f"{name}: output, gradients", found, wanted, SAME, relative=True)
         run.check_equal(f"{name}: bytes as predicted", sent, [predicted] * 2)
         rows.append([name, sum(local(p).numel() for p in layer.parameters()), predicted, *sent])
-    columns = [
-        "layer",
-        "parameters of a rank",
-        "each way, predicted, B",
-        "forward, B",
-        "backward, B",
-    ]
-    run.table("layers", columns, rows, f"of {2 * a.numel():,} parameters; sent in all-reduces")
+    columns = ["layer", "parameters", "predicted, B", "forward, B", "backward, B"]
+    run.table("layers", columns, rows, "of a rank; sent in all-reduces, in each direction")
 
 
 def step(layer: Any, x: Tensor, upstream: Tensor) -> tuple[list[float], dict[str, Tensor]]:
@@ -172,12 +162,8 @@ def step(layer: Any, x: Tensor, upstream: Tensor) -> tuple[list[float], dict[str
         output = layer(x)
     with AllReduced() as backward:
         output.backward(upstream)
-    own = {
-        "output": output.detach(),
-        "x": x.grad,
-        "a": layer.a.weight.grad,
-        "b": layer.b.weight.grad,
-    }
+    own = {"y": output.detach(), "x": x.grad}
+    own |= {name: getattr(layer, name).weight.grad for name in ("a", "b")}
     return [forward.bytes, backward.bytes], {name: local(tensor) for name, tensor in own.items()}
 
 

@@ -47,9 +47,8 @@ from zero.experts import all_to_all_bytes, balance_of, mixtures, own_part, whole
 PRESETS = {
     "smoke": {"model": "smoke", "experts": 4, "corpus_mb": 1.0, "seq_len": 32, "batch_size": 16,
               "steps": 60, "learning_rate": 5e-3},
-    "laptop": {"model": "laptop", "hidden_size": 128, "layers": 2, "vocab_size": 1024,
-               "experts": 8, "corpus_mb": 2.0, "seq_len": 64, "batch_size": 16, "steps": 200,
-               "learning_rate": 3e-3},
+    "laptop": {"model": "smoke", "vocab_size": 1024, "experts": 8, "corpus_mb": 2.0,
+               "seq_len": 64, "batch_size": 16, "steps": 250, "learning_rate": 5e-3},
     "gpu": {"model": "gpu", "hidden_size": 768, "layers": 4, "experts": 16, "corpus_mb": 12.0,
             "seq_len": 512, "batch_size": 32, "steps": 300, "learning_rate": 6e-4},
 }  # fmt: skip
@@ -112,21 +111,15 @@ def show(run: Run, args: Namespace, job: Runtime) -> None:
     run.print(f"job: {job.world_size} ranks, {shape}, {args.batch_size} x {args.seq_len} tokens")
     for zero in (0, 2):
         prove(run, args, job, tokens, deepcopy(whole), zero)
+    dense = Llama(config).to(job.device)  # a token meets as many weights, but for the router
     trained = {
-        "dense": train(run, args, job, tokens, dense_model(args, job)),
+        "dense": train(run, args, job, tokens, dense),
         "experts": train(run, args, job, tokens, own_part(whole, job)),
         "and balance": train(run, args, job, tokens, own_part(whole, job), args.balance_weight),
     }
     report_models(run, args, whole, trained)
     report_loads(run, args, trained)
     report_capacity(run, args, job, trained["experts"], trained["and balance"])
-
-
-def dense_model(args: Namespace, job: Runtime) -> Llama:
-    """One expert's MLP in every layer: a token meets as many weights, but for the router."""
-    torch.manual_seed(args.seed)
-    with torch.device(job.device):
-        return Llama(config_from_args(args))
 
 
 def prove(
@@ -188,8 +181,9 @@ def train(
             backward(engine, next(loader), balance_weight)
             engine.step()
             history.append([mixture.wanted for mixture in mixtures(model)])
+        loss = held_out.loss(engine)
         if not mixtures(model):
-            return Trained(held_out.loss(engine))
+            return Trained(loss)
         losses, dropped, sent = [], [], []
         for factor in FACTORS:
             set_capacity(model, factor)
@@ -201,8 +195,6 @@ def train(
                 backward(engine, next(loader), balance_weight)
             engine.zero_grad()
             sent.append(sum(messages))
-        set_capacity(model, args.capacity_factor)
-        loss = held_out.loss(engine)
     dist.all_reduce(wanted := torch.stack([torch.stack(step) for step in history]).double())
     loads = wanted / wanted.mean(dim=2, keepdim=True)
     return Trained(loss, loads.cpu().numpy(), losses, dropped, sent)

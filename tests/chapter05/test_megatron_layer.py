@@ -1,14 +1,13 @@
 """A layer divided over ranks computes what the whole one does, by whoever it was divided."""
 
 import importlib.util
-from argparse import Namespace
 
 import pytest
 import torch
 
 import megatron_layer
 from distlab import script
-from distlab.errors import Skipped, UsageError
+from distlab.errors import Skipped
 from distlab.spawning import spawn
 from megatron_layer import FromScratch, Whole, part, step
 
@@ -48,9 +47,3 @@ def test_without_megatron_it_says_so(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(Skipped, match="megatron-core is not installed; python3 scripts/lab.py env"):
         megatron_layer.main(["--preset", "smoke"])
-
-
-def test_columns_that_the_ranks_do_not_divide(monkeypatch):
-    monkeypatch.setattr(megatron_layer, "detect_launch", lambda: Namespace(world_size=3))
-    with pytest.raises(UsageError, match="--hidden-size 64: 3 ranks do not divide .* use 192"):
-        megatron_layer.parse_args(["--preset", "smoke"])

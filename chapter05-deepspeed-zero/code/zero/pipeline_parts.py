@@ -48,17 +48,16 @@ def cut(whole: Llama, stages: int, job: Runtime, method: str = "type:Block") -> 
     join(job)
     from deepspeed.pipe import LayerSpec, PipelineModule, TiedLayerSpec
 
-    tied = ("embedding", Part, whole, "model.embed_tokens")
-    weight = {"tied_weight_attr": "part.weight"}
-    count = whole.config.num_hidden_layers
-    layers = [
-        TiedLayerSpec(*tied, **weight),
-        *(LayerSpec(Block, whole, f"model.layers.{i}") for i in range(count)),
-        LayerSpec(Part, whole, "model.norm"),
-        TiedLayerSpec(*tied, forward_fn=logits, **weight)
-        if whole.config.tie_word_embeddings
-        else LayerSpec(Part, whole, "lm_head"),
-    ]
+    def embedding(**how: Any) -> Any:
+        what = ("embedding", Part, whole, "model.embed_tokens")
+        return TiedLayerSpec(*what, tied_weight_attr="part.weight", **how)
+
+    config = whole.config
+    blocks = (f"model.layers.{i}" for i in range(config.num_hidden_layers))
+    layers = [embedding(), *(LayerSpec(Block, whole, name) for name in blocks)]
+    layers.append(LayerSpec(Part, whole, "model.norm"))
+    head = embedding(forward_fn=logits) if config.tie_word_embeddings else None
+    layers.append(head or LayerSpec(Part, whole, "lm_head"))
     with contextlib.redirect_stdout(io.StringIO()):  # it prints the layers
         return PipelineModule(layers, stages, loss_fn=mean_loss, partition_method=method)
 
