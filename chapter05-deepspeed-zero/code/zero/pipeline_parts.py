@@ -2,8 +2,10 @@
 
 import contextlib
 import io
+import os
 import time
 from copy import deepcopy
+from functools import partial
 from typing import Any
 
 import torch.nn.functional as F
@@ -48,16 +50,16 @@ def cut(whole: Llama, stages: int, job: Runtime, method: str = "type:Block") -> 
     join(job)
     from deepspeed.pipe import LayerSpec, PipelineModule, TiedLayerSpec
 
-    def embedding(**how: Any) -> Any:
-        what = ("embedding", Part, whole, "model.embed_tokens")
-        return TiedLayerSpec(*what, tied_weight_attr="part.weight", **how)
-
-    config = whole.config
+    config, shared = whole.config, {"tied_weight_attr": "part.weight"}
+    tied = partial(TiedLayerSpec, "embedding", Part, whole, "model.embed_tokens", **shared)
     blocks = (f"model.layers.{i}" for i in range(config.num_hidden_layers))
-    layers = [embedding(), *(LayerSpec(Block, whole, name) for name in blocks)]
-    layers.append(LayerSpec(Part, whole, "model.norm"))
-    head = embedding(forward_fn=logits) if config.tie_word_embeddings else None
-    layers.append(head or LayerSpec(Part, whole, "lm_head"))
+    layers = [
+        tied(), *(LayerSpec(Block, whole, name) for name in blocks),
+        LayerSpec(Part, whole, "model.norm"),
+        tied(forward_fn=logits) if config.tie_word_embeddings
+        else LayerSpec(Part, whole, "lm_head"),
+    ]  # fmt: skip
+    os.environ.setdefault("LOCAL_RANK", str(job.local_rank))  # it asks no launcher but torchrun
     with contextlib.redirect_stdout(io.StringIO()):  # it prints the layers
         return PipelineModule(layers, stages, loss_fn=mean_loss, partition_method=method)
 
@@ -75,8 +77,8 @@ def weights_of(stage: nn.Module) -> dict[str, Tensor]:
 class Paced:
     """Gives every forward pass of the engine's stage `seconds`, and every backward twice that.
 
-    A pass really computes, then sleeps until its time is over: so four stages on two processors
-    take the time of four devices, and all stages cost the same, as the bubble's formula assumes.
+    It computes, then sleeps until its time is over: stages cost the same, as the formula assumes,
+    and four of them on two processors take the time of four devices.
     """
 
     def __init__(self, engine: Any, seconds: float, job: Runtime) -> None:
