@@ -16,7 +16,8 @@ Run:
 
 You should see: losses, gradients and dropped tokens of one process; the busiest expert less busy
 with the balancing loss; fewer tokens dropped with it, and with more capacity, which costs bytes in
-proportion; and, after so few steps, a held-out loss near the dense model's.
+proportion; and, of three models that began with the same weights, the dense one ahead after so few
+steps: each expert has learnt from its share of the tokens only.
 """
 
 from argparse import Namespace
@@ -111,7 +112,9 @@ def show(run: Run, args: Namespace, job: Runtime) -> None:
     run.print(f"job: {job.world_size} ranks, {shape}, {args.batch_size} x {args.seq_len} tokens")
     for zero in (0, 2):
         prove(run, args, job, tokens, deepcopy(whole), zero)
-    dense = Llama(config).to(job.device)  # a token meets as many weights, but for the router
+    dense = deepcopy(whole)  # with one expert a token meets as many weights, but for the router
+    for layer, mixture in zip(dense.model.layers, mixtures(dense), strict=True):
+        layer.mlp = mixture.experts.deepspeed_experts[0]
     trained = {
         "dense": train(run, args, job, tokens, dense),
         "experts": train(run, args, job, tokens, own_part(whole, job)),
