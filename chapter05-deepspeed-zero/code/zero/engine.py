@@ -10,13 +10,14 @@ after the reader's flags have been refused or taken.
 """
 
 import copy
+import io
 import json
 import logging
 import os
 import warnings
 from argparse import Namespace
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -47,8 +48,9 @@ def load() -> Any:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     os.environ.setdefault("DEEPSPEED_LOG_LEVEL", "error")
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
-    for renamed in ("all_gather_into_tensor", "reduce_scatter_tensor"):  # in torch 2.13
-        warnings.filterwarnings("ignore", f".*{renamed}. is deprecated", FutureWarning)
+    # It calls what torch 2.13 renamed, and broadcasts tied weights as parameters.
+    warnings.filterwarnings("ignore", message=".*is deprecated. Please use `torch.distributed")
+    warnings.filterwarnings("ignore", message="c10d::broadcast_: an autograd kernel")
     import deepspeed
 
     deepspeed.utils.logger.setLevel(logging.ERROR)
@@ -77,11 +79,12 @@ def begin(
     """
     load_operators(config, job, flag)
     deepspeed = join(job)
-    engine, *_ = deepspeed.initialize(
-        model=model, config=copy.deepcopy(dict(config)), optimizer=optimizer,
-        model_parameters=None if optimizer else parameters or model.parameters(),
-        dist_init_required=False,
-    )  # fmt: skip
+    with redirect_stdout(io.StringIO()):  # it prints which process groups experts get
+        engine, *_ = deepspeed.initialize(
+            model=model, config=copy.deepcopy(dict(config)), optimizer=optimizer,
+            model_parameters=None if optimizer else parameters or model.parameters(),
+            dist_init_required=False,
+        )  # fmt: skip
     return engine
 
 
