@@ -33,6 +33,7 @@ class Plan:
     client_optimizer: bool = False  # the script gives deepspeed.initialize an optimizer
     trainer: bool = False  # the script is Hugging Face's Trainer
     log: str = ""
+    extensions: Path = field(default_factory=operators.folder)
     memory: int = field(default_factory=lambda: psutil.virtual_memory().total)  # of a rank's device
 
     def section(self, *names: str) -> dict[str, Any]:
@@ -53,6 +54,9 @@ class Plan:
 
     def on(self, name: str) -> bool:
         return self.section(name).get("enabled") is True
+
+    def has_operator(self, name: str) -> bool:
+        return (self.extensions / name / f"{name}.so").exists()
 
     def offloaded_to(self, part: str) -> str:
         return str(self.section("zero_optimization", f"offload_{part}").get("device", "none"))
@@ -192,8 +196,8 @@ def operator_missing(plan: Plan) -> Iterator[str]:
     torchs = parameters.get("torch_adam") is True
     adam = str(optimizer.get("type", "")).lower() in ("adam", "adamw")
     if devices["optimizer"] in ("cpu", "nvme") and adam and not torchs:
-        yield from _unbuilt(operators.CPU_ADAM, "offload_optimizer")
-    elif adam and not torchs and not operators.library("fused_adam").exists():
+        yield from _unbuilt(plan, operators.CPU_ADAM, "offload_optimizer")
+    elif adam and not torchs and not plan.has_operator("fused_adam"):
         yield (
             f'optimizer {optimizer["type"]} without "torch_adam": DeepSpeed compiles its fused '
             "Adam at first use, for minutes; set optimizer.params.torch_adam to true"
@@ -201,17 +205,17 @@ def operator_missing(plan: Plan) -> Iterator[str]:
     for part, device in devices.items():
         if device == "nvme":
             for name in (operators.PINNED, operators.ASYNC_IO):
-                yield from _unbuilt(name, f"offload_{part} to nvme")
+                yield from _unbuilt(plan, name, f"offload_{part} to nvme")
 
 
-def _unbuilt(name: str, wanted_by: str) -> Iterator[str]:
-    if not operators.library(name).exists():
+def _unbuilt(plan: Plan, name: str, wanted_by: str) -> Iterator[str]:
+    if not plan.has_operator(name):
         yield f"{wanted_by} needs the operator {name}, which is not built; {operators.CURE}"
 
 
 def stale_lock(plan: Plan) -> Iterator[str]:
     """torch's build waits for this file to go, without a limit and without a word."""
-    for lock in sorted(operators.folder().glob("*/lock")):
+    for lock in sorted(plan.extensions.glob("*/lock")):
         yield (
             f"{lock} is a build's lock: every job waits for it without end; "
             "if nothing compiles now, delete it"

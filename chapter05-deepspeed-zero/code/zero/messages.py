@@ -62,8 +62,16 @@ MESSAGES = (
 
 
 def found_in(log: str) -> Iterator[tuple[Message, str]]:
-    """The messages in a log, each with the first line that has it."""
+    """The messages in a log, each with the first line that has it and is not a traceback's code."""
     lines = [line.strip() for line in log.splitlines()]
+    said = [line for line in lines if not line.startswith(("raise ", "assert "))]
     for message in MESSAGES:
-        if line := next((line for line in lines if re.search(message.pattern, line)), ""):
+        if line := next((line for line in said if re.search(message.pattern, line)), ""):
             yield message, line
+
+
+def brief(line: str, most: int = 110) -> str:
+    """A message without the places in its library's source, cut after `most` characters."""
+    line = re.sub(r"what\(\):\s*|\[[^][]*/[^][]*\]\s*|(?<=\")/\S*site-packages/", "", line)
+    line = re.sub(r"\b(?:\w+\.)+(?=\w+Exception:)", "", line)
+    return line if len(line) <= most else line[:most].rsplit(" ", 1)[0] + " ..."
