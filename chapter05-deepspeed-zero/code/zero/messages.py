@@ -70,7 +70,7 @@ def found_in(log: str) -> Iterator[tuple[Message, str]]:
             yield message, line
 
 
-def brief(line: str, most: int = 110) -> str:
+def brief(line: str, most: int = 80) -> str:
     """A message without the places in its library's source, cut after `most` characters."""
     line = re.sub(r"what\(\):\s*|\[[^][]*/[^][]*\]\s*|(?<=\")/\S*site-packages/", "", line)
     line = re.sub(r"\b(?:\w+\.)+(?=\w+Exception:)", "", line)

@@ -112,4 +112,4 @@ def _on_rank(
 
 def _end_waiting_after(seconds: float) -> None:
     """Write where each thread stands and end the process, as py-spy and a person would."""
-    faulthandler.dump_traceback_later(seconds, exit=True, file=sys.__stderr__)
+    faulthandler.dump_traceback_later(seconds, exit=True, file=2)

@@ -259,9 +259,9 @@ def loss_scale_at_its_minimum(case: Case) -> str:
     scaler = CreateLossScaler(dtype, fp16.loss_scale, fp16.loss_scale == 0, arguments)
     weight = nn.Parameter(torch.ones(1, dtype=dtype))
     for _ in range(30):
-        weight.grad = None
-        scaler.backward((weight * 250 * 280).sum())
-        scaler.update_scale(not weight.grad.isfinite().all())
+        loss = (weight * 250 * 280).sum()
+        (gradient,) = torch.autograd.grad(scaler.scale_loss(loss), weight)
+        scaler.update_scale(not gradient.isfinite().all())
     return ""
 
 
@@ -314,10 +314,11 @@ def parameter_not_gathered(case: Case) -> str:
 class Branching(Llama):
     """A decoder with a layer that a rank may leave out."""
 
+    takes_extra, always = True, False
+
     def __init__(self, shape: ModelConfig) -> None:
         super().__init__(shape)
         self.extra = nn.Linear(WIDTH, WIDTH)
-        self.takes_extra, self.always = True, False
 
     def forward(self, input_ids: Tensor, targets: Tensor) -> Tensor:  # type: ignore[override]
         hidden = self.model(input_ids)
@@ -334,9 +335,8 @@ class Branching(Llama):
 )
 def layer_unused_on_one_rank(case: Case) -> str:
     """A layer that no rank uses does no harm: its gradient is zero."""
-    model = tiny(Branching)
-    model.takes_extra, model.always = case.job.is_main, case.cured
-    case.train(case.begin(model), steps=2)
+    Branching.takes_extra, Branching.always = case.job.is_main, case.cured
+    case.train(case.begin(tiny(Branching)), steps=2)
     return ""
 
 
