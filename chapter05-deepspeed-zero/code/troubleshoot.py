@@ -63,16 +63,12 @@ def tabulate(run: Run, args: Namespace) -> None:
     run.check_equal("each error shows", shows, dict.fromkeys(args.only, True))
     run.check_equal("each cure works", {n: one.symptom for n, one in cured.items()}, nothing)
     run.check_equal("no cure leaves a finding", {n: o.found_by for n, o in cured.items()}, nothing)
+    run.extra(diagnoses={name: one.found_by for name, one in caused.items()})
 
 
 def row(name: str, seen: Outcome, cure: str) -> list[object]:
-    return [
-        name.replace("_", " "),
-        brief(seen.symptom),
-        round(seen.seconds, 1),
-        seen.found_by,
-        cure,
-    ]
+    found_by, *_ = seen.found_by.split(":")
+    return [name.replace("_", " "), brief(seen.symptom), round(seen.seconds, 1), found_by, cure]
 
 
 if __name__ == "__main__":

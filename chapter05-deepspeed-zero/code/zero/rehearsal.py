@@ -36,8 +36,7 @@ class Outcome:
 def warm_up() -> None:
     """Let ranks be forked from a process that has imported DeepSpeed, which takes seconds."""
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    wanted = [*PRELOADED, "deepspeed", "zero.troubles", "torch._inductor.lowering"]
-    fork_context().set_forkserver_preload(wanted)
+    fork_context().set_forkserver_preload([*PRELOADED, "zero.preloaded", "zero.troubles"])
     multiprocessing.forkserver.ensure_running()
     spawn(_nothing, 1, timeout_s=LIMIT_S)
 

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.file_baton import FileBaton
 
+from distlab.errors import RunError
 from distlab.model import Llama, ModelConfig
 from distlab.process import run_command
 from distlab.runtime import Runtime
@@ -215,7 +216,9 @@ def _checkpoint_of_two_ranks(folder: Path, cured: bool) -> None:
         command = ["-m", "deepspeed.checkpoint.ds_to_universal", "--inject_missing_state"]
         places = ["--input_folder", str(folder / "two"), "--output_folder", str(tag)]
         environment = {**os.environ, "DS_ACCELERATOR": "cpu"}
-        run_command([sys.executable, *command, *places], environment, timeout_s=60.0)
+        done = run_command([sys.executable, *command, *places], environment, timeout_s=60.0)
+        if done.status:
+            raise RunError(f"ds_to_universal ended with status {done.status}: {done.stderr[-300:]}")
         (folder / "latest").write_text(tag.name, encoding="utf-8")
 
 
