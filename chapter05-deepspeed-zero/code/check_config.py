@@ -13,15 +13,14 @@ You should see: a line for each finding and status 1, or "no findings" and statu
 """
 
 from argparse import Namespace
-from pathlib import Path
 
 from distlab import script
-from distlab.errors import UsageError
-from distlab.hardware import has_cuda
+from distlab.hardware import machine
 from distlab.run import Run
 from zero.config_check import Plan, check
 from zero.engine import read_config
 from zero.known_keys import MICRO
+from zero.messages import read_log
 
 PRESETS: dict[str, dict[str, object]] = {"smoke": {}, "laptop": {}, "gpu": {}}
 
@@ -47,11 +46,9 @@ def parse_args(argv: list[str] | None) -> Namespace:
         help="stages of the script's PipelineModule",
     )  # fmt: skip
     parser.add_argument(
-        "--client-optimizer", action="store_true", help="the script gives initialize an optimizer"
+        "--client-optimizer", action="store_true", help="the script makes the optimizer"
     )
-    parser.add_argument(
-        "--trainer", action="store_true", help="the script is Hugging Face's Trainer"
-    )
+    parser.add_argument("--trainer", action="store_true", help="it is Hugging Face's Trainer")
     parser.add_argument("--device", choices=["cpu", "cuda"], help="that the job runs on")
     parser.add_argument("--log", metavar="FILE", help="what a job with this config wrote")
     return parser.parse_args(argv)
@@ -61,24 +58,20 @@ def report(run: Run, args: Namespace) -> int:
     config = read_config(args.config, flag="FILE")
     if args.micro_batch:
         config[MICRO] = args.micro_batch
-    device = args.device or ("cuda" if has_cuda() else "cpu")
+    here = machine()
+    device = args.device or ("cuda" if here.gpus else "cpu")
+    card = here.gpus[0].memory_bytes if device == "cuda" and here.gpus else None
     plan = Plan(
         config, args.world_size, device, args.pipeline_stages, args.client_optimizer,
-        args.trainer, read_log(args.log) if args.log else "",
+        args.trainer, read_log(args.log, "--log") if args.log else "",
+        memory=card or here.memory_bytes,
     )  # fmt: skip
-    findings = check(plan)
+    findings = [str(finding) for finding in check(plan)]
     for finding in findings:
-        run.print(str(finding))
+        run.print(finding)
     run.print(f"{len(findings) or 'no'} finding{'s' * (len(findings) != 1)}")
-    run.extra(findings=[str(finding) for finding in findings])
+    run.extra(findings=findings)
     return 1 if findings else 0
-
-
-def read_log(path: str) -> str:
-    try:
-        return Path(path).read_text(encoding="utf-8", errors="replace")
-    except OSError as error:
-        raise UsageError(f"--log {path}: {error.strerror}; give a file that a job wrote") from None
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ mistake it finds: what it is; the remedy. `FINDINGS` are all of them.
 """
 
 import difflib
+import math
 import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -14,12 +15,13 @@ from typing import Any
 
 import psutil
 
+from distlab.host import usable_memory
 from zero import messages, operators
 from zero.known_keys import BATCH, MICRO, TOTAL, ask_deepspeed
 
 IN_MEMORY = ("tmpfs", "ramfs", "devtmpfs")
 BUCKETS = ("reduce_bucket_size", "allgather_bucket_size", "stage3_prefetch_bucket_size")
-LAST_OF_SCALES = 5.0  # an initial loss scale of 2^5 can be halved five times before it is 1
+HALVINGS = 5  # of the loss scale, that a healthy run may need before it has found its own
 
 
 @dataclass(frozen=True)
@@ -34,7 +36,7 @@ class Plan:
     trainer: bool = False  # the script is Hugging Face's Trainer
     log: str = ""
     extensions: Path = field(default_factory=operators.folder)
-    memory: int = field(default_factory=lambda: psutil.virtual_memory().total)  # of a rank's device
+    memory: int = field(default_factory=usable_memory)  # of a rank's device, bytes
 
     def section(self, *names: str) -> dict[str, Any]:
         """A part of the config; empty where it is missing, or no section."""
@@ -104,7 +106,7 @@ def batch_sizes(plan: Plan) -> Iterator[str]:
         yield f"{wrong[0]} {plan.config[wrong[0]]!r} is no whole number of at least 1; give one"
         return
     total, micro, accumulate = given
-    ranks = plan.world_size // plan.pipeline_stages
+    ranks = max(1, plan.world_size // plan.pipeline_stages)
     if total is None and micro is None:
         yield f"neither {TOTAL} nor {MICRO} is given; give one of them"
         return
@@ -172,10 +174,10 @@ def loss_scale(plan: Plan) -> Iterator[str]:
         return
     if fixed:
         yield f"fp16.loss_scale {fixed} never falls when gradients overflow; use 0, which adapts"
-    elif least > 0 and 2.0 ** (power - LAST_OF_SCALES) < least:
+    elif least > 0 and power - HALVINGS < math.log2(least):
         yield (
-            f"fp16.initial_scale_power {power} leaves fewer than 5 halvings above min_loss_scale "
-            f"{least}; use 16 and 1"
+            f"fp16.initial_scale_power {power} leaves fewer than {HALVINGS} halvings above "
+            f"min_loss_scale {least}; use 16 and 1"
         )
 
 

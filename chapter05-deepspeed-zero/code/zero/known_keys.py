@@ -122,12 +122,14 @@ def _fields(title: str, path: list[str]) -> set[str]:
     """The keys of a pydantic model of DeepSpeed's, or of one that `path` leads to in it."""
     from deepspeed.runtime.config_utils import DeepSpeedConfigModel
 
-    model = next(one for one in _below(DeepSpeedConfigModel) if one.__name__ == title)
+    model = next((one for one in _below(DeepSpeedConfigModel) if one.__name__ == title), None)
     for name in path:
-        kinds = [model.model_fields[name].annotation]
-        kinds += typing.get_args(kinds[0])
-        model = next(one for one in kinds if isinstance(one, type) and hasattr(one, "model_fields"))
-    return {field.alias or name for name, field in model.model_fields.items()}
+        fields = getattr(model, "model_fields", {})
+        kind = fields[name].annotation if name in fields else None
+        kinds = [kind, *typing.get_args(kind)]
+        model = next((one for one in kinds if hasattr(one, "model_fields")), None)
+    fields = getattr(model, "model_fields", {})
+    return {field.alias or name for name, field in fields.items()}
 
 
 def _below(kind: Any) -> Iterator[Any]:

@@ -3,7 +3,9 @@
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
+from distlab.errors import UsageError
 from zero import operators
 
 
@@ -59,6 +61,13 @@ MESSAGES = (
         "every rank calls save_checkpoint, and what else is collective",
     ),
 )  # fmt: skip
+
+
+def read_log(path: str, flag: str) -> str:
+    try:
+        return Path(path).read_text(encoding="utf-8", errors="replace")
+    except OSError as error:
+        raise UsageError(f"{flag} {path}: {error.strerror}; give what a job wrote") from None
 
 
 def found_in(log: str) -> Iterator[tuple[Message, str]]:
