@@ -58,30 +58,25 @@ def rehearse(trouble: Trouble, cured: bool, collective_s: float) -> Outcome:
         folder = Path(name)
         trouble.prepare(folder, cured)
         extensions = operators.folder() if trouble.needs else folder
-        config = trouble.good if cured else trouble.bad
-        plan = Plan(config, trouble.ranks, extensions=extensions, **trouble.plan)
+        plan = Plan(trouble.config(cured), trouble.ranks, extensions=extensions, **trouble.plan)
         before = check(plan)
         started = time.monotonic()
-        symptom = _run(trouble.name, cured, folder, extensions, collective_s)
+        symptom = _run(trouble, cured, folder, extensions, collective_s)
         seconds = time.monotonic() - started
-        log = "".join(
-            path.read_text(encoding="utf-8", errors="replace")
-            for path in sorted(folder.glob("rank*.log"))
-        )
-    known = next(messages.found_in(log), None)
-    if symptom and known:
-        symptom = known[1]
-    if before and (symptom or cured):
-        return Outcome(symptom or str(before[0]), seconds, f"{BY_CHECK}: {before[0].name}")
-    if not symptom:
-        return Outcome("", seconds)
-    found_by = f"{BY_LOG}: {known[0].name}" if known else BY_COUNT
-    return Outcome(symptom, seconds, found_by)
+        logs = [path.read_text("utf-8", "replace") for path in sorted(folder.glob("rank*.log"))]
+    known = next(messages.found_in("".join(logs)), None) if symptom else None
+    if before:
+        found_by = f"{BY_CHECK}: {before[0].name}"
+    elif known:
+        found_by = f"{BY_LOG}: {known[0].name}"
+    else:
+        found_by = BY_COUNT if symptom else ""
+    return Outcome(known[1] if known else symptom, seconds, found_by)
 
 
-def _run(name: str, cured: bool, folder: Path, extensions: Path, collective_s: float) -> str:
-    trouble = TROUBLES[name]
-    arguments = (name, cured, folder, extensions, collective_s)
+def _run(trouble: Trouble, cured: bool, folder: Path, extensions: Path, collective_s: float) -> str:
+    """What the job showed: what a rank returned, or the last line of its error; "" if nothing."""
+    arguments = (trouble.name, cured, folder, extensions, collective_s)
     try:
         told = spawn(_on_rank, trouble.ranks, *arguments, timeout_s=LIMIT_S)
     except RunError as error:
@@ -98,9 +93,8 @@ def _on_rank(
     os.environ["TORCH_EXTENSIONS_DIR"] = str(extensions)
     distributed_c10d._set_pg_timeout(timedelta(seconds=collective_s))
     trouble = TROUBLES[name]
-    config = trouble.good if cured else trouble.bad
     try:
-        return trouble.act(Case(job, config, cured, folder, _end_waiting_after))
+        return trouble.act(Case(job, trouble.config(cured), cured, folder, _end_waiting_after))
     except Exception:
         traceback.print_exc()
         raise

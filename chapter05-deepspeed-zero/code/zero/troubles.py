@@ -76,6 +76,9 @@ class Trouble:
     plan: Mapping[str, Any] = field(default_factory=dict)
     prepare: Callable[[Path, bool], None] = lambda folder, cured: None
 
+    def config(self, cured: bool) -> Config:
+        return self.good if cured else self.bad
+
 
 def trouble(bad: Config, cure: str, good: Config | None = None, **rest: Any) -> Callable[..., Any]:
     def keep(act: Callable[[Case], str]) -> Callable[[Case], str]:
