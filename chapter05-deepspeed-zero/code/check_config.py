@@ -48,7 +48,9 @@ def parse_args(argv: list[str] | None) -> Namespace:
     parser.add_argument(
         "--client-optimizer", action="store_true", help="the script makes the optimizer"
     )
-    parser.add_argument("--trainer", action="store_true", help="it is Hugging Face's Trainer")
+    parser.add_argument(
+        "--auto-filled", action="store_true", help='it replaces "auto", as the Trainer does'
+    )
     parser.add_argument("--device", choices=["cpu", "cuda"], help="that the job runs on")
     parser.add_argument("--log", metavar="FILE", help="what a job with this config wrote")
     return parser.parse_args(argv)
@@ -63,7 +65,7 @@ def report(run: Run, args: Namespace) -> int:
     card = here.gpus[0].memory_bytes if device == "cuda" and here.gpus else None
     plan = Plan(
         config, args.world_size, device, args.pipeline_stages, args.client_optimizer,
-        args.trainer, read_log(args.log, "--log") if args.log else "",
+        args.auto_filled, read_log(args.log, "--log") if args.log else "",
         memory=card or here.memory_bytes,
     )  # fmt: skip
     findings = [str(finding) for finding in check(plan)]

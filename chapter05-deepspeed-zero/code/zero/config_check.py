@@ -33,7 +33,7 @@ class Plan:
     device: str = "cpu"
     pipeline_stages: int = 1
     client_optimizer: bool = False  # the script gives deepspeed.initialize an optimizer
-    trainer: bool = False  # the script is Hugging Face's Trainer
+    auto_filled: bool = False  # the script replaces "auto" values, as Hugging Face's Trainer does
     log: str = ""
     extensions: Path = field(default_factory=operators.folder)
     memory: int = field(default_factory=usable_memory)  # of a rank's device, bytes
@@ -128,8 +128,11 @@ def _positive_or_none(value: Any) -> bool:
 
 def automatic_values(plan: Plan) -> Iterator[str]:
     """Hugging Face's Trainer replaces them by its own arguments; DeepSpeed takes them for text."""
-    if not plan.trainer and (names := sorted(_having(plan.config, "auto"))):
-        yield f'"auto" in {", ".join(names)} means something to the Trainer only; give numbers'
+    if not plan.auto_filled and (names := sorted(_having(plan.config, "auto"))):
+        yield (
+            f'"auto" in {", ".join(names)}: a script such as the Trainer replaces it, and DeepSpeed '
+            "does not; give numbers, or --auto-filled where the script does"
+        )
 
 
 def _having(config: Mapping[str, Any], wanted: str, path: str = "") -> Iterator[str]:
@@ -268,8 +271,9 @@ def bucket_sizes(plan: Plan) -> Iterator[str]:
     for name in BUCKETS:
         elements = plan.zero.get(name)
         if isinstance(elements, (int, float)) and elements * width > plan.memory:
+            size = min(elements, 10**18) * width / 1e9
             yield (
-                f"zero_optimization.{name} {elements:g} is {elements * width / 1e9:.0f} GB, "
+                f"zero_optimization.{name} {elements} is {size:.0f} GB, "
                 f"and a rank's device has {plan.memory / 1e9:.0f} GB; use 5e8 or less"
             )
 

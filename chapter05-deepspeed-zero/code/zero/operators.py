@@ -6,7 +6,6 @@ end. Here `python3 scripts/lab.py env deepspeed` compiles them beforehand, and j
 made: no compiler, no lock and no wait.
 """
 
-import ctypes
 import importlib.util
 import os
 import shutil
@@ -71,8 +70,6 @@ def use(*names: str, flag: str) -> None:
             continue
         try:
             OpBuilder._loaded_ops[name] = _loaded(name)
-            if name == PINNED:  # async_io takes its symbols, and is linked to nothing that has them
-                ctypes.CDLL(str(library(name)), mode=ctypes.RTLD_GLOBAL)
         except ImportError as error:
             raise RunError(f"{library(name)} does not load here ({error}); {CURE} anew") from error
 
