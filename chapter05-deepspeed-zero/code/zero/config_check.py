@@ -130,8 +130,8 @@ def automatic_values(plan: Plan) -> Iterator[str]:
     """Hugging Face's Trainer replaces them by its own arguments; DeepSpeed takes them for text."""
     if not plan.auto_filled and (names := sorted(_having(plan.config, "auto"))):
         yield (
-            f'"auto" in {", ".join(names)}: a script such as the Trainer replaces it, and DeepSpeed '
-            "does not; give numbers, or --auto-filled where the script does"
+            f'"auto" in {", ".join(names)}: some scripts replace it, as the Trainer does, and '
+            "DeepSpeed does not; give numbers, or --auto-filled where the script does"
         )
 
 
