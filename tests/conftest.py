@@ -106,7 +106,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: LONG.index(item.path.name) if item.path.name in LONG else len(LONG))
 
 
-ENVIRONMENT_OF = {"vllm_python": "vllm", "bench_python": "bench", "triton_packages": "triton"}
+ENVIRONMENT_OF = {
+    "vllm_python": "vllm",
+    "bench_python": "bench",
+    "triton_packages": "triton",
+    "deepspeed_operators": "deepspeed",
+}
 
 
 @pytest.hookimpl(wrapper=True, tryfirst=True)  # before pytest-timeout's clock starts

@@ -13,6 +13,8 @@ import copy
 import json
 import logging
 import os
+import warnings
+from argparse import Namespace
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,10 +25,15 @@ from torch import Tensor, nn
 
 from distlab.errors import UsageError
 from distlab.measure import tensor_bytes
+from distlab.model import Llama, config_from_args, model_from_args
 from distlab.runtime import Runtime
 from zero import operators
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
+NEVER = 10**9  # steps: the engine does not print
+PARTITIONS = (  # where the optimizer has its gradients, in stages 1 and 2, and in 3
+    "averaged_gradients", "_DeepSpeedZeroOptimizer_Stage3__param_id_to_grad_partition",
+)  # fmt: skip
 OFFLOADED = ("offload_optimizer", "offload_param")
 
 
@@ -40,6 +47,8 @@ def load() -> Any:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     os.environ.setdefault("DEEPSPEED_LOG_LEVEL", "error")
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    for renamed in ("all_gather_into_tensor", "reduce_scatter_tensor"):  # in torch 2.13
+        warnings.filterwarnings("ignore", f".*{renamed}. is deprecated", FutureWarning)
     import deepspeed
 
     deepspeed.utils.logger.setLevel(logging.ERROR)
@@ -119,11 +128,73 @@ def stage_config(
         "gradient_clipping": clip,
         "optimizer": {"type": "AdamW", "params": {"lr": learning_rate, "torch_adam": True}},
         "zero_optimization": {"stage": stage, **zero},
-        "steps_per_print": 10**9,
+        "steps_per_print": NEVER,
     }
     if dtype == "bfloat16":
         config["bf16"] = {"enabled": True}
     return config
+
+
+def fill(config: Mapping[str, Any], args: Namespace, job: Runtime) -> dict[str, Any]:
+    """The config with each "auto" replaced by what the flags say.
+
+    Raises `UsageError` where it has a number of its own that contradicts a flag.
+    """
+    flags: dict[str, tuple[str, Any]] = {
+        "train_batch_size": ("--batch-size", args.batch_size),
+        "gradient_accumulation_steps": ("--accumulate", args.accumulate),
+        "gradient_clipping": ("--clip", args.clip),
+        "lr": ("--learning-rate", args.learning_rate),
+        "weight_decay": ("--weight-decay", args.weight_decay),
+    }
+
+    def filled(section: Mapping[str, Any]) -> dict[str, Any]:
+        found = {}
+        for key, value in section.items():
+            if isinstance(value, dict):
+                found[key] = filled(value)
+                continue
+            flag, wanted = flags.get(key, ("", value))
+            if value not in ("auto", wanted):
+                raise UsageError(
+                    f'--config {args.config}: {key} is {value}, and {flag} {wanted}; write "auto" '
+                    f"there, or use {flag} {value}"
+                )
+            found[key] = wanted
+        return found
+
+    settings = {"steps_per_print": NEVER, **filled(config)}
+    settings.setdefault("zero_optimization", {}).setdefault("stage", 0)
+    if args.dtype == "bfloat16":
+        settings["bf16"] = {"enabled": True}
+    elif args.dtype == "float16":
+        settings["fp16"] = {"enabled": True}
+    return settings
+
+
+def new_model(args: Namespace, config: Mapping[str, Any], job: Runtime) -> Llama:
+    """The model of the flags and --seed; in stage 3 no rank ever holds more than a part of it.
+
+    `zero.Init` divides each parameter as soon as it is made. What the model's own initialisation
+    writes is then lost, so rank 0 draws the same numbers again, parameter by parameter.
+    """
+    torch.manual_seed(args.seed)
+    if config["zero_optimization"]["stage"] < 3:
+        return model_from_args(args, job.device)
+    zero = join(job).zero
+    with zero.Init(config_dict_or_path=copy.deepcopy(dict(config)), mem_efficient_linear=False):
+        model = Llama(config_from_args(args))
+    torch.manual_seed(args.seed)
+    for module in model.modules():  # the numbers that torch draws as it makes a module
+        if isinstance(module, nn.Linear):
+            nn.Linear(module.in_features, module.out_features, bias=False)
+        elif isinstance(module, nn.Embedding):
+            nn.Embedding(module.num_embeddings, module.embedding_dim)
+    for name, parameter in model.named_parameters():
+        with zero.GatheredParameters([parameter], modifier_rank=0), torch.no_grad():
+            if job.is_main:
+                model.initialise(name, parameter)
+    return model
 
 
 def held(engine: Any) -> dict[str, int]:
@@ -134,7 +205,7 @@ def held(engine: Any) -> dict[str, int]:
     """
     optimizer = engine.optimizer
     inner = getattr(optimizer, "optimizer", optimizer)
-    weights = [_local(p) for p in engine.module.parameters()]
+    weights = [t for p in engine.module.parameters() for t in _local(p)]
     gradients = [*_gradients(engine)]
     moments = [
         value
@@ -143,6 +214,7 @@ def held(engine: Any) -> dict[str, int]:
         if isinstance(value, Tensor)
     ]
     masters = [p.detach() for group in inner.param_groups for p in group["params"]]
+    masters += getattr(optimizer, "fp32_partitioned_groups_flat", [])  # stage 3's, of its own
     kinds = {"weights": weights, "gradients": gradients, "moments": moments, "master": masters}
     seen: list[Tensor] = []
     found, before = {}, 0
@@ -153,22 +225,20 @@ def held(engine: Any) -> dict[str, int]:
     return found
 
 
-def _local(parameter: nn.Parameter) -> Tensor:
-    """What is here of a parameter: of stage 3's, this rank's part."""
-    return getattr(parameter, "ds_tensor", parameter).detach()
+def _local(parameter: Any) -> list[Tensor]:
+    """What is here of a parameter; of stage 3's this rank's part, and the whole if it is there."""
+    parts = [parameter.ds_tensor] if hasattr(parameter, "ds_tensor") else []
+    return [tensor.detach() for tensor in (parameter, *parts)]
 
 
 def _gradients(engine: Any) -> Iterator[Tensor]:
+    """Whole ones of the module, and the optimizer's of this rank's partitions."""
     optimizer = engine.optimizer
-    for parameter in engine.module.parameters():
-        if parameter.grad is not None:
-            yield parameter.grad
-    for name in (
-        "averaged_gradients",
-        "_DeepSpeedZeroOptimizer_Stage3__param_id_to_grad_partition",
-    ):
+    yield from (p.grad for p in engine.module.parameters() if p.grad is not None)
+    for name in PARTITIONS:
         for value in (getattr(optimizer, name, None) or {}).values():
-            yield from [value] if isinstance(value, Tensor) else filter(None.__ne__, value)
+            several = value if isinstance(value, list) else [value]
+            yield from (tensor for tensor in several if isinstance(tensor, Tensor))
     flat = getattr(optimizer, "grad_partitions_flat_buffer", None)
     if isinstance(flat, Tensor):
         yield flat

@@ -6,6 +6,7 @@ end. Here `python3 scripts/lab.py env deepspeed` compiles them beforehand, and j
 made: no compiler, no lock and no wait.
 """
 
+import ctypes
 import importlib.util
 import os
 import shutil
@@ -79,4 +80,6 @@ def _loaded(name: str) -> object:
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
+    if name == PINNED:  # async_io takes some of its functions
+        ctypes.CDLL(str(library(name)), mode=ctypes.RTLD_GLOBAL)
     return module

@@ -11,9 +11,7 @@ K-th of these to keep, its *partition*, and fetches the rest when it is needed:
     zero = Zero(model, units=model.model.layers, stage=2)
     optimizer = torch.optim.AdamW(zero.partitions)
     model(inputs, targets=targets).backward()
-    zero.reduce()              # the gradients of this rank's partitions are there now
-    optimizer.step()
-    zero.gather()              # and the weights that the others have updated
+    zero.step(optimizer)       # of this rank's partitions; and the others' new weights come
 
 A parameter server whose shards lie on the workers does just this (chapter 3).
 `zero_from_scratch.py` proves that it trains as DeepSpeed does, and counts what it keeps and sends.
@@ -41,7 +39,7 @@ class Zero:
     `dtype` the module computes in that type, and the partitions that the optimizer updates are
     float32 copies: mixed precision, as in the paper. Rank 0's weights are everybody's. In stages 2
     and 3 every backward's gradient is reduced and added to the partition's; in 0 and 1 whole
-    gradients add up until `reduce`. Frozen parameters stay as they are.
+    gradients add up until the step. Frozen parameters stay as they are.
     """
 
     def __init__(
@@ -69,27 +67,33 @@ class Zero:
             part.register_full_backward_pre_hook(lambda *_: unit.gather())
 
     def reduce(self) -> None:
-        """Complete the gradients of the partitions; a unit that no backward reached gets none."""
+        """Complete the gradients of this rank's parts; a unit that no backward reached has none."""
         for unit in self.units:
             unit.reduce()
 
     @torch.no_grad()
-    def gather(self) -> None:
-        """Put the updated partitions back into the weights that the module computes with."""
+    def step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Update this rank's partitions, and give the weights that follow to everyone."""
+        self.reduce()
+        for unit in self.units:
+            unit.partition.grad = None if unit.gradient is None else unit.gradient.float()
+            unit.gradient = None
+        optimizer.step()
+        optimizer.zero_grad()
         for unit in self.units:
             unit.update()
 
     @torch.no_grad()
-    def whole(self, of: Callable[[nn.Parameter], Tensor | None]) -> dict[str, Tensor]:
-        """What belongs to each partition, such as its gradient, as whole tensors by name.
+    def whole(self, of: "Callable[[Unit], Tensor | None]") -> dict[str, Tensor]:
+        """What belongs to each unit's part, such as its gradient, as whole tensors by name.
 
-        `of(partition)` None leaves its parameters out. Every rank calls it.
+        `of(unit)` None leaves its parameters out. Every rank calls it.
         """
         found: dict[str, Tensor] = {}
         for unit in self.units:
-            part = of(unit.partition)
+            part = of(unit)
             if part is not None:
-                found.update(unit.views(unit.put_together(part.contiguous())))
+                found.update(unit.views(unit.put_together(part.detach())))
         return found
 
 
@@ -104,6 +108,7 @@ class Unit:
         self.shapes = {name: p.shape for name, p in named.items()}
         self.sizes = [p.numel() for p in named.values()]
         self.waiting = len(named)  # parameters whose gradient this backward has not completed
+        self.gradient: Tensor | None = None  # of this rank's part: the mean over the ranks
         if not named:
             return
         self.part = -(-sum(self.sizes) // self.ranks)
@@ -167,7 +172,7 @@ class Unit:
 
     @torch.no_grad()
     def reduce(self) -> None:
-        """Add the mean over the ranks of this rank's part to the partition's gradient."""
+        """Add this rank's part of the gradient, the mean over the ranks, to what is there."""
         self.waiting = len(self.named)
         gradients = [p.grad for p in self.named.values()]
         if all(gradient is None for gradient in gradients):
@@ -179,8 +184,7 @@ class Unit:
         for parameter in self.named.values():
             parameter.grad = None
         mean = self._mean_of_own_part(whole)
-        before = self.partition.grad
-        self.partition.grad = mean if before is None else before + mean
+        self.gradient = mean if self.gradient is None else self.gradient + mean
         if self.stage == 3:
             self.free()
 
@@ -188,10 +192,11 @@ class Unit:
         """A reduce-scatter; by an all-to-all and a sum, since gloo's own sends twice as much."""
         if self.stage == 0:
             dist.all_reduce(whole, group=self.group)
-            return whole.float() / self.ranks
+            return whole.div_(self.ranks)
         parts = torch.empty_like(whole)
         dist.all_to_all_single(parts, whole, group=self.group)
-        return parts.view(self.ranks, -1).sum(0, dtype=torch.float32) / self.ranks
+        total = parts.view(self.ranks, -1).sum(0, dtype=torch.float32)
+        return total.div_(self.ranks).to(whole.dtype)
 
     def update(self) -> None:
         """After the optimizer's step: the weights to compute with, from all partitions."""
