@@ -2,11 +2,14 @@
 
 import json
 import sys
+from pathlib import Path
 
 import troubleshoot
+from distlab import script
 from distlab.process import run_command
 from zero import messages
 from zero.rehearsal import BY_CHECK, BY_COUNT, BY_LOG
+from zero.troubles import TROUBLES
 
 # what finds it, and what is seen of it
 FOUND = {
@@ -29,17 +32,38 @@ FOUND = {
 }
 
 
-def test_each_error_is_caused_found_and_cured(tmp_path):
-    path = tmp_path / "record.json"
+def rehearsed(folder: Path, names: list[str]) -> tuple[dict[str, str], dict[str, list]]:
+    """Of each error what the script says that it is found by, and its row."""
+    path = folder / "record.json"
     command = [sys.executable, troubleshoot.__file__, "--preset", "laptop", "--timeout", "3"]
-    done = run_command([*command, "--json", str(path)], timeout_s=300)
+    done = run_command([*command, "--json", str(path), "--only", *names], timeout_s=300)
     assert (done.status, done.left_running) == (0, ()), done.stdout + done.stderr
     record = json.loads(path.read_text(encoding="utf-8"))
-    assert record["diagnoses"] == {name: found_by for name, (found_by, _) in FOUND.items()}
-    for (_, seen, _, _, cure), (_, says) in zip(
-        record["tables"]["troubles"]["rows"], FOUND.values(), strict=True
-    ):
-        assert says in seen and cure
+    return record["diagnoses"], dict(zip(names, record["tables"]["troubles"]["rows"], strict=True))
+
+
+def assert_found(folder: Path, names: list[str]) -> None:
+    diagnoses, rows = rehearsed(folder, names)
+    assert diagnoses == {name: FOUND[name][0] for name in names}
+    assert all(FOUND[name][1] in row[1] for name, row in rows.items()), rows
+
+
+def test_each_error_is_caused_found_and_cured(tmp_path):
+    assert FOUND.keys() == set(troubleshoot.ALL)
+    assert_found(tmp_path, [name for name in FOUND if not TROUBLES[name].needs])
+
+
+def test_those_that_need_operators_too(tmp_path, deepspeed_operators):
+    assert_found(tmp_path, [name for name in FOUND if TROUBLES[name].needs])
+
+
+def test_an_operator_that_is_not_built_is_one_line(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    argv = ["--preset", "smoke", "--only", "nvme_folder"]
+    assert script.status_of(lambda: troubleshoot.main(argv)) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: --only nvme_folder needs the operator cpu_adam; ")
+    assert error.count("\n") == 1
 
 
 def test_an_unknown_name_is_one_line(capsys):
