@@ -131,7 +131,8 @@ def by_torch(
 def sharded(model: Llama, reshard: bool) -> nn.Module:
     for layer in model.model.layers:
         fully_shard(layer, reshard_after_forward=reshard)
-    return fully_shard(model, reshard_after_forward=False)
+    fully_shard(model, reshard_after_forward=False)
+    return model
 
 
 def by_config(name: str, model: Llama, args: Namespace, job: Runtime) -> Training:

@@ -7,10 +7,11 @@ made: no compiler, no lock and no wait.
 """
 
 import ctypes
-import importlib.util
 import os
 import shutil
 import sys
+from importlib.machinery import ExtensionFileLoader
+from importlib.util import module_from_spec, spec_from_loader
 from pathlib import Path
 from typing import Any
 
@@ -76,10 +77,11 @@ def use(*names: str, flag: str) -> None:
 
 
 def _loaded(name: str) -> object:
-    spec = importlib.util.spec_from_file_location(name, library(name))
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    loader = ExtensionFileLoader(name, str(library(name)))
+    spec = spec_from_loader(name, loader)
+    assert spec is not None
+    module = module_from_spec(spec)
+    loader.exec_module(module)
     if name == PINNED:  # async_io takes some of its functions
         ctypes.CDLL(str(library(name)), mode=ctypes.RTLD_GLOBAL)
     return module

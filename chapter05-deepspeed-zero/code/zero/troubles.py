@@ -128,16 +128,6 @@ def misspelt_key(case: Case) -> str:
     return f"{engine.global_steps} optimizer steps in 4 micro-batches, not 1"
 
 
-@trouble(
-    bad={**config(), TOTAL: "auto"},
-    good=config(),
-    cure="numbers: only Hugging Face's Trainer fills these in",
-)
-def automatic_values(case: Case) -> str:
-    case.train(case.begin())
-    return ""
-
-
 @trouble(bad=config(stage=2), good=config(stage=1), cure="stage 1", plan={"pipeline_stages": 2})
 def pipeline_with_stage_2(case: Case) -> str:
     pipe = join(case.job).pipe
