@@ -15,7 +15,6 @@ from zero.troubles import TROUBLES
 FOUND = {
     "batch_sizes": (f"{BY_CHECK}: batch sizes", "train_batch_size is not equal"),
     "misspelt_key": (f"{BY_CHECK}: unknown keys", "4 optimizer steps in 4 micro-batches, not 1"),
-    "automatic_values": (f"{BY_CHECK}: automatic values", "'str' and 'int'"),
     "pipeline_with_stage_2": (f"{BY_CHECK}: pipeline", "incompatible with pipeline parallelism"),
     "optimizer_twice": (f"{BY_CHECK}: optimizer twice", "rate 0.1, not the config's 0.001"),
     "operator_missing": (f"{BY_CHECK}: operator missing", "cpu_adam op"),
