@@ -14,6 +14,7 @@ from ddp.checkpoints import Checkpoints as Replicated
 from ddp.training_state import check_same_optimizer
 from distlab import model as house
 from distlab import script
+from distlab.checkpoint_files import hash_file, write_manifest
 from distlab.errors import RunError, UsageError
 from distlab.model import SIZES, Llama
 from distlab.model_config import ModelConfig, config_to_json
@@ -146,18 +147,19 @@ def through_deepspeed(job, folder, made):
             tag = migration.found(made / f"zero{stage}")[f"zero{stage}"]
             migrated_runs.to_universal(tag, made / f"converted{stage}")
     job.barrier()
-    return refused(job, made, 2, 3), refused(job, made, 3, 2), unmended(job, made / "converted3")
+    crossed = refused(job, made, 2, by=3), refused(job, made, 3, by=2)
+    return crossed, unmended(job, made / "converted3")
 
 
 def refused(job, made, of, by):
-    """What DeepSpeed's stage `by` says of what its converter made of stage `of`."""
+    """The error that DeepSpeed's stage `by` says of what its converter made of stage `of`."""
     state = state_of()
     with engine_of(*deepspeed_files.parts_for(state, by, job, universal=True)) as engine:
         try:
             engine.load_checkpoint(str(made / f"converted{of}"))
         except Exception as error:
             return type(error).__name__
-    return None
+    return "loads"
 
 
 def unmended(job, folder):
@@ -169,23 +171,32 @@ def unmended(job, folder):
         return decays, steps[0] is steps[1]
 
 
-@pytest.mark.parametrize("ranks", [1, 3])
-def test_deepspeed_loads_what_we_write_at_every_stage_and_we_read_what_it_saves(ranks, tmp_path):
+def test_deepspeed_loads_what_we_write_at_every_stage_and_we_read_what_it_saves(tmp_path):
     state = state_of()
     deepspeed_files.write_universal(state, tmp_path / "universal")
-    args = (tmp_path / "universal", tmp_path)
-    first, second, (decays, is_shared) = spawn(through_deepspeed, ranks, *args, timeout_s=LIMIT_S)[
-        0
-    ]
-    for kind, folder in {
-        "zero1": "zero1", "zero2": "zero2", "zero3": "zero3",
-        "universal": "converted2", "universal ": "converted3",
-    }.items():  # fmt: skip
-        assert differing(state, migration.read(kind.strip(), tmp_path / folder, CONFIG)) == []
-    # What DeepSpeed calls universal is not: neither stage's is the other's, and stage 3 has one
-    # group's settings and one counter for both groups. Once this fails, `mend` can go.
-    assert first and second
-    assert decays == [0.1, 0.1] and is_shared
+    [told] = spawn(through_deepspeed, 1, tmp_path / "universal", tmp_path, timeout_s=LIMIT_S)
+    for name in ("zero1", "zero2", "zero3", "converted2", "converted3"):
+        kind = "universal" if "converted" in name else name
+        assert differing(state, migration.read(kind, tmp_path / name, CONFIG)) == [], name
+    # What DeepSpeed calls universal is not: neither stage reads the other's, and stage 3 has the
+    # settings of one group, and one counter, for both. Once this fails, `mend` can go.
+    crossed, (decays, one_counter) = told
+    assert crossed == ("AssertionError", "AssertionError")
+    assert decays == [0.1, 0.1] and one_counter
+
+
+def test_the_command_writes_for_as_many_ranks_as_one_says(tmp_path, capsys):
+    state = state_of()
+    migration.write("ddp", state, tmp_path / "ddp", 1, LIMIT_S)
+    words = ["--from", "ddp", "--to", "zero3", "--ranks", "3", "--preset", "smoke"]
+    folders = ["--input", str(tmp_path / "ddp"), "--output", str(tmp_path / "three")]
+    assert migrate.main([*words, *folders]) == 0
+    assert "job: ddp of step 7 to zero3: weights and moments of" in capsys.readouterr().out
+    tag = tmp_path / "three" / "global_step7"
+    assert len(deepspeed_files.optim_files(tag)) == 3 and deepspeed_files.stage_of(tag) == 3
+    (tag / "zero_pp_rank_1_mp_rank_00_optim_states.pt").unlink()
+    with pytest.raises(RunError, match="has no partition of rank 1"):
+        migration.read("zero3", tmp_path / "three", CONFIG)
 
 
 def test_the_matrix_touches_every_kind_from_and_to():
@@ -220,8 +231,8 @@ def _sign(step):
     """A manifest that fits what is there: an attacker has one too."""
     tree = json.loads((step / "manifest.json").read_text(encoding="utf-8"))
     (step / "manifest.json").unlink()
-    files = {name: migration.hash_file(step / name) for name in tree["files"]}
-    migration.write_manifest(step, tree["step"], files)
+    files = {name: hash_file(step / name) for name in tree["files"]}
+    write_manifest(step, tree["step"], files)
 
 
 def status_and_error(capsys, *words):

@@ -43,7 +43,7 @@ class Plain:
         self.value = value
 
 
-PLAIN = [
+PLAIN: list[Any] = [
     (Plain, f"deepspeed.{name}")
     for name in (
         "utils.tensor_fragment.fragment_address", "runtime.zero.config.ZeroStageEnum",
@@ -56,7 +56,7 @@ def load(path: Path) -> Any:
     """What is in one of DeepSpeed's files. Raises `RunError` for one that is damaged or strange."""
     try:
         with torch.serialization.safe_globals(PLAIN):
-            return torch.load(path, map_location="cpu", weights_only=True)
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
         why = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise RunError(f"{path} cannot be read: {why}") from error
@@ -111,7 +111,7 @@ def read_zero(tag: Path) -> State:
                 for key, whole in {"fp32": flat, **{k: own[k] for k in MOMENTS}}.items():
                     pieces[key][name].append(whole.detach().narrow(0, start, numel))
     groups = [settings_of(group) for group in base["param_groups"]]
-    _check_groups(shapes, groups, states["param_shapes"], is_third)
+    _check_groups(shapes, len(groups), states["param_shapes"])
     whole = {
         key: {name: torch.cat(pieces[key][name]).view(shape) for name, shape in shapes.items()}
         for key in FLAT
@@ -130,17 +130,12 @@ def _places(shapes: dict[str, Any], rank: int, ranks: int) -> dict[str, tuple[in
     return places
 
 
-def _check_groups(
-    shapes: dict[str, Any], groups: list[Any], given: list[Any], is_third: bool
-) -> None:
-    """Raise `RunError` where groups of parameters are not those of the training scripts."""
-    expected = [set(names) for names in names_of_groups(shapes, len(groups))]
-    found = [set(names) for names in given]
-    if is_third:  # a large group is divided there
-        fits = all(any(part <= group for group in expected) for part in found)
-    else:
-        fits = found == expected
-    if not fits:
+def _check_groups(shapes: dict[str, Any], count: int, given: list[Any]) -> None:
+    """Raise `RunError` unless these parts of groups are those of the training scripts, in order;
+    stage 3 divides a large group."""
+    groups = names_of_groups(shapes, count)
+    order = [next((n for n, g in enumerate(groups) if set(part) <= set(g)), -1) for part in given]
+    if order[0] != 0 or order != sorted(order):
         raise RunError("its groups of parameters are not matrices and the rest, nor all in one")
 
 
@@ -233,13 +228,16 @@ def parts_for(
 ) -> tuple[Llama, dict[str, Any], Runtime, list[dict[str, Any]]]:
     """What `engine_of` needs to have the engine of this state's run."""
     model = Llama(state.config)
-    own = dict(model.named_parameters())
-    groups = [
-        {**settings, "params": [own[name] for name in names]}
-        for settings, names in state.named_groups()
-    ]
     config = {**stage_config(stage, 1), "checkpoint": {"load_universal": universal}}
-    return model, config, job, groups
+    return model, config, job, groups_for(state, model)
+
+
+def groups_for(state: State, model: Llama) -> list[dict[str, Any]]:
+    """What an optimizer of `model` is given, with the state's settings."""
+    own = dict(model.named_parameters())
+    return [
+        {**settings, "params": [own[n] for n in names]} for settings, names in state.named_groups()
+    ]
 
 
 def mend(engine: Any, state: State) -> None:

@@ -6,9 +6,9 @@ The batches are the same at every number of ranks, which divide them: so the los
 import contextlib
 import io
 from argparse import Namespace
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -29,37 +29,41 @@ from zero.state import MOMENTS, State, anew, settings_of
 BATCH, SEQUENCE = 12, 16  # 12 sequences are shared out to 1, 2, 3 and 4 ranks
 BEFORE, AFTER = 3, 10  # steps up to the checkpoint, and compared after it
 SETTINGS = {"lr": 1e-2, "betas": (0.9, 0.95), "weight_decay": 0.1}
+UNMENDED = "universal, not mended"
+Losses = list[float]
+Pair = tuple[str, str]  # from, to
 
 
-class Task(NamedTuple):
-    """Go on from the checkpoint `folder`; one that DeepSpeed is to write it makes of `universal`.
-
-    `stage` is with what a universal checkpoint is read.
-    """
-
-    name: tuple[str, str]
-    kind: str
-    folder: Path
-    universal: Path
-    stage: int
-
-
-def begin(job: Runtime, config: ModelConfig, kinds: list[str], folder: Path) -> Any:
+def begin(job: Runtime, config: ModelConfig, kinds: list[str], folder: Path) -> dict[str, Losses]:
     """Runs of these kinds, saved after `BEFORE` steps: the losses of the `AFTER` that follow."""
     losses = {}
     for kind in kinds:
         torch.manual_seed(0)
-        state = begun(config)
-        if kind in STAGES:
-            losses[kind] = _begin_engine(job, state, STAGES[kind], folder / kind)
-            if kind == "zero1" and job.is_main:
-                to_universal(migration.found(folder / kind)[kind], folder / "universal")
-            continue
-        trained = _Torch(job, state, kind)
-        trained.losses(0, BEFORE)
-        trained.save(folder)
-        losses[kind] = trained.losses(BEFORE, AFTER)
+        with run_of(job, begun(config), kind) as trained:
+            trained.losses(0, BEFORE)
+            trained.save(folder)
+            losses[kind] = trained.losses(BEFORE, AFTER)
     return losses
+
+
+def go_on(job: Runtime, config: ModelConfig, folder: Path, pairs: list[Pair]) -> dict[Pair, Losses]:
+    """The next losses of each that was converted; DeepSpeed's own are written here."""
+    losses = {}
+    for source, target in pairs:
+        made = converted(folder, source, target)
+        if target in STAGES:
+            deepspeed_files.save_zero(job, folder / "between" / source, made, STAGES[target])
+        stage = STAGES.get(source, 2)  # with which a universal one is read
+        ways = [target, UNMENDED] if (source, target) == ("zero3", "universal") else [target]
+        for way in ways:
+            with run_of(job, begun(config), way, stage) as trained:
+                trained.load(made)
+                losses[source, way] = trained.losses(BEFORE, AFTER)
+    return losses
+
+
+def converted(folder: Path, source: str, target: str) -> Path:
+    return folder / "out" / f"{source}_{target}"
 
 
 def begun(config: ModelConfig) -> State:
@@ -70,13 +74,14 @@ def begun(config: ModelConfig) -> State:
     return State(0, 0, weights, anew(weights), groups, fields)
 
 
-def _begin_engine(job: Runtime, state: State, stage: int, folder: Path) -> list[float]:
-    with engine_of(*deepspeed_files.parts_for(state, stage, job)) as engine:
-        _engine_losses(job, engine, 0, BEFORE)
-        tag = f"global_step{BEFORE}"
-        engine.save_checkpoint(str(folder), tag=tag, client_state=state.fields)
-        losses = _engine_losses(job, engine, BEFORE, AFTER)
-    return losses
+@contextlib.contextmanager
+def run_of(job: Runtime, state: State, kind: str, stage: int = 0) -> Iterator[Any]:
+    if kind in ("ddp", "fsdp", "hf"):
+        yield _TorchRun(job, state, kind)
+        return
+    parts = deepspeed_files.parts_for(state, STAGES.get(kind, stage), job, kind not in STAGES)
+    with engine_of(*parts) as engine:
+        yield _EngineRun(job, state, kind, engine)
 
 
 def to_universal(tag: Path, folder: Path) -> None:
@@ -90,80 +95,69 @@ def to_universal(tag: Path, folder: Path) -> None:
         main(args)
 
 
-def go_on(job: Runtime, config: ModelConfig, tasks: list[Task]) -> dict[Any, list[float]]:
-    """The next losses of each; from weights alone the first is what can be compared."""
-    losses = {}
-    for task in tasks:
-        if task.kind in STAGES:
-            deepspeed_files.save_zero(job, task.universal, task.folder, STAGES[task.kind])
-        if task.kind in (*STAGES, "universal"):
-            losses[task.name] = _go_on_engine(job, config, task)
-        else:
-            state = begun(config)
-            trained = _Torch(job, state, task.kind)
-            trained.load(task.folder)
-            losses[task.name] = trained.losses(BEFORE, AFTER)
-    return losses
-
-
-def _go_on_engine(job: Runtime, config: ModelConfig, task: Task) -> list[float]:
-    is_universal = task.kind == "universal"
-    state = begun(config)
-    stage = STAGES.get(task.kind, task.stage)
-    with engine_of(*deepspeed_files.parts_for(state, stage, job, is_universal)) as engine:
-        engine.load_checkpoint(str(task.folder))
-        if is_universal:
-            there = migration.read("universal", task.folder, config)
-            deepspeed_files.mend(engine, there)
-        losses = _engine_losses(job, engine, BEFORE, AFTER)
-    return losses
-
-
-def _engine_losses(job: Runtime, engine: Any, first: int, count: int) -> list[float]:
-    def step(inputs: Tensor, targets: Tensor) -> Tensor:
-        loss = engine(inputs, targets=targets)
-        engine.backward(loss)
-        engine.step()
-        return loss
-
-    return _losses(job, step, engine.module.config.vocab_size, first, count)
-
-
-def _losses(job: Runtime, step: Callable[..., Tensor], words: int, first: int, count: int) -> Any:
-    """Of each step the mean loss over all ranks."""
-    losses = []
-    for number in range(first, first + count):
-        chosen = torch.Generator().manual_seed(number)
-        ids = torch.randint(words, (BATCH, SEQUENCE + 1), generator=chosen)
-        own = ids.chunk(job.world_size)[job.rank].to(job.device)
-        loss = step(own[:, :-1].contiguous(), own[:, 1:].contiguous()).detach().clone()
-        dist.all_reduce(loss)
-        losses.append(loss.item() / job.world_size)
-    return losses
-
-
-class _Torch:
-    """A run under DDP, which `hf` is too, or under `fully_shard`."""
+class _Run:
+    step: Callable[[Tensor, Tensor], Tensor]
 
     def __init__(self, job: Runtime, state: State, kind: str) -> None:
         self.job, self.state, self.kind = job, state, kind
+
+    def losses(self, first: int, count: int) -> Losses:
+        """Of each step the mean loss over all ranks."""
+        losses = []
+        for number in range(first, first + count):
+            chosen = torch.Generator().manual_seed(number)
+            words = self.state.config.vocab_size
+            ids = torch.randint(words, (BATCH, SEQUENCE + 1), generator=chosen)
+            own = ids.chunk(self.job.world_size)[self.job.rank]
+            loss = self.step(own[:, :-1], own[:, 1:]).detach().clone()
+            dist.all_reduce(loss)
+            losses.append(loss.item() / self.job.world_size)
+        return losses
+
+
+class _EngineRun(_Run):
+    """Under DeepSpeed's engine, which reads and writes all itself."""
+
+    def __init__(self, job: Runtime, state: State, kind: str, engine: Any) -> None:
+        super().__init__(job, state, kind)
+        self.engine = engine
+
+    def step(self, inputs: Tensor, targets: Tensor) -> Tensor:
+        loss = self.engine(inputs, targets=targets)
+        self.engine.backward(loss)
+        self.engine.step()
+        return loss
+
+    def save(self, folder: Path) -> None:
+        """Of one of them, also the universal checkpoint that DeepSpeed makes of it."""
+        tag = f"global_step{BEFORE}"
+        self.engine.save_checkpoint(
+            str(folder / self.kind), tag=tag, client_state=self.state.fields
+        )
+        if self.kind == "zero1" and self.job.is_main:
+            to_universal(folder / self.kind / tag, folder / "universal")
+
+    def load(self, folder: Path) -> None:
+        self.engine.load_checkpoint(str(folder))
+        if self.kind == "universal":
+            state = migration.read(self.kind, folder, self.state.config)
+            deepspeed_files.mend(self.engine, state)
+
+
+class _TorchRun(_Run):
+    """Under DDP, as from `hf` too, or under `fully_shard`."""
+
+    def __init__(self, job: Runtime, state: State, kind: str) -> None:
+        super().__init__(job, state, kind)
         self.model = Llama(state.config)
         if kind == "fsdp":
             for layer in self.model.model.layers:
                 fully_shard(layer)
             fully_shard(self.model)
-        own = dict(self.model.named_parameters())
-        groups = [
-            {**settings, "params": [own[name] for name in names]}
-            for settings, names in state.named_groups()
-        ]
-        self.optimizer = torch.optim.AdamW(groups)
+        self.optimizer = torch.optim.AdamW(deepspeed_files.groups_for(state, self.model))
         self.computes = DistributedDataParallel(self.model) if kind != "fsdp" else self.model
 
-    def losses(self, first: int, count: int) -> list[float]:
-        return _losses(self.job, self._step, self.state.config.vocab_size, first, count)
-
-    def _step(self, inputs: Tensor, targets: Tensor) -> Tensor:
+    def step(self, inputs: Tensor, targets: Tensor) -> Tensor:
         loss = self.computes(inputs, targets=targets)
         loss.backward()
         self.optimizer.step()
@@ -172,18 +166,16 @@ class _Torch:
 
     def save(self, folder: Path) -> None:
         """Under DDP rank 0 writes all, and the weights as `hf` too; sharded each rank its part."""
-        self.state.step = self.state.updates = BEFORE
+        state, tensors = self.state, self._tensors()
+        state.step = state.updates = BEFORE
         if self.kind == "fsdp":
             path = folder / "fsdp" / f"step_{BEFORE:08d}"
-            dcp.save(self._tensors(), storage_writer=dcp.FileSystemWriter(path))
+            dcp.save(tensors, storage_writer=dcp.FileSystemWriter(path))
             if self.job.is_main:
-                migration.complete_fsdp(path, self.state, self.job.world_size)
+                migration.complete_fsdp(path, state, self.job.world_size)
         elif self.job.is_main:
-            named = dict(self.model.named_parameters())
-            self.state.weights = {name: p.detach() for name, p in named.items()}
-            values = {name: self.optimizer.state[p] for name, p in named.items()}
-            self.state.moments = {key: {n: v[key] for n, v in values.items()} for key in MOMENTS}
-            migration.write_ddp(self.state, folder / "ddp")
+            state.weights, state.moments = migration.by_kind(tensors)
+            migration.write_ddp(state, folder / "ddp")
             house.save(self.model, folder / "hf")
         self.job.barrier()
 
@@ -192,18 +184,14 @@ class _Torch:
         for parameter in self.model.parameters():
             values = {key: torch.zeros_like(parameter).detach() for key in MOMENTS}
             self.optimizer.state[parameter] = {"step": torch.tensor(0.0), **values}
+        own = self._tensors()
         if self.kind == "fsdp":
-            path = migration.found(folder)["fsdp"]
-            dcp.load(self._tensors(), storage_reader=migration.Reader(path))
+            reader = migration.Reader(migration.found(folder)["fsdp"])
+            dcp.load(own, storage_reader=reader)
             return
         state = migration.read(self.kind, folder, self.state.config)
-        with torch.no_grad():
-            for name, parameter in self.model.named_parameters():
-                parameter.copy_(state.weights[name])
-                values = self.optimizer.state[parameter]
-                values["step"].fill_(state.updates)
-                for key in MOMENTS:
-                    values[key].copy_(state.moments[key][name])
+        for name, tensor in migration.named(state).items():
+            own[name].copy_(tensor)
 
     def _tensors(self) -> dict[str, Tensor]:
         """As chapter 4 names them."""

@@ -17,7 +17,7 @@ import re
 import shutil
 import tempfile
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -26,26 +26,22 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
 
+from distlab import checkpoint_files as files
 from distlab import hf_format
-from distlab.checkpoint_files import (
-    TREE,
-    Damaged,
-    check_file,
-    decode,
-    encode,
-    hash_file,
-    read_files,
-    read_manifest,
-    write_files,
-    write_json,
-    write_manifest,
-)
+from distlab.checkpoint_files import TREE, Damaged
 from distlab.errors import RunError, UsageError
 from distlab.files import sync_folder
 from distlab.model_config import ModelConfig, config_to_json, read_config
 from distlab.spawning import spawn
 from distlab.training.checkpoint_folder import NAME
-from zero import deepspeed_files
+from zero.deepspeed_files import (
+    read_universal,
+    read_zero,
+    refuse_ranks,
+    save_zero,
+    stage_of,
+    write_universal,
+)
 from zero.state import (
     FIELDS,
     MOMENTS,
@@ -78,7 +74,7 @@ def found(folder: Path) -> dict[str, Path]:
     for tag in [folder, *_tagged(folder, "latest"), *_tagged(folder, "latest_universal")]:
         if (tag / "zero" / "optimizer_state.pt").is_file():
             kinds["universal"] = tag
-        elif tag.is_dir() and (stage := deepspeed_files.stage_of(tag)):
+        elif tag.is_dir() and (stage := stage_of(tag)):
             kinds[f"zero{stage}"] = tag
     return kinds
 
@@ -100,11 +96,9 @@ def read(kind: str, folder: Path, config: ModelConfig, flag: str = "--input") ->
             raise UsageError(f"{flag} {folder} holds no checkpoint; name the folder of a run")
         other = next(iter(there))
         raise UsageError(f"{flag} {folder} holds {other}, not {kind}; use --from {other}")
-    readers = {"ddp": read_ddp, "fsdp": read_fsdp, "hf": read_hf}
-    readers |= {"universal": deepspeed_files.read_universal}
     path = there[kind]
     try:
-        return readers.get(kind, deepspeed_files.read_zero)(path).fitted(config)
+        return READERS[kind](path).fitted(config)
     except Damaged as damage:
         raise RunError(f"the checkpoint {path} is damaged: {damage}") from damage
     except (LookupError, TypeError, ValueError, AttributeError) as error:
@@ -116,11 +110,10 @@ def write(kind: str, state: State, folder: Path, ranks: int, timeout_s: float) -
     with new_folder(folder) as scratch:
         made = scratch / "new"
         if kind in STAGES:
-            deepspeed_files.refuse_ranks(state, ranks, STAGES[kind])
+            refuse_ranks(state, ranks, STAGES[kind])
             between = scratch / "universal"
-            deepspeed_files.write_universal(state, between)
-            save = deepspeed_files.save_zero
-            spawn(save, ranks, between, made, STAGES[kind], timeout_s=timeout_s)
+            write_universal(state, between)
+            spawn(save_zero, ranks, between, made, STAGES[kind], timeout_s=timeout_s)
         else:
             WRITERS[kind](state, made)
 
@@ -145,7 +138,7 @@ def new_folder(target: Path, flag: str = "--output") -> Iterator[Path]:
 
 def read_ddp(path: Path) -> State:
     """Chapter 3's optimizer knows parameters by their numbers, group after group."""
-    step, saved = read_files(path)
+    step, saved = files.read_files(path)
     _refuse_optimizer(saved["optimizer_class"])
     weights: Tensors = {}
     for name, tensor in saved["model"].items():  # of a tied tensor the first name
@@ -184,15 +177,15 @@ def write_ddp(state: State, folder: Path) -> None:
         "random": [], "loader": None, "flags": {}, **state.fields,
     }  # fmt: skip
     path = _step_folder(state, folder)
-    write_files(path, state.step, *encode(whole))
+    files.write_files(path, state.step, *files.encode(whole))
 
 
 def read_fsdp(path: Path) -> State:
     """All shards, put together by DCP, after the manifest's sums were verified."""
-    manifest = read_manifest(path)
+    manifest = files.read_manifest(path)
     for name, entry in manifest["files"].items():
-        check_file(path, name, entry)
-    fields = decode(json.loads((path / TREE).read_text(encoding="utf-8")), {})
+        files.check_file(path, name, entry)
+    fields = files.decode(json.loads((path / TREE).read_text(encoding="utf-8")), {})
     _refuse_optimizer(fields["optimizer_class"])
     reader = Reader(path)
     stored = reader.read_metadata().state_dict_metadata
@@ -202,8 +195,7 @@ def read_fsdp(path: Path) -> State:
     }  # fmt: skip
     with warnings.catch_warnings(action="ignore"):  # that this process is alone, as it is
         dcp.load(tensors, storage_reader=reader, no_dist=True)
-    weights = _below(tensors, "model.", "")
-    moments = {key: _below(tensors, "optimizer.", f".{key}") for key in MOMENTS}
+    weights, moments = by_kind(tensors)
     counts = {name: float(step) for name, step in _below(tensors, "optimizer.", ".step").items()}
     groups = [settings_of(group) for group in fields["groups"]]
     kept = {name: fields[name] for name in FIELDS if name in fields}
@@ -212,24 +204,19 @@ def read_fsdp(path: Path) -> State:
 
 def write_fsdp(state: State, folder: Path) -> None:
     """In one file: DCP finds for each rank its parts, whoever wrote them."""
-    count = torch.tensor(float(state.updates))
-    tensors = {f"model.{name}": weight for name, weight in state.weights.items()}
-    for name in state.weights:
-        tensors |= {f"optimizer.{name}.{key}": state.moments[key][name] for key in MOMENTS}
-        tensors[f"optimizer.{name}.step"] = count.clone()
     path = _step_folder(state, folder)
     with warnings.catch_warnings(action="ignore"):
-        dcp.save(dict(tensors), storage_writer=dcp.FileSystemWriter(path), no_dist=True)
+        dcp.save(named(state), storage_writer=dcp.FileSystemWriter(path), no_dist=True)
     complete_fsdp(path, state, ranks=1)
 
 
 def complete_fsdp(path: Path, state: State, ranks: int) -> None:
     """What stands beside DCP's files: the fields, and the manifest with everything's sums."""
-    files = {file.name: hash_file(file) for file in path.iterdir()}
+    listed = {file.name: files.hash_file(file) for file in path.iterdir()}
     fields = {"world_size": ranks, "optimizer_class": "AdamW", "loader": None, "flags": {},
               **state.fields, "groups": state.groups}  # fmt: skip
-    files[TREE] = write_json(path / TREE, encode(fields)[0])
-    write_manifest(path, state.step, files)
+    listed[TREE] = files.write_json(path / TREE, files.encode(fields)[0])
+    files.write_manifest(path, state.step, listed)
 
 
 def read_hf(path: Path) -> State:
@@ -246,9 +233,13 @@ def write_hf(state: State, folder: Path) -> None:
     hf_format.write_directory(folder, config_to_json(state.config), state.weights)
 
 
+READERS: dict[str, Callable[[Path], State]] = {
+    "ddp": read_ddp, "fsdp": read_fsdp, "hf": read_hf, **dict.fromkeys(STAGES, read_zero),
+    "universal": read_universal,
+}  # fmt: skip
 WRITERS = {
     "ddp": write_ddp, "fsdp": write_fsdp, "hf": write_hf,
-    "universal": deepspeed_files.write_universal,
+    "universal": write_universal,
 }  # fmt: skip
 
 
@@ -275,6 +266,22 @@ def _step_folder(state: State, folder: Path) -> Path:
     path = folder / f"step_{state.step:08d}"
     path.mkdir(parents=True)
     return path
+
+
+def named(state: State) -> Tensors:
+    """The tensors as chapter 4 names them."""
+    count = torch.tensor(float(state.updates))
+    tensors = {f"model.{name}": weight for name, weight in state.weights.items()}
+    for name in state.weights:
+        tensors |= {f"optimizer.{name}.{key}": state.moments[key][name] for key in MOMENTS}
+        tensors[f"optimizer.{name}.step"] = count.clone()
+    return tensors
+
+
+def by_kind(tensors: Tensors) -> tuple[Tensors, dict[str, Tensors]]:
+    """Of tensors so named the weights and the moments."""
+    moments = {key: _below(tensors, "optimizer.", f".{key}") for key in MOMENTS}
+    return _below(tensors, "model.", ""), moments
 
 
 def _below(tensors: Tensors, prefix: str, suffix: str) -> Tensors:
