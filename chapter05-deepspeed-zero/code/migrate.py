@@ -197,7 +197,7 @@ def report(
     name = f"of {len(first)} from or to hf, the first loss differs by"
     run.check_below(name, max(first), SAME_LOSS, "nats")
     run.check_above(
-        "from hf, without moments, a later loss differs by", min(last), 100 * SAME_LOSS, "nats"
+        "there, without moments, a later loss differs by", min(last), 100 * SAME_LOSS, "nats"
     )
     run.check_above("loaded by stage 3 of DeepSpeed and not mended, a loss differs by", unmended,
                     10 * SAME_LOSS, "nats")  # fmt: skip

@@ -3,6 +3,7 @@
 import json
 import os
 import pickle
+import resource
 from pathlib import Path
 
 import pytest
@@ -272,6 +273,19 @@ def test_a_mistake_is_one_line_and_leaves_nothing(tmp_path, capsys):
     status, error = refused("ddp", "hf", "ddp")
     assert status == 1 and "is damaged: tensors.safetensors has " in error
     assert sorted(os.listdir(tmp_path)) == before
+
+
+@pytest.mark.parametrize("kind", ["fsdp", "universal"])
+def test_a_full_disk_is_told_and_leaves_nothing(kind, tmp_path):
+    state = state_of()
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
+    try:
+        with pytest.raises(RunError, match="cannot be written; is the disk full"):
+            migration.write(kind, state, tmp_path / "new", 1, LIMIT_S)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert not os.listdir(tmp_path)
 
 
 def test_another_model_is_told_by_its_first_tensor(tmp_path):

@@ -14,6 +14,7 @@ the way in: `write_universal`, then `save_zero` has an engine load it and save a
 """
 
 import math
+import os
 import pickle
 import re
 from collections import defaultdict
@@ -227,6 +228,8 @@ def parts_for(
     state: State, stage: int, job: Runtime, universal: bool = False
 ) -> tuple[Llama, dict[str, Any], Runtime, list[dict[str, Any]]]:
     """What `engine_of` needs to have the engine of this state's run."""
+    if job.device.type == "cpu":  # as where ranks are forked, which leave a GPU alone
+        os.environ["DS_ACCELERATOR"] = "cpu"
     model = Llama(state.config)
     config = {**stage_config(stage, 1), "checkpoint": {"load_universal": universal}}
     return model, config, job, groups_for(state, model)

@@ -24,6 +24,7 @@ from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
 
 from distlab import checkpoint_files as files
@@ -115,7 +116,12 @@ def write(kind: str, state: State, folder: Path, ranks: int, timeout_s: float) -
             write_universal(state, between)
             spawn(save_zero, ranks, between, made, STAGES[kind], timeout_s=timeout_s)
         else:
-            WRITERS[kind](state, made)
+            try:
+                WRITERS[kind](state, made)
+            except (CheckpointException, RuntimeError) as error:
+                if "inline_container" not in str(error):  # torch.save's, for what is not written
+                    raise
+                raise RunError(f"{folder} cannot be written; is the disk full?") from error
 
 
 @contextmanager
