@@ -198,6 +198,11 @@ def test_the_command_writes_for_as_many_ranks_as_one_says(tmp_path, capsys):
     (tag / "zero_pp_rank_1_mp_rank_00_optim_states.pt").unlink()
     with pytest.raises(RunError, match="has no partition of rank 1"):
         migration.read("zero3", tmp_path / "three", CONFIG)
+    for file in tag.glob("*_model_states.pt"):
+        file.unlink()
+    (tag / "zero_pp_rank_2_mp_rank_00_optim_states.pt").unlink()
+    with pytest.raises(RunError, match="has no mp_rank_00_model_states.pt"):
+        migration.read("zero3", tmp_path / "three", CONFIG)
 
 
 def test_the_matrix_touches_every_kind_from_and_to():

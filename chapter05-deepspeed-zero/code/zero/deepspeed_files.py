@@ -64,7 +64,10 @@ def load(path: Path) -> Any:
 
 
 def model_states(tag: Path) -> Any:
-    return load(next(tag / name for name in MODEL if (tag / name).is_file()))
+    there = [tag / name for name in MODEL if (tag / name).is_file()]
+    if not there:
+        raise RunError(f"{tag} has no {MODEL[0]}")
+    return load(there[0])
 
 
 def optim_files(tag: Path) -> list[Path]:

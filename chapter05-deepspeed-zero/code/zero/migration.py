@@ -91,19 +91,18 @@ def read(kind: str, folder: Path, config: ModelConfig, flag: str = "--input") ->
 
     Raises `UsageError` for another kind, or model, and `RunError` for a damaged checkpoint.
     """
-    there = found(folder) if folder.is_dir() else {}
-    if kind not in there:
-        if not there:
-            raise UsageError(f"{flag} {folder} holds no checkpoint; name the folder of a run")
-        other = next(iter(there))
-        raise UsageError(f"{flag} {folder} holds {other}, not {kind}; use --from {other}")
-    path = there[kind]
     try:
-        return READERS[kind](path).fitted(config)
+        there = found(folder) if folder.is_dir() else {}
+        if kind in there:
+            return READERS[kind](there[kind]).fitted(config)
     except Damaged as damage:
-        raise RunError(f"the checkpoint {path} is damaged: {damage}") from damage
+        raise RunError(f"the checkpoint {folder} is damaged: {damage}") from damage
     except (LookupError, TypeError, ValueError, AttributeError) as error:
-        raise RunError(f"the checkpoint {path} is not understood: {error!r}") from error
+        raise RunError(f"the checkpoint {folder} is not understood: {error!r}") from error
+    if not there:
+        raise UsageError(f"{flag} {folder} holds no checkpoint; name the folder of a run")
+    other = next(iter(there))
+    raise UsageError(f"{flag} {folder} holds {other}, not {kind}; use --from {other}")
 
 
 def write(kind: str, state: State, folder: Path, ranks: int, timeout_s: float) -> None:
