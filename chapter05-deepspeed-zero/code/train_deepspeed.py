@@ -30,6 +30,7 @@ from torch import Tensor
 from distlab import data, hardware, runtime, script
 from distlab.errors import RunError, UsageError
 from distlab.model import Llama, config_from_args, num_parameters
+from distlab.model_config import config_to_json
 from distlab.run import Run
 from distlab.runtime import Runtime
 from distlab.training.flags import add_training_flags, refuse, refuse_for, take_shape
@@ -161,7 +162,10 @@ class Trainer:
 
     def save(self, step: int) -> None:
         """Every rank writes its part; one that alone called this would wait for the others."""
-        state = {"step": step, "loader": self.batches.state_dict()}
+        state = {
+            "loader": self.batches.state_dict(),
+            "config": config_to_json(config_from_args(self.args)),  # migrate.py knows the model
+        }
         self.engine.save_checkpoint(self.args.checkpoint_dir, f"step_{step:08d}", state)
 
     def resume(self) -> int:
@@ -179,7 +183,7 @@ class Trainer:
                 "takes it up by as many only; migrate.py makes it one for this number"
             ) from error
         self.batches.load_state_dict(state["loader"])
-        return state["step"]
+        return self.engine.global_steps
 
 
 def parameter_groups(args: Namespace, model: Llama) -> list[dict[str, Any]]:
