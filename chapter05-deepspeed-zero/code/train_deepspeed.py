@@ -38,6 +38,7 @@ from distlab.training.held_out import HeldOut
 from distlab.training.outcome import export, peak_of_all, report_losses, report_speed
 from distlab.training.progress import Progress, StopRequest, warmup_cosine
 from zero import engine
+from zero.config_check import Plan, check
 from zero.engine import fill, read_config
 
 PRESETS: dict[str, dict[str, object]] = {
@@ -86,6 +87,7 @@ def train_and_report(run: Run, args: Namespace, job: Runtime, stop: StopRequest)
     config = config_from_args(args)
     refuse_for(args, job)
     settings = fill(read_config(args.config), args, job)
+    refuse_config(args, settings, job)
     tokens = data.prepare_from_args(args, config.vocab_size, workers=hardware.machine().cores)
     with Trainer(args, settings, job, tokens) as trainer:
         say_what_runs(run, args, job, trainer)
@@ -104,6 +106,12 @@ def train_and_report(run: Run, args: Namespace, job: Runtime, stop: StopRequest)
             f"verdict: held-out loss {progress.last_held_out:.3f} nats, "
             f"perplexity {math.exp(progress.last_held_out):.1f}"
         )
+
+
+def refuse_config(args: Namespace, settings: dict[str, Any], job: Runtime) -> None:
+    """Raise `UsageError` for what check_config.py finds: DeepSpeed ignores much of it, or hangs."""
+    if found := check(Plan(settings, job.world_size, job.device.type)):
+        raise UsageError(f"--config {args.config}: {'; '.join(map(str, found))}")
 
 
 class Trainer:

@@ -120,6 +120,32 @@ def test_a_number_that_contradicts_a_flag_is_refused():
 
 
 @pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"gradient_acumulation_steps": 2}, "gradient_accumulation_steps"),
+        ({"train_micro_batch_size_per_gpu": 3}, "8.* 3.* 2|8.*3"),
+        ({"zero_optimization": {"stage": 4}}, "0, 1, 2"),
+        ({"zero_optimization": {"stage": 1, "offload_param": {"device": "cpu"}}}, "offload_param"),
+    ],
+)
+def test_what_the_checker_finds_is_refused_before_anything_starts(change, told):
+    args = args_of()
+    settings = engine.fill({**engine.read_config(args.config), **change}, args, JOB)
+    with pytest.raises(UsageError, match=told) as refused:
+        train_deepspeed.refuse_config(args, settings, JOB)
+    assert str(refused.value).startswith("--config ") and "\n" not in str(refused.value)
+
+
+def test_the_shipped_configs_are_taken(monkeypatch, tmp_path, deepspeed_operators):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "build" / "nvme").mkdir(parents=True)
+    for name in CONFIGS:
+        args = args_of("--config", str(engine.CONFIGS / name))
+        settings = engine.fill(engine.read_config(args.config), args, JOB)
+        train_deepspeed.refuse_config(args, settings, JOB)
+
+
+@pytest.mark.parametrize(
     ("content", "told"),
     [("{", "is no JSON"), ("[1]", "holds a list"), (None, "there is no such file")],
 )
