@@ -42,7 +42,7 @@ from fsdp.sharded import FullySharded
 from fsdp.strategies import own_batch
 
 PRESETS: dict[str, dict[str, object]] = {
-    "smoke": {"model": "smoke", "batch_size": 24, "seq_len": 32, "steps": 20, "repeats": 5},
+    "smoke": {"model": "smoke", "batch_size": 24, "seq_len": 32, "steps": 6, "repeats": 5},
     "laptop": {"model": "laptop", "batch_size": 24, "seq_len": 128, "steps": 20, "repeats": 15,
                "max_ratio": 1.05},
     "gpu": {"model": "gpu", "batch_size": 24, "seq_len": 512, "steps": 20, "repeats": 20,

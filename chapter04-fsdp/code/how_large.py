@@ -46,7 +46,7 @@ MODES = {  # but for their ranks
 ALL = list(MODES)
 PRESETS: dict[str, dict[str, object]] = {
     "smoke": {"ranks": 2, "memory_mb": 48.0, "hidden_size": 128, "batch_size": 1, "seq_len": 64,
-              "modes": ["DDP", "fully sharded", "fully sharded, on disk"]},
+              "modes": ["DDP", "fully sharded"]},
     "laptop": {"ranks": 4, "memory_mb": 128.0, "hidden_size": 192, "batch_size": 1, "seq_len": 64,
                "modes": ALL},
     "gpu": {"ranks": 2, "memory_mb": 4000.0, "hidden_size": 1024, "batch_size": 4, "seq_len": 512,
