@@ -42,7 +42,7 @@ PRESETS = {
     "smoke": {"model": "smoke", "layers": 4, "corpus_mb": 0.2, "seq_len": 16, "batch_size": 8,
               "stage_ms": 20.0, "repeats": 1},
     "laptop": {"model": "laptop", "hidden_size": 64, "layers": 4, "corpus_mb": 1.0, "seq_len": 32,
-               "batch_size": 8, "stage_ms": 40.0, "repeats": 6},
+               "batch_size": 8, "stage_ms": 20.0, "repeats": 10},
     "gpu": {"model": "laptop", "layers": 8, "corpus_mb": 12.0, "seq_len": 256, "batch_size": 32,
             "stage_ms": 30.0, "repeats": 6},
 }  # fmt: skip

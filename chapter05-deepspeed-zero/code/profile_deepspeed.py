@@ -7,13 +7,13 @@ which stage 2 sends its gradients.
 
 Run:
     torchrun --nproc_per_node=2 chapter05-deepspeed-zero/code/profile_deepspeed.py
-    python3 scripts/lab.py cluster --nodes 2 --rate 1gbit -- \\
+    python3 scripts/lab.py cluster --nodes 2 --rate 1gbit --delay 1ms -- \\
         torchrun --nnodes=2 --nproc_per_node=1 --rdzv_backend=c10d \\
         --rdzv_endpoint=node0:29500 chapter05-deepspeed-zero/code/profile_deepspeed.py
 
 You should see: the profiler within 2 % of the formula; each kind of call with its number and bytes,
 which together are what the interface counted; and a step that is slow with small buckets, where
-each call costs its latency.
+each call waits for the link's delay.
 """
 
 from argparse import Namespace
@@ -147,7 +147,7 @@ def choose_buckets(run: Run, args: Namespace, job: Runtime) -> None:
         caption=f"a step of stage 2 for {parameters:,} parameters; medians, in turns",
     )  # fmt: skip
     run.figure(
-        "buckets", kind="line", title="Small buckets cost their latency",
+        "buckets", kind="line", title="Small buckets wait for the link's delay",
         x_label="reduce_bucket_size (numbers)", y_label="step (ms)", log_x=True,
         series=[{"label": f"{job.world_size} ranks", "x": [row[0] for row in rows],
                  "y": [row[2] for row in rows]}],

@@ -129,7 +129,14 @@ def stage_config(
         "train_micro_batch_size_per_gpu": sequences,
         "gradient_accumulation_steps": accumulate,
         "gradient_clipping": clip,
-        "optimizer": {"type": "AdamW", "params": {"lr": learning_rate, "torch_adam": True}},
+        "optimizer": {
+            "type": "AdamW",
+            "params": {  # without a decay CPUAdam has 0, torch's 0.01
+                "lr": learning_rate,
+                "weight_decay": 0.01,
+                "torch_adam": True,
+            },
+        },
         "zero_optimization": {"stage": stage, **zero},
         "steps_per_print": NEVER,
     }
