@@ -1,8 +1,8 @@
 """Task 1, shard-optimizer: ZeRO's stage 1, in which each rank updates its own part of the model."""
 
 from collections.abc import Callable
+from typing import Any
 
-import torch
 from torch import Tensor
 
 
@@ -19,13 +19,14 @@ class ShardedOptimizer:
         weights: Tensor,
         rank: int,
         ranks: int,
-        make_optimizer: Callable[[list[Tensor]], torch.optim.Optimizer],
+        make_optimizer: Callable[[list[Tensor]], Any],
     ) -> None:
         """`weights` [n], float32 or bfloat16, is this rank's copy, and is not changed here.
 
-        `make_optimizer` makes an optimizer for a list of tensors. It is called once, with one
-        tensor: a copy of the part, [ceil(n / ranks)], always float32, which keeps what bfloat16
-        weights would round away. The weights may require a gradient; the copy has no history.
+        `make_optimizer` makes an optimizer for a list of tensors, whose step() and zero_grad() are
+        like torch's: each tensor is updated by its `grad`. It is called once, with one tensor: a
+        copy of the part, [ceil(n / ranks)], always float32, which keeps what bfloat16 weights would
+        round away. The weights may require a gradient; the copy has no history.
         ValueError is raised where `rank` is none of `ranks`, or the weights have not one dimension.
         """
         raise NotImplementedError("ShardedOptimizer.__init__ is yours to write")

@@ -8,6 +8,7 @@ import torch
 from distlab.lab.grade_student import rig
 
 PATIENCE_S = 5.0
+MOMENTS = {"plain": 0, "momentum": 1, "adam": 2}
 
 
 class Ranks:
@@ -63,17 +64,50 @@ class Ranks:
         return results
 
 
-@rig
-def train(sharded_optimizer, kind, options, weights, gradients, ranks, needs_gradient):
-    """What each rank did and held; `gradients` by step and rank.
+class Optimizer:
+    """SGD with momentum, or AdamW, as torch has them: torch.optim itself takes seconds to load."""
 
-    Per rank: (the tensors handed to make_optimizer, weights after each step, part after each step,
-    facts: (what held otherwise than promised), calls); and how many bytes all ranks keep.
+    def __init__(self, tensors, kind, rate, decay):
+        self.tensors, self.kind, self.rate, self.decay = list(tensors), kind, rate, decay
+        moments = MOMENTS[kind]
+        self.state = [[torch.zeros_like(one) for _ in range(moments)] for one in self.tensors]
+        self.steps = 0
+
+    @torch.no_grad()
+    def step(self):
+        self.steps += 1
+        for one, moments in zip(self.tensors, self.state, strict=True):
+            if one.grad is None:
+                continue
+            one.mul_(1 - self.rate * self.decay)
+            change = one.grad
+            if self.kind == "momentum":
+                change = moments[0].mul_(0.9).add_(change)
+            elif self.kind == "adam":
+                first, second = moments
+                first.lerp_(change, 0.2)
+                second.lerp_(change.square(), 0.1)
+                unbiased = (second / (1 - 0.9**self.steps)).sqrt()
+                change = first / (1 - 0.8**self.steps) / (unbiased + 1e-8)
+            one.sub_(change, alpha=self.rate)
+
+    def zero_grad(self, set_to_none=True):
+        for one in self.tensors:
+            one.grad = None if set_to_none or one.grad is None else torch.zeros_like(one)
+
+
+@rig
+def train(sharded_optimizer, options, weights, gradients, ranks, needs_gradient, weigh):
+    """What each rank did and held; `options` of an `Optimizer`, `gradients` by step and rank.
+
+    Per rank: (weights after each step, part after each step, what held otherwise than promised,
+    the tensors handed to make_optimizer by call, calls of collectives); and, with `weigh`, how many
+    bytes all ranks together keep beside what they were given.
     """
     job, made = Ranks(ranks), [[] for _ in range(ranks)]
     copies = [weights.clone().requires_grad_(needs_gradient) for _ in range(ranks)]
     given = [[one.clone() for one in step] for step in gradients]
-    before = storages()
+    before = storages() if weigh else {}
 
     def work(rank):
         def make_optimizer(tensors):
@@ -82,7 +116,7 @@ def train(sharded_optimizer, kind, options, weights, gradients, ranks, needs_gra
                 faults.update({"has a history"} if one.grad_fn is not None else ())
             made[rank].append([one.detach().clone() for one in tensors])
             held.extend(tensors)
-            return getattr(torch.optim, kind)(tensors, **options)
+            return Optimizer(tensors, *options)
 
         def reduce_scatter(parts):
             whole = sum(part.double() for part in parts).to(parts[0].dtype)
@@ -101,6 +135,8 @@ def train(sharded_optimizer, kind, options, weights, gradients, ranks, needs_gra
             )
             after.append(copies[rank].detach().tolist())
             parts.append([one.detach().tolist() for one in held])
+            if any(one.grad is not None for one in held):
+                faults.add("a gradient is kept from step to step")
         if copies[rank].data_ptr() != address:
             faults.add("weights are in other memory than before")
         if any(one.untyped_storage().data_ptr() == address for one in held):
@@ -111,8 +147,8 @@ def train(sharded_optimizer, kind, options, weights, gradients, ranks, needs_gra
     kept = [None] * ranks
     results = job.run(work)
     logged = {one.untyped_storage().data_ptr() for rank in made for call in rank for one in call}
-    gc.collect()
-    grown = sum(size for address, size in storages().items() if address not in {*before, *logged})
+    after = storages() if weigh else {}
+    grown = sum(size for address, size in after.items() if address not in {*before, *logged})
     for rank in range(ranks):
         same = (torch.equal(a[rank], b[rank]) for a, b in zip(given, gradients, strict=True))
         if not all(same):
@@ -123,6 +159,7 @@ def train(sharded_optimizer, kind, options, weights, gradients, ranks, needs_gra
 def storages():
     """The bytes of all tensors' memory, by address."""
     found = {}
+    gc.collect()
     for one in gc.get_objects():
         if type(one) in (torch.Tensor, torch.nn.Parameter):
             for tensor in (one, one.grad if one.is_leaf else None):
