@@ -10,7 +10,7 @@ def routed(route, logits, factor, upstream):
     """(expert, place, gate, the logits' gradient or None, whether the logits were changed)."""
     leaf = logits.clone().requires_grad_()
     expert, place, gate = route(leaf, factor)
-    gradient = gradient_of(gate, upstream, leaf)
+    gradient = gradient_of((gate * upstream).sum(), leaf)
     return expert, place, gate.detach(), gradient, not torch.equal(leaf.detach(), logits)
 
 
@@ -19,12 +19,12 @@ def lost(balancing_loss, logits):
     """(loss, the logits' gradient or None, whether the logits were changed)."""
     leaf = logits.clone().requires_grad_()
     loss = balancing_loss(leaf)
-    gradient = gradient_of(loss, torch.ones(()), leaf)
+    gradient = gradient_of(loss, leaf)
     return loss.detach(), gradient, not torch.equal(leaf.detach(), logits)
 
 
-def gradient_of(output, upstream, leaf):
-    if not output.requires_grad:
+def gradient_of(scalar, leaf):
+    if not scalar.requires_grad:
         return None
-    output.backward(upstream)
+    scalar.backward()
     return leaf.grad
