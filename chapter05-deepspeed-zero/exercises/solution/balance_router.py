@@ -13,9 +13,9 @@ def capacity(tokens, experts, factor):
 def route(logits, factor):
     expert = logits.argmax(1)
     column = expert[:, None]
-    place = one_hot(expert, logits.shape[1]).cumsum(0).gather(1, column)[:, 0] - 1
+    place = one_hot(expert, logits.shape[1]).cumsum(0).gather(1, column).squeeze(1) - 1
     kept = place < capacity(*logits.shape, factor)
-    gate = logits.float().softmax(1).gather(1, column)[:, 0]
+    gate = logits.float().softmax(1).gather(1, column).squeeze(1)
     return expert, torch.where(kept, place, -1), gate * kept
 
 

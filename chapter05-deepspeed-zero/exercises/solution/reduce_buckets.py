@@ -6,7 +6,7 @@ from itertools import accumulate
 def fill_buckets(sizes, arrival, limit):
     if limit < 1 or len(set(arrival)) < len(arrival):
         raise ValueError(f"a limit of {limit}, and gradients in the order {arrival}")
-    buckets, filled = [], 0
+    buckets = []
     for number in arrival:
         if not buckets or filled + sizes[number] > limit:
             buckets.append([])

@@ -149,6 +149,7 @@ def test_where_an_owner_puts_it(student, chance):
         ([2, 3, 3], [2, 1, 0], 1, 0, [(0, 3, 5), (3, 6, 2), (6, 8, 0)], "in backward order"),
         ([2, 3, 3], [0, 1, 2], 1, 0, [(0, 8, 0)], "in forward order: one copy"),
         ([2, 3, 3], [1, 2, 0], 1, 0, [(0, 6, 2), (6, 8, 0)], "two of three"),
+        ([2, 3, 3], [2, 0, 1], 1, 0, [(0, 3, 5), (3, 8, 0)], "the last two of three"),
         ([2, 3, 3], [0, 2], 1, 0, [(0, 2, 0), (2, 5, 5)], "one is not in this bucket"),
         ([2, 6], [1, 0], 2, 0, [(0, 2, 2), (6, 8, 0)], "of two slices"),
         ([3, 2, 4], [1, 2], 3, 1, [(0, 3, 0)], "a part that ends in a parameter"),

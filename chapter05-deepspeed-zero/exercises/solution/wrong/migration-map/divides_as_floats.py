@@ -1,6 +1,6 @@
 """math.ceil(n / ranks): right up to 2**53 elements."""
 
-SAYS = "in the wrong place"
+SAYS = "target rank 0: "
 
 
 def copies_to(target, sizes, sources, targets):

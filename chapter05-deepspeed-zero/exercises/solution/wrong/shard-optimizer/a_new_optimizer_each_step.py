@@ -1,6 +1,6 @@
 """Forgets the moments after each step."""
 
-SAYS = "make_optimizer was called"
+SAYS = "copy of the weights is"
 
 
 def sharded_optimizer(weights, rank, ranks, make_optimizer):
