@@ -8,11 +8,9 @@ def fill_buckets(sizes, arrival, limit):
         raise ValueError(f"a limit of {limit}, and gradients in the order {arrival}")
     buckets = []
     for number in arrival:
-        if not buckets or filled + sizes[number] > limit:
+        if not buckets or sum(sizes[other] for other in [*buckets[-1], number]) > limit:
             buckets.append([])
-            filled = 0
         buckets[-1].append(number)
-        filled += sizes[number]
     return buckets
 
 

@@ -172,7 +172,7 @@ def test_migrated_partitions(student, chance):
     three, two = np.ones(3, np.float32), np.ones(2, np.float32)
     for partitions, sizes, targets, why in (
         ([three, two], [5], 2, "partitions of 3 and 2 elements"),
-        ([two, three], [5], 2, "partitions of 2 and 3 elements"),
+        ([three, two], [4], 2, "partitions of 3 and 2 elements, for 4"),
         ([three, two, three], [8], 2, "a partition of 2 between two of 3"),
         ([two, two], [2, 3], 2, "partitions of 2, for 5"),
         ([three, three], [2, 2], 2, "partitions of 3, for 4"),
