@@ -65,7 +65,7 @@ class Ranks:
 
 
 class Optimizer:
-    """SGD, with momentum or not, and Adam, with AdamW's decay: torch.optim takes seconds to load."""
+    """SGD, with momentum or not, or Adam, with AdamW's decay: torch.optim loads for seconds."""
 
     def __init__(self, tensors, kind, rate, decay):
         self.tensors, self.kind, self.rate, self.decay = list(tensors), kind, rate, decay

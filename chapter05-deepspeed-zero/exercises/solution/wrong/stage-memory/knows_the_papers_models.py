@@ -1,6 +1,6 @@
 """A cheat: right for models of a billion elements, as published; small ones have no padding."""
 
-SAYS = "are padded to 20"
+SAYS = "bytes of device"
 
 
 def stage_memory(sizes, settings):
