@@ -42,14 +42,15 @@ from zero import engine
 
 NODES = 4
 UNSHAPED = "unshaped"
+ALL = ["ddp", "fsdp-grad", "fsdp-full", "zero-0", "zero-1", "zero-2", "zero-2-cpu", "zero-3"]
 PRESETS: dict[str, dict[str, object]] = {
     "smoke": {"model": "smoke", "batch_size": 1, "seq_len": 32, "steps": 3, "repeats": 3,
-              "links": [UNSHAPED]},
+              "links": [UNSHAPED], "ways": ["ddp", "fsdp-full", "zero-2-cpu", "zero-3"]},
     "laptop": {"model": "laptop", "hidden_size": 128, "layers": 4, "vocab_size": 1024,
-               "batch_size": 1, "seq_len": 64, "steps": 5, "repeats": 5,
+               "batch_size": 1, "seq_len": 64, "steps": 5, "repeats": 5, "ways": ALL,
                "links": [UNSHAPED, "1gbit", "100mbit"]},
     "gpu": {"model": "gpu", "batch_size": 2, "seq_len": 512, "steps": 5, "repeats": 10,
-            "links": [UNSHAPED]},
+            "links": [UNSHAPED], "ways": ALL},
 }  # fmt: skip
 FOR_THE_NODES = (
     "preset", "model", "hidden_size", "layers", "heads", "kv_heads", "vocab_size", "batch_size",
@@ -72,8 +73,7 @@ def parse_args(argv: list[str] | None) -> Namespace:
     add_model_flags(parser)
     runtime.add_runtime_flags(parser)
     add = parser.add_argument
-    add("--ways", nargs="+", choices=list(WAYS), default=list(WAYS), metavar="NAME",
-        help=", ".join(WAYS))  # fmt: skip
+    add("--ways", nargs="+", choices=ALL, metavar="NAME", help=", ".join(ALL))
     add("--batch-size", type=script.positive_int, help="sequences of a rank")
     add("--seq-len", type=script.positive_int)
     add("--steps", type=script.positive_int, help="whose last loss is compared")
@@ -170,8 +170,8 @@ WAYS: dict[str, Way] = {
     "zero-1": Way(1, partial(by_config, "deepspeed_stage1_config.json"), (1, 1)),
     "zero-2": Way(2, partial(by_config, "deepspeed_stage2_config.json"), (1, 1)),
     "zero-2-cpu": Way(2, partial(by_config, "deepspeed_stage2_offload_cpu_config.json"), (1, 1)),
-    # What is in no layer it was seen to gather three times.
-    "zero-3": Way(3, partial(by_config, "deepspeed_stage3_config.json"), (2, 3)),
+    # By use: a tied embedding is used twice in forward, and twice in backward.
+    "zero-3": Way(3, partial(by_config, "deepspeed_stage3_config.json"), (2, 4)),
 }
 
 
@@ -234,13 +234,15 @@ def report(run: Run, found: Found, times: dict[str, dict[str, float]]) -> None:
         model = Llama(config_from_args(run.args))
     whole = FLOAT * num_parameters(model)
     layers = FLOAT * sum(map(num_parameters, model.model.layers))
+    tied = model.config.tie_word_embeddings
     rows: list[list[Any]] = []
     for name, own in found.items():
         way = WAYS[name]
         state = predict.model_state(whole / FLOAT, "fp32", "adamw", way.stage, ranks).total
         kept = sum(value for key, value in own.items() if key.startswith("kept"))
         reduced = reduction_factor("gloo") if name != "ddp" else 2
-        put_together = way.gathers[0] * layers + way.gathers[1] * (whole - layers)
+        of_layers, of_rest = way.gathers if tied else map(min, way.gathers, (2, 2))
+        put_together = of_layers * layers + of_rest * (whole - layers)
         own["sent predicted"] = (ranks - 1) / ranks * (put_together + reduced * whole)
         own["state"], own["state predicted"] = kept, state
         mb = ("state predicted", "state", "kept master", "peak", "sent predicted", "sent")

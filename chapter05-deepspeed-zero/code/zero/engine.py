@@ -244,7 +244,9 @@ def _local(parameter: Any) -> list[Tensor]:
 def _gradients(engine: Any) -> Iterator[Tensor]:
     """Whole ones of the module, and the optimizer's of this rank's partitions."""
     optimizer = engine.optimizer
-    yield from (p.grad for p in engine.module.parameters() if p.grad is not None)
+    inner = getattr(optimizer, "optimizer", optimizer)
+    masters = [p for group in inner.param_groups for p in group["params"]]  # have them, offloaded
+    yield from (p.grad for p in (*engine.module.parameters(), *masters) if p.grad is not None)
     for name in PARTITIONS:
         for value in (getattr(optimizer, name, None) or {}).values():
             several = value if isinstance(value, list) else [value]
