@@ -35,19 +35,22 @@ def library(name: str) -> Path:
 def build() -> None:
     """Compile all of them into this environment; `lab env deepspeed` calls it.
 
-    A lock here is a killed build's: the environment is built by one process at a time.
+    They appear when all are there: jobs that run meanwhile see neither a part nor a build's locks.
     """
-    os.environ["TORCH_EXTENSIONS_DIR"] = str(Path(sys.prefix) / "operators")
+    done, building = Path(sys.prefix) / "operators", Path(sys.prefix) / "operators.building"
+    os.environ["TORCH_EXTENSIONS_DIR"] = str(building)
     os.environ["DS_ACCELERATOR"] = "cpu"
     if shutil.which("g++") is None:
         raise SystemExit("DeepSpeed's operators need g++, and there is none; apt install g++")
-    shutil.rmtree(folder(), ignore_errors=True)
+    for folder_of_another in (done, building):
+        shutil.rmtree(folder_of_another, ignore_errors=True)
     from deepspeed.ops import op_builder
 
     for number, (name, builder) in enumerate(BUILDERS.items(), start=1):
         print(f"Compiling DeepSpeed's {name}, {number} of {len(BUILDERS)}", flush=True)
-        (folder() / name).mkdir(parents=True)
+        (building / name).mkdir(parents=True)
         _lean(getattr(op_builder, builder)()).load(verbose=False)
+    building.rename(done)
 
 
 def _lean(builder: Any) -> Any:
