@@ -9,7 +9,7 @@ Run:
     python chapter05-deepspeed-zero/code/check_config.py CONFIG.json --world-size 4
     python chapter05-deepspeed-zero/code/check_config.py CONFIG.json --world-size 4 --log job.log
 
-You should see: a line for each finding and status 1, or "no findings" and status 0.
+You should see: a line for each finding and status 1, or none and status 0.
 """
 
 from argparse import Namespace
@@ -71,9 +71,9 @@ def report(run: Run, args: Namespace) -> int:
     findings = [str(finding) for finding in check(plan)]
     for finding in findings:
         run.print(finding)
-    run.print(f"{len(findings) or 'no'} finding{'s' * (len(findings) != 1)}")
+    run.check_equal("findings", len(findings), 0)
     run.extra(findings=findings)
-    return 1 if findings else 0
+    return run.status
 
 
 if __name__ == "__main__":

@@ -143,9 +143,9 @@ def run_script(capsys, *argv: str) -> tuple[int, str, str]:
 def test_the_script_prints_each_finding_and_its_status_tells(tmp_path, capsys):
     sound = written(tmp_path / "sound.json", '{"train_batch_size": 8}')
     status, out, _ = run_script(capsys, sound, "--world-size", "4")
-    assert (status, out.splitlines()[-1]) == (0, "no findings")
+    assert (status, out.splitlines()[-1]) == (0, "check: findings … ok (0)")
     status, out, _ = run_script(capsys, sound, "--world-size", "4", "--micro-batch", "3")
-    assert status == 1 and "use 12" in out and out.splitlines()[-1] == "1 finding"
+    assert status == 1 and "use 12" in out and "findings … FAILED (1" in out
     log = written(tmp_path / "job.log", "ZeRO-2 and ZeRO-3 are incompatible with pipeline\n")
     status, out, _ = run_script(capsys, sound, "--world-size", "4", "--log", log)
     assert status == 1 and "use stage 1" in out
