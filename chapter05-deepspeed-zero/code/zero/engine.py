@@ -62,6 +62,7 @@ def load() -> Any:
 def join(job: Runtime) -> Any:
     """DeepSpeed, in the process group that this job has already."""
     deepspeed = load()
+    os.environ.setdefault("LOCAL_RANK", str(job.local_rank))  # srun does not set it
     if not deepspeed.comm.is_initialized():
         deepspeed.init_distributed(
             dist_backend=job.backend, dist_init_required=False, verbose=False
