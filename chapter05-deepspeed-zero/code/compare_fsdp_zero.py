@@ -178,10 +178,7 @@ WAYS: dict[str, Way] = {
 def measure_here(run: Run, args: Namespace, job: Runtime) -> None:
     """The ranks of this job: every way's loss, memory and bytes once, and its time in turns."""
     engine.load()
-    generator = torch.Generator().manual_seed(args.seed + job.rank)
-    shape = (args.batch_size, args.seq_len + 1)
-    tokens = torch.randint(config_from_args(args).vocab_size, shape, generator=generator)
-    batch = (tokens[:, :-1].to(job.device), tokens[:, 1:].to(job.device))
+    batch = engine.own_batch(args, job)
     trainings: dict[str, Training] = {}
     found: Found = {}
     for name in run.progress(args.ways, "ways"):

@@ -83,7 +83,7 @@ def count_operations(run: Run, args: Namespace, job: Runtime) -> None:
     from deepspeed.profiling.flops_profiler import FlopsProfiler
 
     model = model_from_args(args, job.device)
-    inputs, targets = batch_of(args, job)
+    inputs, targets = engine.own_batch(args, job)
     profiler = FlopsProfiler(model)
     profiler.start_profile()
     with torch.no_grad():
@@ -163,7 +163,7 @@ def stepper(args: Namespace, job: Runtime, bucket: int) -> Callable[[], Tensor]:
         2, args.batch_size, reduce_bucket_size=bucket, allgather_bucket_size=bucket
     )
     trained = engine.begin(model, config, job)
-    inputs, targets = batch_of(args, job)
+    inputs, targets = engine.own_batch(args, job)
 
     def step() -> Tensor:
         loss: Tensor = trained(inputs, targets=targets)
@@ -172,14 +172,6 @@ def stepper(args: Namespace, job: Runtime, bucket: int) -> Callable[[], Tensor]:
         return loss.detach()
 
     return step
-
-
-def batch_of(args: Namespace, job: Runtime) -> tuple[Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(args.seed + job.rank)
-    shape = (args.batch_size, args.seq_len + 1)
-    tokens = torch.randint(config_from_args(args).vocab_size, shape, generator=generator)
-    tokens = tokens.to(job.device)
-    return tokens[:, :-1], tokens[:, 1:]
 
 
 if __name__ == "__main__":

@@ -123,7 +123,6 @@ class Trainer:
         self.args, self.tokens = args, tokens
         self.held: dict[str, int] = {}  # bytes by kind, before the last step
         self.stage: int = settings["zero_optimization"]["stage"]
-        engine.load_operators(settings, job, f"--config {args.config.name}")
         model = engine.new_model(args, settings, job)
         self.engine = engine.begin(model, settings, job, parameter_groups(args, model))
         self.batches = data.Loader(

@@ -18,6 +18,15 @@ Item = TypeVar("Item")
 FIGURE_KINDS = ("line", "scatter", "bar", "area", "matrix", "timeline")
 
 
+CHECKOUT = Path(__file__).resolve().parents[2]
+
+
+def _without_the_checkout(value: Any) -> Any:
+    """A path below it by its rest, so that a record names no folder of one machine."""
+    inside = isinstance(value, Path) and value.is_relative_to(CHECKOUT)
+    return value.relative_to(CHECKOUT) if inside else value
+
+
 class Run:
     """Collects metrics, comparisons, checks, tables and figures; writes the record at the end.
 
@@ -78,7 +87,7 @@ class Run:
         return {
             **record.describe_run(self.args.preset),
             "arguments": {
-                name: value
+                name: _without_the_checkout(value)
                 for name, value in vars(self.args).items()
                 if name not in ("json", "figures") and not callable(value)
             },

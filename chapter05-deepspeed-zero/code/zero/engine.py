@@ -192,6 +192,7 @@ def new_model(args: Namespace, config: Mapping[str, Any], job: Runtime) -> Llama
     torch.manual_seed(args.seed)
     if config["zero_optimization"]["stage"] < 3:
         return model_from_args(args, job.device)
+    load_operators(config, job, "--config")  # parameters may go to a disk as they are made
     zero = join(job).zero
     with zero.Init(config_dict_or_path=copy.deepcopy(dict(config)), mem_efficient_linear=False):
         model = Llama(config_from_args(args))
@@ -206,6 +207,15 @@ def new_model(args: Namespace, config: Mapping[str, Any], job: Runtime) -> Llama
             if job.is_main:
                 model.initialise(name, parameter)
     return model
+
+
+def own_batch(args: Namespace, job: Runtime) -> tuple[Tensor, Tensor]:
+    """This rank's, always the same: inputs and targets [--batch-size, --seq-len]."""
+    generator = torch.Generator().manual_seed(args.seed + job.rank)
+    shape = (args.batch_size, args.seq_len + 1)
+    tokens = torch.randint(config_from_args(args).vocab_size, shape, generator=generator)
+    tokens = tokens.to(job.device)
+    return tokens[:, :-1], tokens[:, 1:]
 
 
 def held(engine: Any) -> dict[str, int]:

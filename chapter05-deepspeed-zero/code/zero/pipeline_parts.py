@@ -2,7 +2,6 @@
 
 import contextlib
 import io
-import os
 import time
 from copy import deepcopy
 from functools import partial
@@ -59,7 +58,6 @@ def cut(whole: Llama, stages: int, job: Runtime, method: str = "type:Block") -> 
         tied(forward_fn=logits) if config.tie_word_embeddings
         else LayerSpec(Part, whole, "lm_head"),
     ]  # fmt: skip
-    os.environ.setdefault("LOCAL_RANK", str(job.local_rank))  # it asks no launcher but torchrun
     with contextlib.redirect_stdout(io.StringIO()):  # it prints the layers
         return PipelineModule(layers, stages, loss_fn=mean_loss, partition_method=method)
 
