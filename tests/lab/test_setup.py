@@ -146,7 +146,8 @@ def test_no_network_is_one_line_where_uv_is_to_be_brought(pip_repo: TinyRepo) ->
 def test_a_failed_build_names_the_system_packages(repo: TinyRepo) -> None:
     status, _, stderr = repo.lab("env", "wants", FAKE_UV="broken")
     assert status == 1
-    assert_one_line(stderr, "wants: error: it broke; it needs libwanted1 (log: ")
+    remedy = "it needs libwanted1 (Debian: apt-get install libwanted1) (log: "
+    assert_one_line(stderr, f"wants: error: it broke; {remedy}")
 
 
 def test_a_users_older_uv_is_not_used(repo: TinyRepo) -> None:

@@ -81,7 +81,8 @@ def build(environment: Environment, lock: int) -> None:
         install(environment, fetch_uv(progress), installing)
     except CommandFailed as failure:
         why = explain(failure.output, environment.gigabytes)
-        needs = f"; it needs {' '.join(environment.system)}" if environment.system else ""
+        packages = " ".join(environment.system)
+        needs = f"; it needs {packages} (Debian: apt-get install {packages})" if packages else ""
         raise SetupError(f"{environment.name}: {why}{needs} (log: {environment.log})") from failure
     finally:
         progress.clear()
