@@ -41,7 +41,8 @@ from distlab.files import sync_folder
 from distlab.ranks import gathered
 from distlab.runtime import Runtime
 from distlab.training.checkpoint_folder import PATIENCE_S, SAVE_WAITS_S, CheckpointFolder
-from fsdp.contents import METADATA, Loaded, load, settings_of, tensors_of
+from distlab.training.dcp_files import METADATA
+from fsdp.contents import Loaded, load, settings_of, tensors_of
 
 PROBE_BYTES = 1 << 20
 

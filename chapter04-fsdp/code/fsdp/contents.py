@@ -11,7 +11,6 @@ its sum was found right, and may name DCP's own types and no other.
 import json
 import os
 import pickle
-import re
 import shutil
 import warnings
 from collections.abc import Mapping
@@ -23,7 +22,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 from safetensors import safe_open
 from torch import Tensor, nn
-from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
 
@@ -39,12 +38,8 @@ from distlab.errors import RunError, UsageError
 from distlab.files import sync_folder
 from distlab.hf_format import DTYPES, SHARD_BYTES, Shapes, file_order, stream_directory
 from distlab.runtime import Runtime
+from distlab.training.dcp_files import Reader
 
-METADATA = ".metadata"
-PICKLED = re.compile(  # what DCP's metadata consists of
-    r"torch (Size|float\w+|bfloat16|u?int\d+|bool|complex\d+|strided)|pathlib \w*Path"
-    r"|torch\.serialization _get_layout|torch\.distributed\.checkpoint\.\w+ \w+"
-)
 BY_NAME = {name: dtype for dtype, name in DTYPES.items()}
 HOW = {"foreach", "fused", "capturable", "differentiable"}  # a step is computed, not what
 
@@ -59,25 +54,6 @@ class Loaded:
     step: int
     fields: dict[str, Any]
     path: Path
-
-
-class Reader(dcp.FileSystemReader):
-    """DCP's reader of files, with a narrow unpickler."""
-
-    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        with (Path(self.path) / METADATA).open("rb") as file:
-            metadata = Unpickler(file).load()
-        if metadata.storage_meta is None:
-            metadata.storage_meta = StorageMeta()
-        metadata.storage_meta.load_id = self.load_id
-        return metadata
-
-
-class Unpickler(pickle.Unpickler):
-    def find_class(self, module: str, name: str) -> Any:
-        if not PICKLED.fullmatch(f"{module} {name}"):
-            raise pickle.UnpicklingError(f"{METADATA} names {module}.{name}, which is not DCP's")
-        return super().find_class(module, name)
 
 
 def tensors_of(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:

@@ -13,19 +13,17 @@ by its files' format, without their code.
 import json
 import os
 import pickle
-import re
 import shutil
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from distlab import checkpoint_files as files
 from distlab import hf_format
@@ -35,6 +33,7 @@ from distlab.files import sync_folder
 from distlab.model_config import ModelConfig, config_to_json, read_config
 from distlab.spawning import spawn
 from distlab.training.checkpoint_folder import NAME
+from distlab.training.dcp_files import METADATA, Reader
 from zero.deepspeed_files import (
     read_universal,
     read_zero,
@@ -56,11 +55,6 @@ from zero.state import (
 
 STAGES = {"zero1": 1, "zero2": 2, "zero3": 3}
 KINDS = ("ddp", "fsdp", *STAGES, "universal", "hf")
-METADATA = ".metadata"
-PICKLED = re.compile(  # what DCP's metadata consists of
-    r"torch (Size|float\w+|bfloat16|u?int\d+|bool|complex\d+|strided)|pathlib \w*Path"
-    r"|torch\.serialization _get_layout|torch\.distributed\.checkpoint\.\w+ \w+"
-)
 
 
 def found(folder: Path) -> dict[str, Path]:
@@ -95,7 +89,7 @@ def read(kind: str, folder: Path, config: ModelConfig, flag: str = "--input") ->
         there = found(folder) if folder.is_dir() else {}
         if kind in there:
             return READERS[kind](there[kind]).fitted(config)
-    except Damaged as damage:
+    except (Damaged, pickle.UnpicklingError) as damage:
         raise RunError(f"the checkpoint {folder} is damaged: {damage}") from damage
     except (LookupError, TypeError, ValueError, AttributeError) as error:
         raise RunError(f"the checkpoint {folder} is not understood: {error!r}") from error
@@ -246,25 +240,6 @@ WRITERS = {
     "ddp": write_ddp, "fsdp": write_fsdp, "hf": write_hf,
     "universal": write_universal,
 }  # fmt: skip
-
-
-class Reader(dcp.FileSystemReader):
-    """DCP's reader of files, with a narrow unpickler."""
-
-    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        with (Path(self.path) / METADATA).open("rb") as file:
-            metadata = Unpickler(file).load()
-        if metadata.storage_meta is None:
-            metadata.storage_meta = StorageMeta()
-        metadata.storage_meta.load_id = self.load_id
-        return metadata
-
-
-class Unpickler(pickle.Unpickler):
-    def find_class(self, module: str, name: str) -> Any:
-        if not PICKLED.fullmatch(f"{module} {name}"):
-            raise Damaged(f"{METADATA} names {module}.{name}, which is not DCP's")
-        return super().find_class(module, name)
 
 
 def _step_folder(state: State, folder: Path) -> Path:
