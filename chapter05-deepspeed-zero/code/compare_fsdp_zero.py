@@ -42,7 +42,17 @@ from zero import engine
 
 NODES = 4
 UNSHAPED = "unshaped"
-ALL = ["ddp", "fsdp-grad", "fsdp-full", "zero-0", "zero-1", "zero-2", "zero-2-cpu", "zero-3"]
+ALL = [
+    "ddp",
+    "fsdp-grad",
+    "fsdp-full",
+    "zero-0",
+    "zero-1",
+    "zero-2",
+    "zero-2-cpu",
+    "zero-3",
+    "zero-3-kept",
+]
 PRESETS: dict[str, dict[str, object]] = {
     "smoke": {"model": "smoke", "batch_size": 1, "seq_len": 32, "steps": 3, "repeats": 3,
               "links": [UNSHAPED], "ways": ["ddp", "fsdp-full", "zero-2-cpu", "zero-3"]},
@@ -60,6 +70,9 @@ FLOAT = 4  # bytes
 LEARNING_RATE, EPSILON = 1e-3, 1e-4  # as large as gradients: else Adam divides rounding by itself
 SAME = 1e-4  # nats
 SENT = 0.05  # of the bytes predicted, at most: padding, and units that stay whole
+FRUGAL = (
+    "stage3_prefetch_bucket_size", "stage3_max_live_parameters", "stage3_max_reuse_distance",
+)  # fmt: skip
 Batch = tuple[Tensor, Tensor]
 Found = dict[str, dict[str, float]]  # of each way
 
@@ -135,14 +148,25 @@ def sharded(model: Llama, reshard: bool) -> nn.Module:
     return model
 
 
-def by_config(name: str, model: Llama, args: Namespace, job: Runtime) -> Training:
-    """DeepSpeed, by a file of configs/."""
+def by_config(
+    name: str, model: Llama, args: Namespace, job: Runtime, without: tuple[str, ...] = ()
+) -> Training:
+    """DeepSpeed, by a file of configs/, or `without` some of its keys: then with the defaults.
+
+    torch's AdamW is the fused one, as the other ways have it; by itself DeepSpeed asks for a loop
+    over the parameters.
+    """
     settings = Namespace(
         config=name, batch_size=args.batch_size * job.world_size, accumulate=1, clip=0.0,
         learning_rate=LEARNING_RATE, weight_decay=0.01, dtype="float32",
     )  # fmt: skip
     config = engine.fill(engine.read_config(engine.CONFIGS / name), settings, job)
-    config["optimizer"]["params"] |= {"eps": EPSILON, "betas": [0.9, 0.999]}
+    optimizer = config["optimizer"]["params"]
+    optimizer |= {"eps": EPSILON, "betas": [0.9, 0.999]}
+    if optimizer.get("torch_adam"):
+        optimizer["fused"] = True
+    for key in without:
+        del config["zero_optimization"][key]
     trained = engine.begin(model, config, job)
 
     def backward(batch: Batch) -> Tensor:
@@ -172,6 +196,9 @@ WAYS: dict[str, Way] = {
     "zero-2-cpu": Way(2, partial(by_config, "deepspeed_stage2_offload_cpu_config.json"), (1, 1)),
     # By use: a tied embedding is used twice in forward, and twice in backward.
     "zero-3": Way(3, partial(by_config, "deepspeed_stage3_config.json"), (2, 4)),
+    "zero-3-kept": Way(  # DeepSpeed's defaults: what is gathered in forward stays for backward
+        3, partial(by_config, "deepspeed_stage3_config.json", without=FRUGAL), (1, 1)
+    ),
 }
 
 
@@ -204,6 +231,8 @@ def costs(
     known = {
         **{f"kept {kind}": mean(gathered(size)) for kind, size in kept.items()},
         "peak": float(max(gathered(live.peak))), "loss": mean(gathered(losses[-1])),
+        # Only stage 3 reduces and scatters; DeepSpeed's other stages, and DDP, reduce to all.
+        "reduced": reduction_factor(job.backend) if WAYS[name].stage == 3 else 2,
     }  # fmt: skip
     if job.local_world_size == 1:  # else the loopback has what ranks of a node send
         known["sent"] = mean(gathered(bytes_sent(lambda: training.step(batch), job)))
@@ -237,10 +266,9 @@ def report(run: Run, found: Found, times: dict[str, dict[str, float]]) -> None:
         way = WAYS[name]
         state = predict.model_state(whole / FLOAT, "fp32", "adamw", way.stage, ranks).total
         kept = sum(value for key, value in own.items() if key.startswith("kept"))
-        reduced = reduction_factor("gloo") if name != "ddp" else 2
         of_layers, of_rest = way.gathers if tied else map(min, way.gathers, (2, 2))
         put_together = of_layers * layers + of_rest * (whole - layers)
-        own["sent predicted"] = (ranks - 1) / ranks * (put_together + reduced * whole)
+        own["sent predicted"] = (ranks - 1) / ranks * (put_together + own["reduced"] * whole)
         own["state"], own["state predicted"] = kept, state
         mb = ("state predicted", "state", "kept master", "peak", "sent predicted", "sent")
         rows.append([name, *(own[key] / 1e6 if key in own else None for key in mb), own["loss"],
@@ -248,10 +276,10 @@ def report(run: Run, found: Found, times: dict[str, dict[str, float]]) -> None:
     run.table(
         "ways",
         ["way", "state predicted (MB)", "state (MB)", "of it a float32 copy (MB)",
-         "backward adds (MB)", "sent predicted (MB)", "sent (MB)", "loss",
+         "made in backward (MB)", "sent predicted (MB)", "sent (MB)", "loss",
          *(f"step, {link} (ms)" for link in times)], rows,
-        caption=f"of one of {ranks} ranks; state: weights, gradients, optimizer; sent in a step; "
-        "steps in turns, medians",
+        caption=f"of one of {ranks} ranks; state: weights, gradients, optimizer; made in "
+        "backward: at its peak, beside what was there; sent in a step; steps in turns, medians",
     )  # fmt: skip
     losses = [own["loss"] for own in found.values()]
     run.check_below("losses differ at most by", max(losses) - min(losses), SAME)

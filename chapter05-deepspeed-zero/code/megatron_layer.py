@@ -1,8 +1,9 @@
 """Tensor parallelism for a layer that is too much for one GPU: Megatron, torch, and from scratch.
 
-ZeRO shares out what ranks keep, not what they compute: for that, DeepSpeed goes with Megatron. A
-rank has 1/K of A's columns and the matching rows of B, and computes its part of gelu(x·A)·B. The
-ranks' parts are summed by an all-reduce, and so is the gradient of x, which each has a part of.
+ZeRO shares out what ranks keep, not what they compute: for that, DeepSpeed went with Megatron, and
+has its AutoTP now. A rank has 1/K of A's columns and the matching rows of B, and computes its part
+of gelu(x·A)·B. The ranks' parts are summed by an all-reduce, and so is the gradient of x, which
+each has a part of.
 
 Run:
     torchrun --nproc_per_node=2 chapter05-deepspeed-zero/code/megatron_layer.py

@@ -47,6 +47,7 @@ PRESETS: dict[str, dict[str, object]] = {
 PROFILER = 0.02  # of the formula's operations, at most
 LOG = 0.02  # of the interface's bytes, at most: what the rendezvous and barriers send
 FLOAT = 4  # bytes
+A_FEW = 64  # bytes: a norm, or a flag
 WARMUP_STEPS = 2
 
 
@@ -97,12 +98,10 @@ def count_operations(run: Run, args: Namespace, job: Runtime) -> None:
     )
 
 
-def read_log(run: Run, args: Namespace, job: Runtime) -> None:
-    """Every kind of call of a step: how many, of how many bytes, and what that puts on the wire."""
+def logged(step: Callable[[], Tensor]) -> dict[str, dict[int, int]]:
+    """A step's calls by DeepSpeed's communication log: of each kind, how many of which size."""
     import deepspeed.comm
 
-    step = stepper(args, job, max(args.buckets))
-    step()
     deepspeed.comm.configure(enabled=True, prof_all=True, verbose=False)
     log = deepspeed.comm.comm.comms_logger
     log.comms_dict.clear()
@@ -112,6 +111,23 @@ def read_log(run: Run, args: Namespace, job: Runtime) -> None:
         for name, sizes in log.comms_dict.items()
     }
     deepspeed.comm.configure(enabled=False)
+    return found
+
+
+def reductions(step: Callable[[], Tensor]) -> int:
+    """How many all-reduces of gradients a step makes; those of a number or two are its norms'."""
+    return sum(
+        count
+        for name, sizes in logged(step).items() if name.startswith("all_reduce")
+        for size, count in sizes.items() if size > A_FEW
+    )  # fmt: skip
+
+
+def read_log(run: Run, args: Namespace, job: Runtime) -> None:
+    """Every kind of call of a step: how many, of how many bytes, and what that puts on the wire."""
+    step = stepper(args, job, max(args.buckets))
+    step()
+    found = logged(step)
     share = (job.world_size - 1) / job.world_size
     # Of a gather the log has what a rank gives, a K-th of what comes of it.
     factors = {"all_reduce": 2 * share, "all_gather": share * job.world_size}
@@ -139,11 +155,11 @@ def choose_buckets(run: Run, args: Namespace, job: Runtime) -> None:
     timings = in_turns(steps, WARMUP_STEPS, args.repeats, job)
     parameters = num_parameters(config_from_args(args))
     rows = [
-        [size, max(1, -(-parameters // size)), 1e3 * timings[str(size)].median]
+        [size, reductions(steps[str(size)]), 1e3 * timings[str(size)].median]
         for size in args.buckets
     ]
     run.table(
-        "buckets", ["reduce_bucket_size", "buckets, at least", "step (ms)"], rows,
+        "buckets", ["reduce_bucket_size", "all-reduces", "step (ms)"], rows,
         caption=f"a step of stage 2 for {parameters:,} parameters; medians, in turns",
     )  # fmt: skip
     run.figure(

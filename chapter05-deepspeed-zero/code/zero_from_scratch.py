@@ -14,8 +14,8 @@ Run:
 
 You should see: losses, gradients and weights equal to DeepSpeed's and to one process's to 1e-5 in
 every stage; 16, 4 + 12/K, 2 + 14/K and 16/K bytes for each parameter in mixed precision, as in the
-paper, and how much more DeepSpeed keeps; and on the wire twice the model in stages 0 to 2, three
-times in stage 3.
+paper, and how much more DeepSpeed keeps; and on the wire, in models times (K-1)/K, two in stages 0
+to 2, and three in stage 3, less once what is in no layer.
 """
 
 from argparse import Namespace

@@ -33,7 +33,8 @@ from zero import operators
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 NEVER = 10**9  # steps: the engine does not print
 PARTITIONS = (  # where the optimizer has its gradients, in stages 1 and 2, and in 3
-    "averaged_gradients", "_DeepSpeedZeroOptimizer_Stage3__param_id_to_grad_partition",
+    "averaged_gradients", "all_grad_tensors",
+    "_DeepSpeedZeroOptimizer_Stage3__param_id_to_grad_partition",
 )  # fmt: skip
 OFFLOADED = ("offload_optimizer", "offload_param")
 

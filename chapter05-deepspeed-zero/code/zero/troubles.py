@@ -303,7 +303,6 @@ def parameter_not_gathered(case: Case) -> str:
     weight = case.begin().module.lm_head.weight
     with zero.GatheredParameters([weight], enabled=case.cured):
         norm = weight.norm().item()
-        print("lm_head.weight:", weight.shape, "norm:", norm)
     return "" if norm else f"lm_head.weight: {weight.shape}, norm {norm}"
 
 
