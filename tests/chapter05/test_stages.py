@@ -4,10 +4,11 @@ import pytest
 import torch
 from torch import nn
 
-from distlab.model import Llama
+from distlab.model import Llama, num_parameters
 from distlab.model_config import ModelConfig
 from distlab.spawning import spawn
 from fsdp.sharded import FullySharded
+from zero import engine
 from zero.stages import Zero
 
 SHAPE = ModelConfig(40, 24, 40, 3, 2, 1)  # sizes that 2, 3 and 4 ranks do not divide
@@ -169,3 +170,25 @@ def test_in_mixed_precision_all_stages_compute_alike():
         assert all(dtypes == {torch.bfloat16} for _, dtypes in found.values())
         for own in losses[1:]:
             assert own == pytest.approx(losses[0], abs=2e-2)
+
+
+def between_micro_batches(job):
+    """Bytes of gradients for each parameter, in stages 1 and 2: after each of two micro-batches."""
+    found = {}
+    for stage in (1, 2):
+        model = model_of("plain")
+        config = engine.stage_config(stage, 1, accumulate=2)
+        with engine.engine_of(model, config, job) as trained:
+            held = []
+            for inputs, targets in list(batches("plain"))[:2]:
+                trained.backward(trained(inputs[:1], targets=targets[:1]))
+                held.append(engine.held(trained)["gradients"] / num_parameters(model))
+                trained.step()
+        found[stage] = held
+    return found
+
+
+def test_deepspeeds_stage_1_keeps_whole_gradients_until_the_last_micro_batch():
+    for found in spawn(between_micro_batches, 2):
+        assert found[1][0] == pytest.approx(4.0), "whole, in float32"
+        assert found[2][0] < 2.6 and found[1][1] < 2.6, "half, and what the border cuts"
