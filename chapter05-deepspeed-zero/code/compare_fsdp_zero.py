@@ -167,7 +167,7 @@ def by_config(
         optimizer["fused"] = True
     for key in without:
         del config["zero_optimization"][key]
-    trained = engine.begin(model, config, job)
+    trained = engine.begin(model, config, job, flag=f"--ways: {name}")
 
     def backward(batch: Batch) -> Tensor:
         loss: Tensor = trained(batch[0], targets=batch[1])
@@ -278,8 +278,9 @@ def report(run: Run, found: Found, times: dict[str, dict[str, float]]) -> None:
         ["way", "state predicted (MB)", "state (MB)", "of it a float32 copy (MB)",
          "made in backward (MB)", "sent predicted (MB)", "sent (MB)", "loss",
          *(f"step, {link} (ms)" for link in times)], rows,
-        caption=f"of one of {ranks} ranks; state: weights, gradients, optimizer; made in "
-        "backward: at its peak, beside what was there; sent in a step; steps in turns, medians",
+        caption=f"of one of {ranks} ranks; state: weights, gradients, optimizer, predicted "
+        "by the paper; made in backward: at its peak, beside what was there; sent in a step, "
+        "predicted for gloo and DeepSpeed's defaults; steps in turns, medians",
     )  # fmt: skip
     losses = [own["loss"] for own in found.values()]
     run.check_below("losses differ at most by", max(losses) - min(losses), SAME)

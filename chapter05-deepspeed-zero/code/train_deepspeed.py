@@ -72,7 +72,10 @@ def main(argv: list[str] | None = None) -> int:
 def parse_args(argv: list[str] | None) -> Namespace:
     parser = script.Parser(__doc__, PRESETS)
     add_training_flags(parser)
-    parser.add_argument("--config", "--deepspeed_config", type=Path, default=CONFIG, metavar="FILE")
+    parser.add_argument(
+        "--config", "--deepspeed_config", type=Path, default=CONFIG, metavar="FILE",
+        help="DeepSpeed's (default: configs/deepspeed_stage2_config.json)",
+    )  # fmt: skip
     parser.add_argument("--local_rank", type=int, help="set by the deepspeed launcher; not needed")
     args = parser.parse_args(argv)
     if args.model is None:

@@ -21,7 +21,7 @@ class ShardedOptimizer:
         ranks: int,
         make_optimizer: Callable[[list[Tensor]], Any],
     ) -> None:
-        """`weights` [n], float32 or bfloat16, is this rank's copy, and is not changed here.
+        """`weights` [n], float32 or bfloat16, is this rank's copy, which `step` changes in place.
 
         `make_optimizer` makes an optimizer for a list of tensors, whose step() and zero_grad() are
         like torch's: each tensor is updated by its `grad`. It is called once, with one tensor: a
