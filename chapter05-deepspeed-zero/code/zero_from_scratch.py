@@ -232,8 +232,8 @@ def count_wire(run: Run, args: Namespace, job: Runtime) -> None:
         ["stage", "predicted", "from scratch", "error (%)", "DeepSpeed",
          "DeepSpeed, set to send less"],
         rows,
-        caption="sent by a rank in a step, in models: 1 is a model's bytes times (K-1)/K; set "
-        "to send less: reduce to each owner alone (stages 1 and 2), and free weights after use (stage 3)",
+        caption="sent by a rank in a step, in models: 1 is a model's bytes times (K-1)/K; set to "
+        "send less: reduce to each owner alone (stages 1, 2), and free weights after use (stage 3)",
     )  # fmt: skip
     worst = max(abs(row[3]) for row in rows) / 100
     run.check_below("from scratch, the largest error of a prediction of bytes", worst, WIRE)

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 
+from distlab.errors import RunError, UsageError
 from distlab.model import Llama, num_parameters
 from distlab.model_config import ModelConfig
 from distlab.spawning import spawn
@@ -192,3 +193,100 @@ def test_deepspeeds_stage_1_keeps_whole_gradients_until_the_last_micro_batch():
     for found in spawn(between_micro_batches, 2):
         assert found[1][0] == pytest.approx(4.0), "whole, in float32"
         assert found[2][0] < 2.6 and found[1][1] < 2.6, "half, and what the border cuts"
+
+
+class Skipping(nn.Module):
+    """Of three layers alike, each of three ranks may leave one out."""
+
+    def __init__(self, without):
+        super().__init__()
+        torch.manual_seed(0)
+        self.layers = nn.ModuleList(nn.Linear(5, 5) for _ in range(3))
+        self.unused = nn.Parameter(torch.ones(3))
+        self.without = without
+
+    def forward(self, inputs):
+        for number, layer in enumerate(self.layers):
+            if number != self.without:
+                inputs = torch.tanh(layer(inputs))
+        return inputs.square().mean()
+
+
+def a_unit_left_out(job):
+    """Weights beside one process's in stages 0 and 1, and what stages 2 and 3 say."""
+    inputs = torch.randn(6, 5, generator=torch.Generator().manual_seed(2))
+    without = [1 + rank % 2 for rank in range(job.world_size)]
+    reference = Skipping(None)
+    optimizer = sgd(reference.parameters())
+    for part, left_out in zip(inputs.chunk(job.world_size), without, strict=True):
+        reference.without = left_out
+        (reference(part) / job.world_size).backward()
+    optimizer.step()
+    told = []
+    for stage in (0, 1, 2, 3):
+        model = Skipping(without[job.rank])
+        zero = Zero(model, model.layers, stage)
+        model(inputs.chunk(job.world_size)[job.rank]).backward()
+        try:
+            zero.step(sgd(zero.partitions))
+        except RunError as error:
+            told.append(str(error))
+            continue
+        whole = zero.whole(lambda unit: unit.partition)
+        told.append(max((whole[n] - p).abs().max().item()
+                        for n, p in reference.named_parameters() if n in whole))  # fmt: skip
+    return told
+
+
+def test_a_unit_that_some_ranks_leave_out_is_right_or_refused():
+    for early, late, *refused in spawn(a_unit_left_out, 3):
+        assert max(early, late) < TOLERANCE
+        assert all("let every rank run the same" in told for told in refused)
+
+
+def forward_before_the_step(job):
+    """An evaluation between backward and step, and an unused parameter under accumulation."""
+    found = []
+    inputs = torch.randn(6, 5, generator=torch.Generator().manual_seed(2))
+    for stage in (1, 3):
+        model, reference = Skipping(None), Skipping(None)
+        zero = Zero(model, model.layers, stage)
+        ours, theirs = sgd(zero.partitions), sgd(reference.parameters())
+        for _ in range(3):
+            for _ in range(2):
+                model(inputs.chunk(job.world_size)[job.rank]).backward()
+                reference(inputs).backward()
+            with torch.no_grad():
+                model(inputs)
+            zero.step(ours)
+            theirs.step()
+            theirs.zero_grad()
+        whole = zero.whole(lambda unit: unit.partition)
+        found.append(max((whole[n] - p).abs().max().item()
+                         for n, p in reference.named_parameters()))  # fmt: skip
+    return found
+
+
+def test_an_evaluation_before_the_step_leaves_no_old_weights():
+    for found in spawn(forward_before_the_step, 2):
+        assert max(found) < TOLERANCE
+
+
+def refused(job, dtype, stage):
+    model = Skipping(None).to(dtype)
+    if stage == 3:
+        model.layers[2].weight = model.layers[0].weight
+    with pytest.raises(UsageError) as told:
+        Zero(model, model.layers, stage)
+    return str(told.value)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "stage", "line"),
+    [
+        (torch.float64, 1, "a model in torch.float64 is not divided; give it in float32"),
+        (torch.float32, 3, "layers.0.weight is in two units; stage 3 frees it after the first"),
+    ],
+)
+def test_what_is_not_divided_is_refused(dtype, stage, line):
+    assert line in spawn(refused, 1, dtype, stage)[0]

@@ -25,6 +25,9 @@ from collections.abc import Callable, Iterable
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.autograd import Variable
+
+from distlab.errors import RunError, UsageError
 
 ALL_GATHER = getattr(
     dist, "all_gather_single", dist.all_gather_into_tensor
@@ -38,8 +41,12 @@ class Zero:
     is a unit too, the root, which in stage 3 stays whole from forward to the end of backward. With
     `dtype` the module computes in that type, and the partitions that the optimizer updates are
     float32 copies: mixed precision, as in the paper. Rank 0's weights are everybody's. In stages 2
-    and 3 every backward's gradient is reduced and added to the partition's; in 0 and 1 whole
-    gradients add up until the step. Frozen parameters stay as they are.
+    and 3 every backward's gradient is reduced and added to the partition's, so that every rank must
+    run the same units in it; in 0 and 1 whole gradients add up until the step. Frozen parameters
+    stay as they are. One without a gradient, in a unit where others have one, gets zeros, so that a
+    decay shrinks it. Load weights before: partitions are made of those that are there.
+
+    Raises `UsageError` for weights not in float32, and in stage 3 for one that two units have.
     """
 
     def __init__(
@@ -50,10 +57,19 @@ class Zero:
         for tensor in (*module.parameters(), *module.buffers()):
             dist.broadcast(tensor.detach(), src=0, group=group)
         named = {p: name for name, p in module.named_parameters() if p.requires_grad}
+        if other := {p.dtype for p in named} - {torch.float32}:
+            raise UsageError(f"a model in {other.pop()} is not divided; give it in float32, and in "
+                             "`dtype` what it computes in")  # fmt: skip
+        left = dict(named)
         self.units: list[Unit] = []
         for part in (*units, module):  # the root comes last, and takes what is left
-            own = [p for p in part.parameters() if p in named]
-            unit = Unit({named.pop(p): p for p in own}, self, dtype)
+            own = [p for p in part.parameters() if p in left]
+            if stage == 3 and part is not module:
+                for p in part.parameters():
+                    if p in named and p not in left:
+                        raise UsageError(f"{named[p]} is in two units; stage 3 frees it after the "
+                                         "first: leave it to the root")  # fmt: skip
+            unit = Unit({left.pop(p): p for p in own}, self, dtype)
             if own:
                 self.units.append(unit)
             if stage == 3 and own:
@@ -67,9 +83,24 @@ class Zero:
             part.register_full_backward_pre_hook(lambda *_: unit.gather())
 
     def reduce(self) -> None:
-        """Complete the gradients of this rank's parts; a unit that no backward reached has none."""
-        for unit in self.units:
-            unit.reduce()
+        """Complete the gradients of this rank's parts; a unit that no backward reached has none.
+
+        The ranks first agree which units those are: where one has nothing, it gives zeros. Raises
+        `RunError` where in stage 2 or 3 one rank's backward has reduced a unit and another's has
+        not: then the gradients of two units were added up.
+        """
+        own = [[unit.is_pending, unit.reductions, -unit.reductions] for unit in self.units]
+        device = self.partitions[0].device
+        most = torch.tensor(own, dtype=torch.int32, device=device)  # [units, 3]
+        dist.all_reduce(most, dist.ReduceOp.MAX, group=self.group)
+        for unit, (pending, highest, lowest) in zip(self.units, most.tolist(), strict=True):
+            if highest + lowest:
+                raise RunError(
+                    f"the unit of {next(iter(unit.named))} was reduced {highest} times on one "
+                    f"rank and {-lowest} on another; in stages 2 and 3 let every rank run the same"
+                )
+            if pending:
+                unit.reduce()
 
     @torch.no_grad()
     def step(self, optimizer: torch.optim.Optimizer) -> None:
@@ -77,7 +108,7 @@ class Zero:
         self.reduce()
         for unit in self.units:
             unit.partition.grad = None if unit.gradient is None else unit.gradient.float()
-            unit.gradient = None
+            unit.gradient, unit.reductions = None, 0
         optimizer.step()
         optimizer.zero_grad()
         for unit in self.units:
@@ -108,6 +139,7 @@ class Unit:
         self.shapes = {name: p.shape for name, p in named.items()}
         self.sizes = [p.numel() for p in named.values()]
         self.waiting = len(named)  # parameters whose gradient this backward has not completed
+        self.reductions = 0  # since the last step
         self.gradient: Tensor | None = None  # of this rank's part: the mean over the ranks
         if not named:
             return
@@ -166,17 +198,26 @@ class Unit:
     # Stages 2 and 3: a gradient is reduced as soon as it is complete.
 
     def _on_gradient(self, parameter: Tensor) -> None:
+        if self.waiting == len(self.named):
+            Variable._execution_engine.queue_callback(self._backward_ends)
         self.waiting -= 1
         if self.waiting == 0 and self.stage >= 2:
             self.reduce()
+
+    def _backward_ends(self) -> None:
+        """What is not complete, since a parameter was not used, waits for `Zero.reduce`."""
+        self.waiting = len(self.named)
+
+    @property
+    def is_pending(self) -> bool:
+        return any(p.grad is not None for p in self.named.values())
 
     @torch.no_grad()
     def reduce(self) -> None:
         """Add this rank's part of the gradient, the mean over the ranks, to what is there."""
         self.waiting = len(self.named)
+        self.reductions += 1
         gradients = [p.grad for p in self.named.values()]
-        if all(gradient is None for gradient in gradients):
-            return
         whole = torch.zeros_like(self.flat)
         for view, gradient in zip(self.views(whole).values(), gradients, strict=True):
             if gradient is not None:
@@ -203,5 +244,6 @@ class Unit:
         part = self.partition.detach().to(self.flat.dtype)
         if self.stage == 3:
             self.shard.copy_(part)
+            self.free()  # a forward without a backward has left the root's old weights there
         else:
             self.flat.copy_(self.put_together(part))

@@ -1,8 +1,11 @@
 """Ranks as threads beside the student's code, with collectives that never wait for ever."""
 
+import array
 import gc
 import threading
+import types
 
+import numpy as np
 import torch
 
 from distlab.lab.grade_student import rig
@@ -119,6 +122,8 @@ def train(sharded_optimizer, options, weights, gradients, ranks, needs_gradient,
             return Optimizer(tensors, *options)
 
         def reduce_scatter(parts):
+            if any(part[len(weights) :].any() for part in parts):
+                faults.add("the padding of a gradient is not zeros")
             whole = sum(part.double() for part in parts).to(parts[0].dtype)
             return whole.view(ranks, -1)[rank].clone()
 
@@ -139,6 +144,10 @@ def train(sharded_optimizer, options, weights, gradients, ranks, needs_gradient,
                 faults.add("a gradient is kept from step to step")
         if copies[rank].data_ptr() != address:
             faults.add("weights are in other memory than before")
+        if copies[rank].requires_grad != needs_gradient:
+            faults.add("the weights' requires_grad is changed")
+        if not torch.is_grad_enabled():
+            faults.add("gradients are switched off for all that follows")
         if any(one.untyped_storage().data_ptr() == address for one in held):
             faults.add("the part is no copy of the weights")
         kept[rank] = mine, held
@@ -146,6 +155,7 @@ def train(sharded_optimizer, options, weights, gradients, ranks, needs_gradient,
 
     kept = [None] * ranks
     results = job.run(work)
+    beside = sum(hidden_bytes(mine) for mine, _ in kept) if weigh else 0
     logged = {one.untyped_storage().data_ptr() for rank in made for call in rank for one in call}
     after = storages() if weigh else {}
     grown = sum(size for address, size in after.items() if address not in {*before, *logged})
@@ -153,7 +163,24 @@ def train(sharded_optimizer, options, weights, gradients, ranks, needs_gradient,
         same = (torch.equal(a[rank], b[rank]) for a, b in zip(given, gradients, strict=True))
         if not all(same):
             results[rank][2].add("a gradient is changed")
-    return [(*one, made[r], job.calls[r]) for r, one in enumerate(results)], grown
+    return [(*one, made[r], job.calls[r]) for r, one in enumerate(results)], grown + beside
+
+
+def hidden_bytes(root):
+    """The bytes of arrays, bytes and long lists of numbers that an object leads to."""
+    seen, todo, found = set(), [root], 0
+    while todo:
+        one = todo.pop()
+        if id(one) in seen or isinstance(one, (type, types.ModuleType, types.FunctionType)):
+            continue
+        seen.add(id(one))
+        if isinstance(one, (np.ndarray, bytes, bytearray, array.array)):
+            found += memoryview(one).nbytes
+        elif isinstance(one, (list, tuple)) and len(one) > 100:
+            found += 4 * len(one)
+        if not isinstance(one, torch.Tensor):
+            todo += gc.get_referents(one)
+    return found
 
 
 def storages():

@@ -61,7 +61,8 @@ def told(logits, factor=None):
 def assert_routed(student, logits, factor, why=""):
     """The gates and their gradient, after experts and places are what they must be."""
     upstream = torch.linspace(1, 2, len(logits))
-    expert, place, gate, gradient, changed = routed(student.route, logits, factor, upstream)
+    handed = logits.clone()
+    expert, place, gate, gradient, changed = routed(student.route, handed, factor, upstream)
     case = f"{told(logits, factor)}{': ' if why else ''}{why}"
     experts, places = by_tokens(logits, factor)
     for what, got, expected in (("expert", expert, experts), ("place", place, places)):
@@ -93,6 +94,7 @@ def test_capacity_and_who_is_dropped(student, chance):
         (12, 4, 1.0, 3), (12, 4, 1.25, 4), (12, 4, 0.5, 2), (13, 4, 1.0, 4), (12, 5, 1.0, 3),
         (12, 4, 0.0, 0), (0, 4, 1.0, 0), (1, 64, 1.0, 1), (1, 1, 8.0, 8), (3, 4, 0.125, 1),
         (7, 2, 2.0, 7), (22, 3, 1.5, 11), (84, 7, 2.25, 27), (72, 7, 2.625, 27),
+        (32769, 4096, 0.125, 2), (8 * 10**6 + 1, 10**6, 0.125, 2),
     ):  # fmt: skip
         assert_capacity(student, tokens, experts, factor, expected)
     for _ in range(200):
@@ -102,6 +104,9 @@ def test_capacity_and_who_is_dropped(student, chance):
     crowd = torch.tensor([[1.0, 0.0]] * 4 + [[5.0, 0.0], [0.0, 1.0]])
     assert_routed(student, crowd, 1.0, "first come, first kept, however sure the fifth is")
     assert_routed(student, crowd, 0.0, "no room for anybody")
+    for dtype in DTYPES:  # more than an int8 counts, or a bfloat16 exactly
+        many = torch.tensor(chance.normal(size=(700, 2)) + [3, 0]).to(dtype)
+        assert_routed(student, many, 1.0, "700 tokens")
     for _ in range(60):
         assert_routed(student, random_logits(chance), random_factor(chance))
 
@@ -138,6 +143,7 @@ def test_the_balancing_loss(student, chance):
         (torch.eye(4)[[0] * 8] * 30, 4.0, "all tokens at one of four experts"),
         (torch.zeros(5, 3), 1.0, "all at the first, by a tie, though p is even"),
         (torch.zeros(0, 3), 0.0, "no tokens"),
+        (torch.zeros(701, 3).bfloat16(), 1.0, "701 tokens, which bfloat16 rounds to 700"),
         (torch.zeros(6, 1), 1.0, "one expert"),
     ):
         loss, *_ = lost(student.balancing_loss, logits)
@@ -148,7 +154,11 @@ def test_the_balancing_loss(student, chance):
         assert_near("the loss", loss, np.array(expected), torch.float32, case)
     for number in range(60):
         logits = random_logits(chance, DTYPES[number % 2])
-        loss, gradient, changed = lost(student.balancing_loss, logits)
+        if number % 3 == 0:  # large ones: their exponentials are no float32
+            logits = logits * 40
+        elif number % 3 == 1:  # nearly equal: a softmax in float32 makes them so
+            logits = logits.sign().nan_to_num(0.0) * 1e-9
+        loss, gradient, changed = lost(student.balancing_loss, logits.clone())
         case, (tokens, experts) = told(logits), logits.shape
         assert not changed, f"{case}: balancing_loss changed the logits"
         p, counts = softmax(logits), np.bincount(by_tokens(logits, 1.0)[0], minlength=experts)

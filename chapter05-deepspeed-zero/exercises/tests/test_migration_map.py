@@ -5,7 +5,7 @@ import math
 import numpy as np
 from grader_parts import migrated
 
-DTYPES = (np.float32, np.float16, np.float64, np.int64, np.uint16)
+DTYPES = (np.float32, np.float16, np.float64, np.int64, np.uint16, ">f4", np.complex64)
 
 
 def random_worlds(chance):
@@ -107,7 +107,7 @@ def test_every_element_once_and_few_copies(student, chance):
 def test_models_too_large_to_count(student, chance):
     for number in range(20):  # too large for floats, and for whoever goes through all ranks
         sizes = chance.integers(10**15, 10**17, 5).tolist()
-        fewest = 2 if number % 2 else 10**5
+        fewest = 2 if number % 2 else 10**9
         sources, targets = chance.integers(fewest, 10 * fewest, 2).tolist()
         have, begins = -(-sum(sizes) // sources), [sum(sizes[:n]) for n in range(5)]
         for target in {0, int(chance.integers(targets)), targets - 1}:
@@ -145,7 +145,9 @@ def test_migrated_partitions(student, chance):
         ]
         kept = [one.tobytes() for one in partitions]
         case = f"{told(*worlds)}, {dtype}"
-        found, shared, locked = migrated(student.migrate, partitions, sizes, targets)
+        handed = list(sizes)
+        found, shared, locked = migrated(student.migrate, partitions, handed, targets)
+        assert handed == sizes, f"{case}: migrate changed the sizes"
         assert [one.tobytes() for one in partitions] == kept, f"{case}: partitions are changed"
         assert [len(rank) for rank in found] == [len(sizes)] * targets, (
             f"{case}: {[len(rank) for rank in found]} arrays came back"
@@ -179,6 +181,8 @@ def test_migrated_partitions(student, chance):
         ([three, three.astype(np.float64), three], [9], 2, "float64 between float32"),
         ([three.reshape(3, 1)] * 2, [6], 3, "partitions of two dimensions"),
         ([], [], 2, "no partitions"),
+        ([two, two], [0], 2, "partitions of 2, for nothing"),
+        ([np.ones((1, 1), np.float32)] * 2, [2], 1, "partitions of 1 x 1"),
         ([three], [3], 0, "no targets"),
         ([three], [3], -1, "no targets"),
         ([three], [4, -1], 1, "a negative size"),

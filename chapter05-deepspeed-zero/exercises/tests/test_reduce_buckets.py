@@ -102,6 +102,8 @@ def test_what_goes_into_which_bucket(student, chance):
     for limit in (0, -1):
         refused(student.fill_buckets, ([2, 2], [1, 0], limit), f"a limit of {limit}")
     refused(student.fill_buckets, ([2, 2], [1, 0, 1], 9), "1 arrives twice")
+    refused(student.fill_buckets, ([2, 2], [1, 0, 1], 2), "1 arrives twice, in two buckets")
+    refused(student.fill_buckets, ([], [], 0), "a limit of 0, and no gradient")
 
 
 def assert_buckets(student, sizes, arrival, limit, expected, why=""):
@@ -125,9 +127,19 @@ def test_the_owners_of_a_bucket(student, chance):
         ([0, 3], [0], 2, [], "nothing"),
         ([0, 0], [1, 0], 3, [], "nothing at all"),
         ([3], [], 2, [], "an empty bucket"),
+        ([2, 2, 0], [1, 2], 2, [(1, 0, 2)], "an empty one at the end"),
+        (
+            [2**60 + 1, 2**60 + 2],
+            [1, 0],
+            2,
+            [(0, 0, 1), (1, 1, 2**60 + 2), (0, 2**60 + 2, 2**61 + 3)],
+            "exact",
+        ),
     ):
-        got = student.owner_slices(sizes, bucket, ranks)
+        handed = list(sizes), list(bucket)
+        got = student.owner_slices(*handed, ranks)
         assert_slices(got, expected, f"sizes {sizes}, bucket {bucket}, {ranks} ranks: {why}")
+        assert handed == (sizes, bucket), f"{sizes}, {bucket}: owner_slices changed its arguments"
     for _ in range(80):
         sizes, arrival, limit, ranks = random_model(chance)
         for bucket in filled(sizes, arrival, limit):
@@ -157,10 +169,22 @@ def test_where_an_owner_puts_it(student, chance):
         ([6], [0], 4, 3, [], "nothing but padding"),
         ([2, 2], [1], 2, 0, [], "another one's"),
         ([2, 0, 2], [0, 1, 2], 1, 0, [(0, 4, 0)], "an empty one between"),
+        ([2, 0, 2], [2, 0, 1], 1, 0, [(0, 2, 2), (2, 4, 0)], "an empty one at the end"),
+        ([2, 2, 4], [0, 2, 1], 2, 0, [(0, 2, 0), (6, 8, 2)], "another one's between neighbours"),
+        (
+            [2**60 + 1, 2**60 + 2],
+            [1, 0],
+            2,
+            0,
+            [(0, 1, 2**60 + 1), (2**60 + 2, 2**61 + 3, 0)],
+            "exact",
+        ),
     ):
         case = f"sizes {sizes}, bucket {bucket}, rank {rank} of {ranks}"
-        got = student.landings(sizes, bucket, ranks, rank)
+        handed = list(sizes), list(bucket)
+        got = student.landings(*handed, ranks, rank)
         assert_slices(got, expected, f"{case}: {why}")
+        assert handed == (sizes, bucket), f"{case}: landings changed its arguments"
     for _ in range(80):
         sizes, arrival, limit, ranks = random_model(chance)
         for bucket in filled(sizes, arrival, limit):
@@ -170,6 +194,7 @@ def test_where_an_owner_puts_it(student, chance):
             assert_slices(student.landings(sizes, bucket, ranks, rank), expected, case)
     for rank, ranks in ((2, 2), (-1, 2), (0, 0)):
         refused(student.landings, ([3], [0], ranks, rank), f"rank {rank} of {ranks}")
+        refused(student.landings, ([3], [], ranks, rank), f"rank {rank} of {ranks}, no gradient")
 
 
 def test_every_number_is_reduced_once(student, chance):

@@ -27,8 +27,9 @@ class Case:
             self.gradients.append(list(torch.tensor(numbers).to(dtype)))
         needs_gradient = bool(chance.random() < 0.5)
         self.results, self.grown = train(
-            student.sharded_optimizer, self.options, self.weights, self.gradients, ranks,
-            needs_gradient, weigh,
+            student.sharded_optimizer, self.options, self.weights.clone(),
+            [[one.clone() for one in step] for step in self.gradients],
+            ranks, needs_gradient, weigh,
         )  # fmt: skip
 
     def __str__(self):
@@ -46,6 +47,15 @@ class Case:
     def assert_honest(self):
         for rank, (_, _, faults, _, _) in enumerate(self.results):
             assert not faults, f"{self}, rank {rank}: {', '.join(sorted(faults))}"
+        one_step = [
+            ("reduce_scatter", (self.ranks * self.size,), "torch.float32"),
+            ("all_gather", (self.size,), str(self.dtype)),
+        ]
+        for rank, (*_, calls) in enumerate(self.results):
+            steps = len(self.gradients)
+            assert calls == steps * one_step, (
+                f"{self}, rank {rank}: {steps} steps are so often {one_step}; it called {calls}"
+            )
 
     def part_of(self, rank, whole):
         return whole[rank * self.size : (rank + 1) * self.size]

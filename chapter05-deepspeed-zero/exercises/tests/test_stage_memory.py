@@ -117,6 +117,8 @@ def test_stages_and_padding(student, chance):
         Settings(1, 2, ""),
     ):  # fmt: skip
         refused(student.stage_memory, ([8], wrong), str(wrong))
+        refused(student.stage_memory, ([], wrong), f"{wrong}, no parameter")
+        refused(student.largest_model, (wrong, 1, 99, 99, 99), str(wrong))
 
 
 def test_what_is_offloaded(student, chance):
@@ -137,6 +139,12 @@ def test_what_is_offloaded(student, chance):
             "the largest is the first",
         ),
         ([], Settings(3, 4, "mixed", "nvme", 2), (0, 0, 0), "no parameter"),
+        (
+            [10**17 + 1, 10**17],
+            Settings(3, 1, "mixed", "nvme", 1),
+            (4 * 10**17 + 2, 16 * 10**17 + 14, 24 * 10**17 + 12),
+            "exact",
+        ),
     ):
         assert_kept(student, sizes, settings, expected, why)
     for _ in range(100):
@@ -149,6 +157,8 @@ def test_what_is_offloaded(student, chance):
         Settings(3, 2, "mixed", "nvme", 0), Settings(3, 2, "mixed", "nvme", -1),
     ):  # fmt: skip
         refused(student.stage_memory, ([8], wrong), str(wrong))
+        refused(student.stage_memory, ([], wrong), f"{wrong}, no parameter")
+        refused(student.largest_model, (wrong, 1, 99, 99, 99), str(wrong))
 
 
 def test_the_largest_model_that_fits(student, chance):
@@ -167,6 +177,7 @@ def test_the_largest_model_that_fits(student, chance):
         (Settings(3, 2, "mixed", "nvme", 1), 2, (endless, endless, 120), 10, "the file is full"),
         (Settings(3, 2, "mixed", "nvme", 1), 2, (80, 80, 0), 0, "no room for a file"),
         (Settings(2, 1), 1, (0, 0, 0), 0, "no room"),
+        (Settings(0, 1), 1, (16 * 10**18 - 1, 0, 0), 10**18 - 1, "10**18, but for a byte"),
     ):
         assert_largest(student, settings, parameters, budgets, expected, why)
     for _ in range(80):
@@ -180,6 +191,7 @@ def test_the_largest_model_that_fits(student, chance):
         expected = last_that_fits(settings, parameters, budgets, size)
         assert_largest(student, settings, parameters, budgets, expected)
     refused(student.largest_model, (Settings(1, 2), 0, 99, 99, 99), "no parameters")
+    refused(student.largest_model, (Settings(1, 2), -2, 99, 99, 99), "-2 parameters")
     refused(student.largest_model, (Settings(0, 2, "mixed", "cpu"), 1, 0, 0, 0), "cpu in stage 0")
     refused(student.largest_model, (Settings(4, 2), 1, 99, 99, 99), "stage 4")
 
