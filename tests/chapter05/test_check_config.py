@@ -184,6 +184,8 @@ def test_a_flag_says_what_the_config_does_not(tmp_path, capsys):
 
 
 def test_a_bad_argument_is_one_line(tmp_path, capsys):
+    status, _, err = run_script(capsys, "any.json", "--world-size", "9" * 30)
+    assert status == 2 and err.startswith("error: --world-size has 30 digits; no job")
     status, _, err = run_script(capsys, str(tmp_path / "none.json"), "--world-size", "2")
     assert status == 2 and err.startswith("error: FILE ") and err.count("\n") == 1
     sound = written(tmp_path / "sound.json", '{"train_batch_size": 8}')

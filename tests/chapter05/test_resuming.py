@@ -1,5 +1,6 @@
 """What --checkpoint-dir and --resume may hold: taken up, or told in a line; not passed by."""
 
+import errno
 import os
 import zipfile
 
@@ -106,6 +107,15 @@ def test_a_first_save_that_was_cut_short_is_told_and_does_not_block(tmp_path):
     told = []
     assert checkpoint_in(tmp_path, told.append) is None
     assert "step_00000002 was never finished" in told[0]
+
+
+def test_a_full_disk_is_one_line(tmp_path):
+    class Engine:
+        def save_checkpoint(self, *words):
+            raise OSError(errno.EFBIG, "File too large")
+
+    with pytest.raises(RunError, match="cannot be written; is the disk full"):
+        resuming.save(Engine(), tmp_path, 2, 3, {})
 
 
 def args_of(*flags):
