@@ -15,6 +15,7 @@ You should see: a line for each finding and status 1, or none and status 0.
 from argparse import Namespace
 
 from distlab import script
+from distlab.errors import UsageError
 from distlab.hardware import machine
 from distlab.run import Run
 from zero.config_check import Plan, check
@@ -22,6 +23,7 @@ from zero.engine import read_config
 from zero.known_keys import MICRO
 from zero.messages import read_log
 
+MOST_RANKS = 10**7
 PRESETS: dict[str, dict[str, object]] = {"smoke": {}, "laptop": {}, "gpu": {}}
 
 
@@ -53,7 +55,10 @@ def parse_args(argv: list[str] | None) -> Namespace:
     )
     parser.add_argument("--device", choices=["cpu", "cuda"], help="that the job runs on")
     parser.add_argument("--log", metavar="FILE", help="what a job with this config wrote")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if args.world_size > MOST_RANKS:
+        raise UsageError(f"--world-size has {len(str(args.world_size))} digits; no job is so large")
+    return args
 
 
 def report(run: Run, args: Namespace) -> int:

@@ -19,7 +19,7 @@ with the same losses, and with --export a folder that transformers reads.
 import contextlib
 import math
 from argparse import Namespace
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from distlab import data, hardware, runtime, script
-from distlab.errors import RunError, UsageError
+from distlab.errors import UsageError
 from distlab.model import Llama, config_from_args, num_parameters
 from distlab.model_config import config_to_json
 from distlab.run import Run
@@ -37,7 +37,7 @@ from distlab.training.flags import add_training_flags, refuse, refuse_for, take_
 from distlab.training.held_out import HeldOut
 from distlab.training.outcome import export, peak_of_all, report_losses, report_speed
 from distlab.training.progress import Progress, StopRequest, warmup_cosine
-from zero import engine
+from zero import engine, resuming
 from zero.config_check import Plan, check
 from zero.engine import fill, read_config
 
@@ -113,7 +113,9 @@ def train_and_report(run: Run, args: Namespace, job: Runtime, stop: StopRequest)
 
 def refuse_config(args: Namespace, settings: dict[str, Any], job: Runtime) -> None:
     """Raise `UsageError` for what check_config.py finds: DeepSpeed ignores much of it, or hangs."""
-    if found := check(Plan(settings, job.world_size, job.device.type)):
+    remedy = f"give numbers; this script fills in {', '.join(engine.FILLED)}"
+    plan = Plan(settings, job.world_size, job.device.type, remedy_of_auto=remedy)
+    if found := check(plan):
         raise UsageError(f"--config {args.config}: {'; '.join(map(str, found))}")
 
 
@@ -123,11 +125,13 @@ class Trainer:
     def __init__(
         self, args: Namespace, settings: dict[str, Any], job: Runtime, tokens: data.Tokens
     ) -> None:
-        self.args, self.tokens = args, tokens
+        self.args, self.settings, self.job, self.tokens = args, settings, job, tokens
+        self.shape = config_to_json(config_from_args(args))  # of the model, in each checkpoint
         self.held: dict[str, int] = {}  # bytes by kind, before the last step
         self.stage: int = settings["zero_optimization"]["stage"]
-        model = engine.new_model(args, settings, job)
-        self.engine = engine.begin(model, settings, job, parameter_groups(args, model))
+        with engine.refusing("--config", args.config):
+            model = engine.new_model(args, settings, job)
+            self.engine = engine.begin(model, settings, job, parameter_groups(args, model))
         self.batches = data.Loader(
             tokens, args.seq_len, args.batch_size, job.rank, job.world_size, args.seed, job.device,
             prefetch=2 if job.device.type == "cuda" else 0,
@@ -172,27 +176,23 @@ class Trainer:
 
     def save(self, step: int) -> None:
         """Every rank writes its part; one that alone called this would wait for the others."""
-        state = {
-            "loader": self.batches.state_dict(),
-            "config": config_to_json(config_from_args(self.args)),  # migrate.py knows the model
-        }
-        self.engine.save_checkpoint(self.args.checkpoint_dir, f"step_{step:08d}", state)
+        state = {"loader": self.batches.state_dict(), "config": self.shape}
+        resuming.save(self.engine, Path(self.args.checkpoint_dir), step, self.args.keep, state)
 
-    def resume(self) -> int:
-        """From the newest checkpoint, of as many ranks as there are; the step to go on from."""
-        folder = self.args.checkpoint_dir
-        if folder is None or self.args.resume == "none" or not Path(folder, "latest").exists():
+    def resume(self, report: Callable[[str], object] = print) -> int:
+        """From --resume's checkpoint, or the newest of --checkpoint-dir; the step to go on from."""
+        args, flag = self.args, "--checkpoint-dir"
+        tag = None
+        if args.resume not in ("auto", "none"):
+            tag, flag = Path(args.resume).resolve(), "--resume"
+        elif args.checkpoint_dir and args.resume == "auto":
+            tag = resuming.checkpoint_in(Path(args.checkpoint_dir), report)
+        if tag is None:
             return 0
-        try:
-            _, state = self.engine.load_checkpoint(folder)
-        except Exception as error:
-            if "world size" not in str(error):
-                raise
-            raise RunError(
-                f"--checkpoint-dir {folder} was written by another number of ranks, and DeepSpeed "
-                "takes it up by as many only; migrate.py makes it one for this number"
-            ) from error
-        self.batches.load_state_dict(state["loader"])
+        state = resuming.take_up(self.engine, tag, flag, self.settings, self.shape, self.job)
+        if "loader" in state:
+            self.batches.load_state_dict(state["loader"])
+        report(f"job: resumed at step {self.engine.global_steps}")
         return self.engine.global_steps
 
 
@@ -226,9 +226,9 @@ def train(
         trainer.tokens.validation, job, windows=args.eval_windows, seq_len=args.seq_len,
         batch_size=args.batch_size,
     )  # fmt: skip
-    first_step = trainer.resume()
-    if first_step:
-        run.print(f"job: resumed at step {first_step}")
+    first_step = trainer.resume(run.print)
+    if first_step >= args.steps:
+        run.print(f"job: no step is left to do up to --steps {args.steps}; give more to go on")
     progress = Progress(run, job, args.steps, args.batch_size * args.seq_len, first_step)
     for step in progress.steps():
         stopped = progress.share(step, trainer.step(step), stop.is_asked)

@@ -88,7 +88,8 @@ def distributed(
 
     `backend` auto means NCCL with a GPU for each rank, else gloo. With `backend="gloo"` on a
     machine with GPUs, ranks share them; `device="cpu"` leaves the GPUs alone. All ranks get the
-    same `seed`. `timeout_s` bounds every collective: torch's own default is 30 minutes for gloo.
+    same `seed`. `timeout_s` bounds every collective, also of groups that are made later without a
+    timeout, as DeepSpeed's and a DeviceMesh's: torch's own default is 30 minutes for gloo.
 
     Raises `UsageError` when there are more ranks than GPUs for NCCL, or no GPU where one was asked,
     and `RunError`, in one line that names the script's own, when a collective fails because a rank
@@ -266,12 +267,15 @@ def _meet(launch: Launch, timeout_s: float) -> dist.Store:
 def _join(
     store: dist.Store, launch: Launch, backend: str, timeout_s: float, device: torch.device
 ) -> None:
+    limit = timedelta(seconds=timeout_s)
+    torchs = dist.distributed_c10d  # a later group takes its default, and not the first group's
+    torchs.default_pg_timeout = torchs.default_pg_nccl_timeout = limit
     dist.init_process_group(
         backend,
         store=dist.PrefixStore("default_pg", store),
         rank=launch.rank,
         world_size=launch.world_size,
-        timeout=timedelta(seconds=timeout_s),
+        timeout=limit,
         device_id=device if backend == "nccl" else None,
     )
 
@@ -302,10 +306,11 @@ def _leave(backend: str, failed: bool) -> None:
 
 def _lost_peer(error: RuntimeError, runtime: Runtime, timeout_s: float) -> str:
     """One line for a failed collective: who, where in the script, and what the back end said."""
-    torch_itself = str(Path(torch.__file__).parent)
+    installed = str(Path(torch.__file__).parents[1])  # torch and DeepSpeed, which is in between
     frames = traceback.extract_tb(error.__traceback__)
-    own = [frame for frame in frames if not frame.filename.startswith(torch_itself)]
-    where = f"{Path(own[-1].filename).name}:{own[-1].lineno}"
+    own = [frame for frame in frames if not frame.filename.startswith(installed)]
+    last = (own or frames)[-1]
+    where = f"{Path(last.filename).name}:{last.lineno}"
     said = re.sub(r"^\[\S+\]\s*", "", str(error).splitlines()[0])
     return (
         f"rank {runtime.rank} of {runtime.world_size} lost the others at {where}: a rank is gone, "

@@ -258,7 +258,7 @@ def status_of(main: Callable[[], int]) -> int:
             raise
         return _fail(f"{failure}; {MORE_PROCESSES}", CHECK_FAILED)
     except OSError as failure:
-        if failure.errno in (errno.ENOSPC, errno.EDQUOT):
+        if failure.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             where = f" while writing {failure.filename}" if failure.filename else ""
             return _fail(f"the disk is full{where}; free some space and run again", CHECK_FAILED)
         if failure.errno in (errno.EMFILE, errno.ENFILE):

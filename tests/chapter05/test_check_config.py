@@ -66,7 +66,20 @@ MISTAKES = [
     ("bucket sizes", zero(reduce_bucket_size=500_000_000), {"memory": 10**9}, "is 2 GB"),
     ("known messages", SOUND, {"log": "a\nType fp16 is not supported on your device."}, "use bf16"),
     ("refused", {**SOUND, "elasticity": {}}, {}, "Elastic training has been removed"),
-    ("refused", {**SOUND, "fp16": True}, {}, "must be a mapping"),
+    *[("sections", {**SOUND, name: value}, {}, f"{name} {value!r} is no section")
+      for name, value in [("fp16", True), ("zero_optimization", "stage2"), ("optimizer", None),
+                          ("zero_optimization", []), ("activation_checkpointing", True),
+                          ("aio", True), ("checkpoint", True), ("flops_profiler", True)]],
+    ("sections", {**SOUND, "optimizer": {"type": "AdamW", "params": None}}, {}, "optimizer.params"),
+    ("switches", {**SOUND, "fp16": {"enabled": "no"}}, CUDA, "'no' is neither true nor false"),
+    ("values", {**SOUND, "steps_per_print": 0}, {}, "steps_per_print 0 is no whole number"),
+    ("values", {**SOUND, "scheduler": {"type": "Cosine"}}, {}, "use one of WarmupLR"),
+    ("values", {**SOUND, "data_types": {"grad_accum_dtype": "fp8"}}, {}, "use fp32"),
+    ("values", {**SOUND, "comet": {"enabled": True}}, {}, "pip install comet_ml"),
+    ("stage", zero(2.0), {}, "use 0, 1, 2 or 3"),
+    ("automatic values", {**SOUND, "optimizer": {"params": {"betas": ["auto", 0.9]}}}, {}, "betas"),
+    ("nvme folder", zero(3, offload_param={**NVME, "nvme_path": " "}), {}, "nvme_path is missing"),
+    ("stage 3 only", zero(offload_optimizer=NVME), {}, "to nvme does nothing in stage 2"),
     ("refused", zero(overlap_comm="maybe"), {}, "zero_optimization.overlap_comm 'maybe'"),
 ]  # fmt: skip
 
@@ -76,6 +89,12 @@ def test_each_mistake_is_found_and_named(tmp_path, name, config, rest, says):
     found = check(plan_for(tmp_path, config, **rest))
     assert says in " | ".join(one.text for one in found if one.name == name)
     assert all(one.text.count(";") >= 1 or "did you mean" in one.text for one in found)
+
+
+def test_a_finding_is_a_short_line_whatever_the_config_has(tmp_path):
+    config = {**SOUND, "one\nkey": 1, "train_batch_size": 10**400}
+    for line in map(str, check(plan_for(tmp_path, config))):
+        assert "\n" not in line and len(line) < 400
 
 
 def test_every_check_has_a_mistake_here():
@@ -96,6 +115,7 @@ SOUND_ONES = [
     ({**SOUND, "scheduler": {"type": "WarmupLR", "params": {"warmup_num_steps": 4}}}, {}),
     ({**zero(offload_optimizer={"device": "cpu"}), **ADAM}, {}),
     (zero(3, stage3_max_live_parameters=10), {}),
+    (zero(offload_optimizer=None), {}),
 ]  # fmt: skip
 
 
@@ -164,6 +184,8 @@ def test_a_flag_says_what_the_config_does_not(tmp_path, capsys):
 
 
 def test_a_bad_argument_is_one_line(tmp_path, capsys):
+    status, _, err = run_script(capsys, "any.json", "--world-size", "9" * 30)
+    assert status == 2 and err.startswith("error: --world-size has 30 digits; no job")
     status, _, err = run_script(capsys, str(tmp_path / "none.json"), "--world-size", "2")
     assert status == 2 and err.startswith("error: FILE ") and err.count("\n") == 1
     sound = written(tmp_path / "sound.json", '{"train_batch_size": 8}')

@@ -293,6 +293,36 @@ def test_a_full_disk_is_told_and_leaves_nothing(kind, tmp_path):
     assert not os.listdir(tmp_path)
 
 
+def test_a_changed_byte_is_told_by_the_sum_of_its_part(tmp_path):
+    deepspeed_files.write_universal(state_of(), tmp_path)
+    file = next(tmp_path.glob("*/zero/model.norm.weight/fp32.pt"))
+    content = bytearray(file.read_bytes())
+    content[content.index(torch.load(file)["param"].numpy().tobytes()) + 9] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(RunError, match="fp32.pt is damaged: .* does not have its sum"):
+        migration.read("universal", tmp_path, CONFIG)
+
+
+def test_what_a_reader_cannot_put_together_is_one_line(tmp_path, monkeypatch):
+    """As where one rank's file was copied over another's, whose part is of another size."""
+    migration.write("ddp", state_of(), tmp_path / "ddp", 1, LIMIT_S)
+
+    def fails(path):
+        raise RuntimeError("shape '[4]' is invalid for input of size 3\nand more")
+
+    monkeypatch.setitem(migration.READERS, "ddp", fails)
+    with pytest.raises(RunError, match="is not understood: shape .* of size 3$"):
+        migration.read("ddp", tmp_path / "ddp", CONFIG)
+
+
+def test_deepspeeds_step_folder_is_no_run_of_chapter_3(tmp_path, monkeypatch):
+    tag = tmp_path / "step_00000002"
+    tag.mkdir()
+    (tag / "zero_pp_rank_0_mp_rank_00_optim_states.pt").touch()
+    monkeypatch.setattr(migration, "stage_of", lambda tag: 2 if any(tag.glob("*.pt")) else None)
+    assert migration.found(tmp_path) == {"zero2": tag}, "its file latest is missing"
+
+
 def test_another_model_is_told_by_its_first_tensor(tmp_path):
     state = state_of()
     del state.fields["config"]

@@ -119,6 +119,41 @@ def test_a_number_that_contradicts_a_flag_is_refused():
         filled({"train_batch_size": 16})
 
 
+def test_the_config_of_hugging_faces_documentation_is_filled_in():
+    found = filled({
+        "train_batch_size": "auto", "train_micro_batch_size_per_gpu": "auto",
+        "bf16": {"enabled": "auto"}, "fp16": {"enabled": "auto", "loss_scale": 0},
+        "zero_optimization": {"stage": 3, "reduce_bucket_size": "auto",
+                              "stage3_prefetch_bucket_size": "auto"},
+    })  # fmt: skip
+    assert found["train_micro_batch_size_per_gpu"] == 2, "8 / (2 ranks x 2)"
+    assert found["zero_optimization"] == {"stage": 3}
+    assert not found["bf16"]["enabled"] and not found["fp16"]["enabled"]
+
+
+@pytest.mark.parametrize(
+    ("config", "told"),
+    [
+        ({"zero_optimization": True}, "zero_optimization True is no section; write"),
+        ({"zero_optimization": None}, "zero_optimization None is no section; write"),
+        ({"gradient_accumulation_steps": True}, "True is no number; write one"),
+        ({"gradient_clipping": "1.0"}, "gradient_clipping '1.0' is no number"),
+        ({"gradient_accumulation_steps": 0}, 'is 0, and --accumulate 2; write "auto" there$'),
+        ({"gradient_clipping": float("nan")}, 'is nan, and --clip 1.0; write "auto" there$'),
+        ({"gradient_clipping": 2.0}, "or use --clip 2.0$"),
+    ],
+)
+def test_a_value_is_looked_at_before_it_is_compared(config, told):
+    with pytest.raises(UsageError, match=told):
+        filled(config)
+
+
+def test_what_deepspeed_refuses_as_it_begins_is_one_line_that_names_the_config():
+    told = r"^--config own.json: DeepSpeed refuses it \(ImportError: no module\); correct"
+    with pytest.raises(UsageError, match=told), engine.refusing("--config", "own.json"):
+        raise ImportError("no module\nand more")
+
+
 @pytest.mark.parametrize(
     ("change", "told"),
     [
@@ -147,14 +182,27 @@ def test_the_shipped_configs_are_taken(monkeypatch, tmp_path, deepspeed_operator
 
 @pytest.mark.parametrize(
     ("content", "told"),
-    [("{", "is no JSON"), ("[1]", "holds a list"), (None, "there is no such file")],
-)
+    [
+        (b"{", "is no JSON"), (b"[1]", "holds a list"), (None, "there is no such file"),
+        ("{}".encode("utf-16"), "is no JSON in UTF-8"), (b'{"a": "\xe9"}', "is no JSON in UTF-8"),
+        (b'{"a": ' + b"1" * 5000 + b"}", "is no JSON in UTF-8"), (b"[" * 100_000, "is no JSON"),
+        (b'{"a": 1, "a": 2}', "'a' stands twice"),
+    ],
+)  # fmt: skip
 def test_a_file_that_is_no_config_is_refused(tmp_path, content, told):
     path = tmp_path / "config.json"
     if content is not None:
-        path.write_text(content, encoding="utf-8")
-    with pytest.raises(UsageError, match=told):
+        path.write_bytes(content)
+    with pytest.raises(UsageError, match=told) as refused:
         engine.read_config(path)
+    assert "\n" not in str(refused.value)
+
+
+def test_a_folder_is_no_config_and_a_byte_order_mark_does_no_harm(tmp_path):
+    with pytest.raises(UsageError, match="name a readable JSON file"):
+        engine.read_config(tmp_path)
+    (tmp_path / "config.json").write_bytes(b"\xef\xbb\xbf{}")
+    assert engine.read_config(tmp_path / "config.json") == {}
 
 
 def test_an_operator_that_is_not_built_is_told(tmp_path, monkeypatch):

@@ -15,6 +15,7 @@ end. What is in it, and how it is read and converted, is in `fsdp.contents`.
 import os
 import shutil
 from collections.abc import Callable, Iterable
+from datetime import timedelta
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -45,6 +46,7 @@ from distlab.training.dcp_files import METADATA
 from fsdp.contents import Loaded, load, settings_of, tensors_of
 
 PROBE_BYTES = 1 << 20
+DISK_WAITS_S = 1800.0
 
 
 class Checkpoints(CheckpointFolder):
@@ -68,7 +70,8 @@ class Checkpoints(CheckpointFolder):
         super().__init__(folder, keep, asynchronous, report)
         self.job = job
         # A group of its own: a thread's collectives must not get between those of the training.
-        self._group = dist.new_group(backend="gloo")
+        # It waits for the slowest rank's disk, and not for a step: longer than --timeout.
+        self._group = dist.new_group(backend="gloo", timeout=timedelta(seconds=DISK_WAITS_S))
         self._stager = DefaultStager(StagingOptions(job.device.type == "cuda", False, False, False))
         if not reads:
             self._on_main(self._prepare)

@@ -8,12 +8,15 @@ mistake it finds: what it is; the remedy. `FINDINGS` are all of them.
 import difflib
 import math
 import os
+import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import psutil
+import torch
 
 from distlab.host import usable_memory
 from zero import messages, operators
@@ -21,6 +24,13 @@ from zero.known_keys import BATCH, MICRO, TOTAL, ask_deepspeed
 
 IN_MEMORY = ("tmpfs", "ramfs", "devtmpfs")
 BUCKETS = ("reduce_bucket_size", "allgather_bucket_size", "stage3_prefetch_bucket_size")
+SECTIONS = (
+    "zero_optimization", "optimizer", "optimizer.params", "scheduler", "scheduler.params", "fp16",
+    "bf16", "data_types", "activation_checkpointing", "aio", "checkpoint", "flops_profiler",
+    "comms_logger", "tensorboard", "wandb", "csv_monitor", "comet", "pipeline",
+)  # fmt: skip
+SCHEDULERS = ("WarmupLR", "WarmupDecayLR", "WarmupCosineLR", "OneCycle", "LRRangeTest")
+MONITORS = {"tensorboard": "tensorboard", "wandb": "wandb", "comet": "comet_ml"}
 HALVINGS = 5  # of the loss scale, that a healthy run may need before it has found its own
 
 
@@ -35,6 +45,7 @@ class Plan:
     client_optimizer: bool = False  # the script gives deepspeed.initialize an optimizer
     auto_filled: bool = False  # the script replaces "auto" values, as Hugging Face's Trainer does
     log: str = ""
+    remedy_of_auto: str = "give numbers, or --auto-filled where the script does"
     extensions: Path = field(default_factory=operators.folder)
     memory: int = field(default_factory=usable_memory)  # of a rank's device, bytes
 
@@ -70,7 +81,9 @@ class Finding:
     text: str
 
     def __str__(self) -> str:
-        return f"{self.name}: {self.text}"
+        """In one line, whatever keys and values the config has."""
+        text = re.sub(r"\S{80,}", lambda long: f"{long[0][:60]}…", " ".join(self.text.split()))
+        return f"{self.name}: {text}"
 
 
 def check(plan: Plan) -> list[Finding]:
@@ -91,9 +104,42 @@ def unknown_keys(plan: Plan) -> Iterator[str]:
         yield f"{path} is no key of DeepSpeed's; {remedy}"
 
 
+def sections(plan: Plan) -> Iterator[str]:
+    """DeepSpeed's own refusal of them names no key, or is a traceback."""
+    for path in SECTIONS:
+        *around, name = path.split(".")
+        above = plan.section(*around) if around else plan.config
+        if name in above and not isinstance(above[name], Mapping):
+            yield f"{path} {above[name]!r} is no section; write an object, {{…}}, or leave it out"
+
+
+def switches(plan: Plan) -> Iterator[str]:
+    """A text is true to Python, "false" too."""
+    for name in plan.config:
+        value = plan.section(name).get("enabled", False)
+        if not isinstance(value, bool) and value != "auto":
+            yield f"{name}.enabled {value!r} is neither true nor false; write it without quotes"
+
+
+def values(plan: Plan) -> Iterator[str]:
+    """What DeepSpeed reads without a look, and fails on when it trains."""
+    if not _positive_or_none(every := plan.config.get("steps_per_print")):
+        yield f"steps_per_print {every!r} is no whole number of at least 1; give one"
+    dtype = plan.section("data_types").get("grad_accum_dtype")
+    if dtype not in (None, "auto", "fp32", "fp16", "bf16"):
+        yield f"data_types.grad_accum_dtype {dtype!r} is none; use fp32, fp16 or bf16"
+    name = plan.section("scheduler").get("type")
+    known = (*SCHEDULERS, *torch.optim.lr_scheduler.__all__)
+    if name is not None and name != "auto" and name not in known:
+        yield f"scheduler.type {name!r} is none; use one of {', '.join(SCHEDULERS)}"
+    for monitor, module in MONITORS.items():
+        if plan.on(monitor) and find_spec(module) is None:
+            yield f"{monitor} is enabled and not installed; pip install {module}, or remove it"
+
+
 def stage(plan: Plan) -> Iterator[str]:
     value = plan.zero.get("stage", 0)
-    if value not in (0, 1, 2, 3, "auto") or isinstance(value, bool):
+    if value != "auto" and (type(value) is not int or value not in range(4)):
         yield f"zero_optimization.stage {value!r} is none; use 0, 1, 2 or 3"
 
 
@@ -131,7 +177,7 @@ def automatic_values(plan: Plan) -> Iterator[str]:
     if not plan.auto_filled and (names := sorted(_having(plan.config, "auto"))):
         yield (
             f'"auto" in {", ".join(names)}: some scripts replace it, as the Trainer does, and '
-            "DeepSpeed does not; give numbers, or --auto-filled where the script does"
+            f"DeepSpeed does not; {plan.remedy_of_auto}"
         )
 
 
@@ -139,7 +185,7 @@ def _having(config: Mapping[str, Any], wanted: str, path: str = "") -> Iterator[
     for name, value in config.items():
         if isinstance(value, Mapping):
             yield from _having(value, wanted, f"{path}{name}.")
-        elif value == wanted:
+        elif value == wanted or (isinstance(value, list) and wanted in value):
             yield path + name
 
 
@@ -233,7 +279,7 @@ def nvme_folder(plan: Plan) -> Iterator[str]:
             continue
         key = f"offload_{part}.nvme_path"
         given = plan.section("zero_optimization", f"offload_{part}").get("nvme_path")
-        if not isinstance(given, str):
+        if not isinstance(given, str) or not given.strip():
             yield f"{key} is missing; give a folder on an NVMe disk"
             continue
         folder = Path(given)
@@ -256,6 +302,11 @@ def stage_3_only(plan: Plan) -> Iterator[str]:
     """DeepSpeed takes them in any stage, and does nothing with them below stage 3."""
     if plan.stage == 3:
         return
+    if plan.offloaded_to("optimizer") == "nvme":
+        yield (
+            f"zero_optimization.offload_optimizer to nvme does nothing in stage {plan.stage}; "
+            "use stage 3, or the device cpu"
+        )
     for name in sorted(plan.zero):
         offload = name == "offload_param" and plan.offloaded_to("param") != "none"
         if name.startswith("stage3_") or offload:
@@ -284,9 +335,9 @@ def known_messages(plan: Plan) -> Iterator[str]:
 
 
 FINDINGS: list[Callable[[Plan], Iterator[str]]] = [
-    unknown_keys, stage, batch_sizes, automatic_values, pipeline, precision, loss_scale,
-    optimizer_twice, operator_missing, stale_lock, nvme_folder, stage_3_only, bucket_sizes,
-    known_messages,
+    sections, switches, values, unknown_keys, stage, batch_sizes, automatic_values, pipeline,
+    precision, loss_scale, optimizer_twice, operator_missing, stale_lock,
+    nvme_folder, stage_3_only, bucket_sizes, known_messages,
 ]  # fmt: skip
 
 

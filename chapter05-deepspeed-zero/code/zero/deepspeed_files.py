@@ -13,17 +13,22 @@ A universal checkpoint is what DeepSpeed itself reads at any stage and number of
 the way in: `write_universal`, then `save_zero` has an engine load it and save as it will.
 """
 
+import errno
 import math
 import os
 import pickle
 import re
+import zipfile
 from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
 
 from distlab.errors import RunError, UsageError
 from distlab.model import Llama
@@ -34,6 +39,8 @@ from zero.state import FIELDS, MOMENTS, State, names_of_groups, one_count, setti
 OPTIM = re.compile(r"(?:bf16_)?zero_pp_rank_(\d+)_mp_rank_(\d+)_optim_states\.pt")
 MODEL = ("mp_rank_00_model_states.pt", "zero_pp_rank_0_mp_rank_00_model_states.pt")  # of stage 3
 FLAT = ("fp32", *MOMENTS)
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+CUT_SHORT = re.compile("inline_container|iostream error")
 ALIGNMENT = 2  # numbers: stages 1 and 2 pad a group to a multiple of this for each rank
 
 
@@ -53,8 +60,32 @@ PLAIN: list[Any] = [
 ]  # fmt: skip
 
 
+def check_sums(path: Path) -> None:
+    """Raise `RunError` where a byte was changed: each part has a sum, which torch.load ignores."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            wrong = archive.testzip()
+    except (OSError, EOFError, ValueError, NotImplementedError, zipfile.BadZipFile) as error:
+        raise RunError(f"{path} cannot be read: {error}; use another checkpoint") from error
+    if wrong:
+        raise RunError(f"{path} is damaged: {wrong} does not have its sum; use another checkpoint")
+
+
+@contextmanager
+def refusing_full_disk(folder: Path) -> Iterator[None]:
+    """One line for what torch.save says where it cannot write, here or in a forked rank."""
+    try:
+        yield
+    except (OSError, RuntimeError, CheckpointException, RunError) as error:
+        full = isinstance(error, OSError) and error.errno in FULL
+        if not full and not CUT_SHORT.search(str(error)):
+            raise
+        raise RunError(f"{folder} cannot be written; is the disk full?") from error
+
+
 def load(path: Path) -> Any:
     """What is in one of DeepSpeed's files. Raises `RunError` for one that is damaged or strange."""
+    check_sums(path)
     try:
         with torch.serialization.safe_globals(PLAIN):
             return torch.load(path, map_location="cpu", weights_only=True, mmap=True)

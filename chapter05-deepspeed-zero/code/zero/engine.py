@@ -13,6 +13,7 @@ import copy
 import io
 import json
 import logging
+import math
 import os
 import warnings
 from argparse import Namespace
@@ -37,6 +38,10 @@ PARTITIONS = (  # where the optimizer has its gradients, in stages 1 and 2, and 
     "_DeepSpeedZeroOptimizer_Stage3__param_id_to_grad_partition",
 )  # fmt: skip
 OFFLOADED = ("offload_optimizer", "offload_param")
+REFUSALS = (  # DeepSpeed's, of a config
+    AssertionError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError,
+    ImportError, NotImplementedError,
+)  # fmt: skip
 
 
 def load() -> Any:
@@ -90,13 +95,26 @@ def begin(
     return engine
 
 
+@contextmanager
+def refusing(flag: str, path: str | Path) -> Iterator[None]:
+    """One line for what DeepSpeed says of a config as it begins, where no check found it before."""
+    try:
+        yield
+    except REFUSALS as error:
+        why = (str(error).strip().splitlines() or [""])[0]
+        raise UsageError(
+            f"{flag} {path}: DeepSpeed refuses it ({type(error).__name__}: {why}); correct that, "
+            f"or compare it with a file of {CONFIGS.name}/"
+        ) from error
+
+
 def load_operators(config: Mapping[str, Any], job: Runtime, flag: str) -> None:
     """On a GPU DeepSpeed compiles its own, since which ones depends on the card."""
     if job.device.type != "cpu":
         return
     load()
     zero = config.get("zero_optimization", {})
-    devices = [zero.get(part, {}).get("device", "none") for part in OFFLOADED]
+    devices = [(zero.get(part) or {}).get("device", "none") for part in OFFLOADED]
     torchs = config.get("optimizer", {}).get("params", {}).get("torch_adam", False)
     if devices[0] in ("cpu", "nvme") and not torchs:
         operators.use(operators.CPU_ADAM, flag=flag)
@@ -107,19 +125,31 @@ def load_operators(config: Mapping[str, Any], job: Runtime, flag: str) -> None:
 def read_config(path: str | Path, flag: str = "--config") -> dict[str, Any]:
     """A config file's content. Raises `UsageError` for a file that is none."""
     try:
-        config = json.loads(Path(path).read_text(encoding="utf-8"))
+        text = Path(path).read_text(encoding="utf-8-sig")
+        config = json.loads(text, object_pairs_hook=_each_once)
     except FileNotFoundError:
         shipped = ", ".join(sorted(file.name for file in CONFIGS.glob("*.json")))
         raise UsageError(
             f"{flag} {path}: there is no such file; {CONFIGS.name}/ has {shipped}"
         ) from None
-    except json.JSONDecodeError as error:
+    except OSError as error:
+        raise UsageError(f"{flag} {path}: {error.strerror}; name a readable JSON file") from None
+    except (ValueError, RecursionError) as error:  # also of another encoding, and of huge numbers
+        why = str(error).partition(";")[0]
         raise UsageError(
-            f"{flag} {path} is no JSON: {error}; compare it with a file of {CONFIGS.name}/"
+            f"{flag} {path} is no JSON in UTF-8: {why}; compare it with a file of {CONFIGS.name}/"
         ) from None
     if not isinstance(config, dict):
         raise UsageError(f"{flag} {path} holds a {type(config).__name__}; a config is an object")
     return config
+
+
+def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A section; Python would keep the last of two keys of one name, without a word."""
+    names = [name for name, _ in pairs]
+    if twice := next((name for name in names if names.count(name) > 1), None):
+        raise ValueError(f"the key {twice!r} stands twice in a section")
+    return dict(pairs)
 
 
 def stage_config(
@@ -147,11 +177,23 @@ def stage_config(
     return config
 
 
+FILLED = (
+    "train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps",
+    "gradient_clipping", "lr", "weight_decay", "bf16.enabled", "fp16.enabled", "ZeRO's sizes",
+)  # fmt: skip
+DTYPES = {"bf16": "bfloat16", "fp16": "float16"}
+
+
 def fill(config: Mapping[str, Any], args: Namespace, job: Runtime) -> dict[str, Any]:
-    """The config with each "auto" replaced by what the flags say.
+    """The config with each "auto" of `FILLED` replaced by what the flags say, and those of ZeRO's
+    sizes left out, so that DeepSpeed's own hold.
 
     Raises `UsageError` where it has a number of its own that contradicts a flag.
     """
+    where = f"--config {args.config}:"
+    zero = config.get("zero_optimization", {})
+    if not isinstance(zero, Mapping):
+        raise UsageError(f'{where} zero_optimization {zero!r} is no section; write {{"stage": 2}}')
     flags: dict[str, tuple[str, Any]] = {
         "train_batch_size": ("--batch-size", args.batch_size),
         "gradient_accumulation_steps": ("--accumulate", args.accumulate),
@@ -165,13 +207,24 @@ def fill(config: Mapping[str, Any], args: Namespace, job: Runtime) -> dict[str, 
         for key, value in section.items():
             if isinstance(value, dict):
                 found[key] = filled(value)
+                if found[key].get("enabled") == "auto" and key in DTYPES:
+                    found[key]["enabled"] = args.dtype == DTYPES[key]
                 continue
+            if value == "auto" and (key.startswith("stage3_") or key.endswith("_bucket_size")):
+                continue
+            if value == "auto" and key == "train_micro_batch_size_per_gpu":
+                value = args.batch_size // (job.world_size * args.accumulate)
             flag, wanted = flags.get(key, ("", value))
-            if value not in ("auto", wanted):
-                raise UsageError(
-                    f'--config {args.config}: {key} is {value}, and {flag} {wanted}; write "auto" '
-                    f"there, or use {flag} {value}"
-                )
+            if flag and value != "auto":
+                if isinstance(value, bool) or not isinstance(value, (int, float)):
+                    raise UsageError(f'{where} {key} {value!r} is no number; write one, or "auto"')
+                if value != wanted:
+                    least = 0 if key == "weight_decay" else math.ulp(0.0)
+                    taken = math.isfinite(value) and value >= least
+                    also = f", or use {flag} {value}" if taken else ""
+                    raise UsageError(
+                        f'{where} {key} is {value}, and {flag} {wanted}; write "auto" there{also}'
+                    )
             found[key] = wanted
         return found
 

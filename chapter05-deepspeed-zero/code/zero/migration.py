@@ -22,7 +22,6 @@ from pathlib import Path
 
 import torch
 import torch.distributed.checkpoint as dcp
-from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from distlab import checkpoint_files as files
@@ -38,6 +37,7 @@ from zero.deepspeed_files import (
     read_universal,
     read_zero,
     refuse_ranks,
+    refusing_full_disk,
     save_zero,
     stage_of,
     write_universal,
@@ -60,13 +60,17 @@ KINDS = ("ddp", "fsdp", *STAGES, "universal", "hf")
 def found(folder: Path) -> dict[str, Path]:
     """The kinds of checkpoint in `folder`, and where: the newest, or the one that it is itself."""
     kinds = {}
+    tags = [folder, *_tagged(folder, "latest"), *_tagged(folder, "latest_universal")]
     if (folder / "config.json").is_file():
         kinds["hf"] = folder
     steps = [p for p in [folder, *folder.glob("step_*")] if NAME.fullmatch(p.resolve().name)]
     if steps:
         newest = max(steps, key=lambda path: int(path.resolve().name.removeprefix("step_")))
-        kinds["fsdp" if (newest / METADATA).is_file() else "ddp"] = newest
-    for tag in [folder, *_tagged(folder, "latest"), *_tagged(folder, "latest_universal")]:
+        if not any(newest.glob("*_states.pt")):
+            kinds["fsdp" if (newest / METADATA).is_file() else "ddp"] = newest
+        elif not (folder / "latest").is_file():
+            tags.append(newest)
+    for tag in tags:
         if (tag / "zero" / "optimizer_state.pt").is_file():
             kinds["universal"] = tag
         elif tag.is_dir() and (stage := stage_of(tag)):
@@ -91,8 +95,9 @@ def read(kind: str, folder: Path, config: ModelConfig, flag: str = "--input") ->
             return READERS[kind](there[kind]).fitted(config)
     except (Damaged, pickle.UnpicklingError) as damage:
         raise RunError(f"the checkpoint {folder} is damaged: {damage}") from damage
-    except (LookupError, TypeError, ValueError, AttributeError) as error:
-        raise RunError(f"the checkpoint {folder} is not understood: {error!r}") from error
+    except (LookupError, TypeError, ValueError, AttributeError, RuntimeError, OSError) as error:
+        why = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise RunError(f"the checkpoint {folder} is not understood: {why}") from error
     if not there:
         raise UsageError(f"{flag} {folder} holds no checkpoint; name the folder of a run")
     other = next(iter(there))
@@ -101,7 +106,7 @@ def read(kind: str, folder: Path, config: ModelConfig, flag: str = "--input") ->
 
 def write(kind: str, state: State, folder: Path, ranks: int, timeout_s: float) -> None:
     """Write `folder`, which is new or empty, under a temporary name, and rename it at the end."""
-    with new_folder(folder) as scratch:
+    with new_folder(folder) as scratch, refusing_full_disk(folder):
         made = scratch / "new"
         if kind in STAGES:
             refuse_ranks(state, ranks, STAGES[kind])
@@ -109,12 +114,7 @@ def write(kind: str, state: State, folder: Path, ranks: int, timeout_s: float) -
             write_universal(state, between)
             spawn(save_zero, ranks, between, made, STAGES[kind], timeout_s=timeout_s)
         else:
-            try:
-                WRITERS[kind](state, made)
-            except (CheckpointException, RuntimeError) as error:
-                if "inline_container" not in str(error):  # torch.save's, for what is not written
-                    raise
-                raise RunError(f"{folder} cannot be written; is the disk full?") from error
+            WRITERS[kind](state, made)
 
 
 @contextmanager
