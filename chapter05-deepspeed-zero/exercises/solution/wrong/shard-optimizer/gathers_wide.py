@@ -1,6 +1,6 @@
 """Sends float32 where the model computes in bfloat16: twice the bytes."""
 
-SAYS = "two steps are twice"
+SAYS = "2 steps are so often"
 
 
 def sharded_optimizer(weights, rank, ranks, make_optimizer):
