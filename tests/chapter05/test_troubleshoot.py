@@ -25,7 +25,7 @@ FOUND = {
     "plain_backward": (f"{BY_LOG}: plain backward", "Direct calls to tensor.backward()"),
     "step_at_boundaries_only": (BY_COUNT, "0 optimizer steps in 8 micro-batches, not 2"),
     "whole_model_on_every_rank": (BY_COUNT, "98,944 bytes of weights on each rank"),
-    "parameter_not_gathered": (f"{BY_LOG}: parameter not gathered", "torch.Size([0])"),
+    "parameter_not_gathered": (BY_COUNT, "torch.Size([0])"),
     "layer_unused_on_one_rank": (f"{BY_LOG}: ranks part ways", "op.preamble.length"),
     "saved_by_rank_0_alone": (f"{BY_LOG}: one rank alone", "Timed out waiting 3000ms"),
 }
