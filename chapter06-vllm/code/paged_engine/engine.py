@@ -20,7 +20,7 @@ from torch import Tensor
 from distlab.errors import UsageError
 from distlab.model_config import ModelConfig
 from paged_engine.batch import Batch
-from paged_engine.block_manager import BlockManager
+from paged_engine.block_manager import block_policy
 from paged_engine.config import EngineConfig
 from paged_engine.detokenizer import IncrementalDetokenizer
 from paged_engine.loading import chat_ids, load_tokenizer, plain_ids, text_ids
@@ -103,7 +103,8 @@ class Engine:
         self.tokenizer = load_tokenizer(config.model) if tokenizer is None else tokenizer
         self.runner = _load_runner(config) if runner is None else runner
         self.config = replace(config, max_model_len=self.runner.max_model_len)
-        self.blocks = BlockManager(self.runner.num_blocks, config.block_size, config.prefix_caching)
+        policy = block_policy(config.prefix_cache)
+        self.blocks = policy(self.runner.num_blocks, config.block_size, config.prefix_caching)
         self.scheduler = Scheduler(self.config, self.blocks)
         self._requests: dict[str, Request] = {}
         self._texts: dict[Sequence, IncrementalDetokenizer] = {}

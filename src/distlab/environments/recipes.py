@@ -112,7 +112,7 @@ def read(name: str, torch: str) -> Environment:
         {key: value for key, value in values.items() if key not in ("minutes", "gigabytes")},
         environment.lock.read_text(encoding="utf-8") if environment.lock.exists() else "",
         lab["torch-cpu-index"],
-        [project["project"].get(key) for key in ("scripts", "requires-python")],
+        [project["project"].get(key) for key in ("scripts", "entry-points", "requires-python")],
         project["tool"].get("setuptools"),
         [str(ROOT), str(environment.folder), sys.version_info[:2]],
     ]
