@@ -53,8 +53,7 @@ class RadixTree:
 
         It may end within a node, which is split there, so that it can be locked.
         """
-        values, node, _ = self._walk(self._whole_pages(tokens))
-        return values, node
+        return self._walk(self._whole_pages(tokens))
 
     def insert(self, tokens: Sequence[int], values: Sequence[int]) -> tuple[list[int], Node]:
         """Add `tokens` with one value a page; the values that were there, and the last node.
@@ -62,10 +61,10 @@ class RadixTree:
         What was there keeps its values: the caller's own for those pages are not stored.
         """
         key = self._whole_pages(tokens)
-        found, node, now = self._walk(key)
+        found, node = self._walk(key)
         if rest := key[len(found) * self.page_size :]:
             leaf = Node(node, rest, list(values[len(found) : len(key) // self.page_size]))
-            leaf.used = now
+            leaf.used = next(self._clock)  # after what it was split off from
             node.children[rest[: self.page_size]] = leaf
             self.evictable += len(leaf.values)
             node = leaf
@@ -117,7 +116,7 @@ class RadixTree:
     def _whole_pages(self, tokens: Sequence[int]) -> tuple[int, ...]:
         return tuple(tokens[: len(tokens) - len(tokens) % self.page_size])
 
-    def _walk(self, key: tuple[int, ...]) -> tuple[list[int], Node, int]:
+    def _walk(self, key: tuple[int, ...]) -> tuple[list[int], Node]:
         """Down along `key`; the values found, the last node, split where the key leaves it."""
         node, values, now = self.root, list[int](), next(self._clock)
         while child := node.children.get(key[: self.page_size]):
@@ -130,7 +129,7 @@ class RadixTree:
             key = key[len(node.tokens) :]
             if node is not child:
                 break
-        return values, node, now
+        return values, node
 
     def _split(self, node: Node, pages: int) -> Node:
         """Put a new node with the first `pages` of `node` above the rest of it."""
