@@ -113,8 +113,8 @@ def find_in_less(run: Run, traces: list[Trace]) -> None:
         caption="hit rate by the cache's size, in parts of what all tokens of the trace need",
     )  # fmt: skip
     run.figure(
-        "small", kind="line", title="Hit rate of a cache too small", x_label="size, % of what all tokens need",
-        y_label="hit rate", series=series,
+        "small", kind="line", title="Hit rate of a cache too small",
+        x_label="size, % of what all tokens need", y_label="hit rate", series=series,
     )  # fmt: skip
 
 
@@ -141,8 +141,9 @@ def serve(run: Run, args: Namespace) -> None:
     rows: list[list[Any]] = []
     answers, wrong = [], 0
     for policy, page in POLICIES:
-        room = {"num_blocks": 4096 // page, "block_size": page}
-        with LLM(folder, dtype="float32", prefix_cache=policy, **room) as llm:
+        blocks = 4096 // page
+        with LLM(folder, dtype="float32", prefix_cache=policy, num_blocks=blocks,
+                 block_size=page) as llm:  # fmt: skip
             made = [llm.generate([prompt], params)[0] for prompt in prompts]
         answers.append([one.outputs[0].token_ids for one in made])
         cached = sum(one.num_cached_tokens for one in made)

@@ -9,8 +9,8 @@ import pytest
 import vllm_client
 from distlab import script
 from distlab.errors import RunError
-from fake_openai import fake_openai
 from distlab.serving import clients
+from fake_openai import fake_openai
 
 SMOKE = ["--preset", "smoke", "--timeout", "20"]
 

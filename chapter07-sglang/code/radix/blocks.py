@@ -95,7 +95,7 @@ class RadixBlocks(BlockManager):
         return self.tree.match(sequence.token_ids[: len(sequence.token_ids) - 1])
 
     def _insert(self, sequence: Sequence) -> None:
-        """What is computed of it, in whole blocks; where another was faster, that one's are used."""
+        """Its computed whole blocks; where another sequence was faster, that one's are used."""
         if not self.prefix_caching:
             return
         table = sequence.block_table
