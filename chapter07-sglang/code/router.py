@@ -5,7 +5,9 @@ from llm_router.client import Client
 from llm_router.health import Watch
 from llm_router.policies import make_policy
 from llm_router.worker import Worker
+import gc
 async def go():
+    gc.collect(); gc.freeze(); gc.set_threshold(50_000, 20, 50)
     router = Router(make_policy(sys.argv[1], None))
     for url in sys.argv[3:]: router.add(Worker(url))
     watch = Watch(router)

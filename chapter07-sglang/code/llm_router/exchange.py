@@ -101,7 +101,7 @@ class Exchange:
         body = self.body if self.splice is None else self.splice.body
         connection.start(
             self,
-            b"%bx-request-id: %b\r\ncontent-length: %d\r\n\r\n%b"
+            b"%b\r\nx-request-id: %b\r\ncontent-length: %d\r\n\r\n%b"
             % (self.head.forward, self.request_id, len(body), body)
         )  # fmt: skip
 
@@ -187,7 +187,7 @@ class Exchange:
         else:
             length = b""
         self.client.write(
-            b"%bx-request-id: %b\r\n%b%b\r\n%b"
+            b"%b\r\nx-request-id: %b\r\n%b%b\r\n%b"
             % (head.forward, self.request_id, length, self._closing(), body)
         )
         self._over(head.status)
@@ -202,7 +202,7 @@ class Exchange:
             self._transcript = Transcript()
             coding = b"transfer-encoding: chunked\r\n" if self.head.http11 else b""
             self.client.write(
-                b"%bx-request-id: %b\r\n%b%b\r\n"
+                b"%b\r\nx-request-id: %b\r\n%b%b\r\n"
                 % (head.forward, self.request_id, coding, self._closing())
             )
         return not self.over

@@ -13,17 +13,15 @@ import orjson
 MOST_HEAD = 64 * 1024  # bytes
 HEAD_END = b"\r\n\r\n"
 LAST_CHUNK = b"0\r\n\r\n"
-REQUEST_LINE = re.compile(rb"([A-Z]{1,20}) ([\x21-\x7e]+) HTTP/1\.([01])\r\n")
-FIELD_LINES = re.compile(rb"(?:[!#$%&'*+\-.^_`|~0-9A-Za-z]+:[^\r\n\0]*\r\n)*+")
-FIELDS = re.compile(
-    rb"^(content-length|transfer-encoding|connection|expect|x-request-id|content-type):"
-    rb"[ \t]*([^\r\n]*)", re.IGNORECASE | re.MULTILINE,
+REQUEST_LINE = re.compile(rb"([A-Z]{1,20}) ([\x21-\x7e]+) HTTP/1\.([01])")
+NAME = re.compile(rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]+")
+MOST_NAMES = 1000  # of fields are known to be well formed
+# Read here: those of one connection, which are not forwarded, and what else is needed.
+READ = (
+    b"content-length", b"transfer-encoding", b"connection", b"expect", b"x-request-id",
+    b"content-type",
 )  # fmt: skip
-# A connection's own fields, and those that are written anew.
-OWN_FIELDS = re.compile(
-    rb"^(?:connection|keep-alive|proxy-connection|te|trailer|upgrade|expect|transfer-encoding"
-    rb"|content-length|x-request-id):[^\n]*\n", re.IGNORECASE | re.MULTILINE,
-)  # fmt: skip
+DROPPED = (b"keep-alive", b"proxy-connection", b"te", b"trailer", b"upgrade")
 REASONS = {
     200: "OK", 400: "Bad Request", 404: "Not Found", 405: "Method Not Allowed",
     408: "Request Timeout", 413: "Content Too Large", 429: "Too Many Requests",
@@ -40,53 +38,92 @@ class HttpError(Exception):
         self.status = status
 
 
+_names: dict[bytes, bytes] = {}  # a field's name as it came: in lower case, or b"" if not ours
+
+
+def _known_name(name: bytes) -> bytes:
+    if not NAME.fullmatch(name):
+        raise HttpError(400, "a field's name is malformed")
+    lower = name.lower()
+    known = lower if lower in READ or lower in DROPPED else b""
+    if len(_names) < MOST_NAMES:
+        _names[name] = known
+    return known
+
+
 class Fields:
-    """What is read of a head. `length` is None where no content-length stands."""
+    """What is read of a head's fields; `forwarded` are the lines that go on. `length` is None where
+    no content-length stands."""
 
-    __slots__ = ("chunked", "close", "content_type", "expect", "keep_alive", "length", "request_id")
+    __slots__ = (
+        "chunked", "close", "content_type", "expect", "forwarded", "keep_alive", "length",
+        "request_id",
+    )  # fmt: skip
 
-    def __init__(self, lines: bytes) -> None:
+    def __init__(self, lines: list[bytes]) -> None:
+        """`lines` begin with the request's or the status line, which is forwarded."""
         self.length: int | None = None
         self.chunked = self.close = self.keep_alive = self.expect = False
         self.request_id = self.content_type = b""
-        for name, value in FIELDS.findall(lines):
-            name = name.lower()
-            if name == b"content-length":
-                if not value.strip().isdigit() or self.length is not None:
-                    raise HttpError(400, "content-length is not one number")
-                self.length = int(value)
-            elif name == b"content-type":
-                self.content_type = value.lower()
-            elif name == b"x-request-id":
-                self.request_id = value.strip()[:200]
-            elif name == b"transfer-encoding":
-                if value.strip().lower() != b"chunked" or self.chunked:
-                    raise HttpError(400, "no transfer-encoding but chunked is known")
-                self.chunked = True
-            elif name == b"connection":
-                self.close |= b"close" in value.lower()
-                self.keep_alive |= b"keep-alive" in value.lower()
-            else:
-                self.expect = True
+        self.forwarded = [lines[0]]
+        for line in lines[1:]:
+            name, colon, value = line.partition(b":")
+            known = _names.get(name)
+            if known is None:
+                known = _known_name(name)
+            if not colon:
+                raise HttpError(400, "a field has no value")
+            if not known or known == b"content-type":
+                self.forwarded.append(line)
+            if known:
+                self._read(known, value.strip())
         if self.chunked and self.length is not None:
             raise HttpError(400, "a message has a content-length or is chunked, not both")
+
+    def _read(self, name: bytes, value: bytes) -> None:
+        if name == b"content-length":
+            if not value.isdigit() or len(value) > 15 or self.length is not None:
+                raise HttpError(400, "content-length is not one number")
+            self.length = int(value)
+        elif name == b"content-type":
+            self.content_type = value.lower()
+        elif name == b"x-request-id":
+            self.request_id = value[:200]
+        elif name == b"transfer-encoding":
+            if value.lower() != b"chunked" or self.chunked:
+                raise HttpError(400, "no transfer-encoding but chunked is known")
+            self.chunked = True
+        elif name == b"connection":
+            self.close |= b"close" in value.lower()
+            self.keep_alive |= b"keep-alive" in value.lower()
+        elif name == b"expect":
+            self.expect = True
+
+
+def _lines(head: bytes) -> list[bytes]:
+    """Raises where a line ends otherwise than by CR and LF: two readers could disagree."""
+    lines = head[:-4].split(b"\r\n")
+    if head.count(b"\n") != len(lines) + 1 or head.count(b"\r") != len(lines) + 1 or b"\0" in head:
+        raise HttpError(400, "a line of the head is malformed")
+    return lines
 
 
 class RequestHead:
     """Method, path (without the query) and fields of a request; `forward` is the head to send on,
-    without its end, its length and what belongs to one connection only."""
+    without its last line's end, its length and what belongs to one connection only."""
 
     __slots__ = ("fields", "forward", "http11", "method", "path")
 
     def __init__(self, head: bytes) -> None:
-        line = REQUEST_LINE.match(head)
-        if line is None or not FIELD_LINES.fullmatch(head, line.end(), len(head) - 2):
+        lines = _lines(head)
+        line = REQUEST_LINE.fullmatch(lines[0])
+        if line is None:
             raise HttpError(400, "this is no HTTP/1.1 request")
         self.method, target, minor = line.groups()
         self.path = target.partition(b"?")[0]
         self.http11 = minor == b"1"
-        self.fields = Fields(head)
-        self.forward = OWN_FIELDS.sub(b"", head[:-2])
+        self.fields = Fields(lines)
+        self.forward = b"\r\n".join(self.fields.forwarded)
 
     @property
     def keeps_alive(self) -> bool:
@@ -102,8 +139,8 @@ class ResponseHead:
         if head[:7] != b"HTTP/1." or not head[9:12].isdigit() or head[8:9] != b" ":
             raise HttpError(502, "the worker's answer is no HTTP/1.1")
         self.status = int(head[9:12])
-        self.fields = Fields(head)
-        self.forward = OWN_FIELDS.sub(b"", head[:-2])
+        self.fields = Fields(_lines(head))
+        self.forward = b"\r\n".join(self.fields.forwarded)
 
     @property
     def has_body(self) -> bool:
