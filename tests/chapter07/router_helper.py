@@ -100,7 +100,9 @@ class Stream:
         assert data.pop() == "[DONE]"
         self.events = [orjson.loads(one) for one in data]
         choices = [choice for event in self.events for choice in event.get("choices", ())]
-        self.pieces = [c["delta"].get("content", "") if "delta" in c else c["text"] for c in choices]
+        self.pieces = [
+            c["delta"].get("content", "") if "delta" in c else c["text"] for c in choices
+        ]
         self.text = "".join(self.pieces)
         self.reasons = [c["finish_reason"] for c in choices if c.get("finish_reason")]
         self.ids = {event.get("id") for event in self.events}
@@ -125,9 +127,7 @@ async def routed(
     for fake in fakes:
         router.add(Worker(fake.url, fake.args.kv_events))
     watch = Watch(router)
-    server = await asyncio.get_running_loop().create_server(
-        lambda: Client(router), "127.0.0.1", 0
-    )
+    server = await asyncio.get_running_loop().create_server(lambda: Client(router), "127.0.0.1", 0)
     url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
     limits = httpx.Limits(max_connections=None)
     try:

@@ -17,10 +17,10 @@ class Costs:
     """What weighs how much, in seconds or as a factor."""
 
     prefill: float = 1e-4  # seconds a token, until it is learned
-    copy: float = 1.0  # a missed token also takes another's place: as a part of its prefill
+    copy: float = 3.0  # a missed token also takes another's place: as a part of its prefill
     decode: float = 1e-3  # for each request that a worker has
-    share: float = 0.02  # for a worker that has had all of the latest requests
-    window: int = 200  # the latest requests
+    share: float = 0.2  # for a worker that has had all of the latest requests
+    window: int = 100  # the latest requests
 
 
 class Prefill:

@@ -180,7 +180,7 @@ class Closing(Splice):
         self.finished = True
         self._last = None
         if transcript.finish is None:
-            choice = {"text": ""} if path == COMPLETIONS else {"delta": {}}
+            choice: dict[str, Any] = {"text": ""} if path == COMPLETIONS else {"delta": {}}
             kind = "text_completion" if path == COMPLETIONS else "chat.completion.chunk"
             choices = [{"index": 0, **choice, "finish_reason": "length"}]
             self._last = {**transcript.first, "object": kind, "choices": choices}

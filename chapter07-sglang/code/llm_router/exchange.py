@@ -17,8 +17,8 @@ from llm_router.http import (
 from llm_router.worker import Upstream, Worker
 
 if TYPE_CHECKING:
-    from llm_router.client import Client
     from llm_router.balancer import Router
+    from llm_router.client import Client
 
 RETRIED = {429, 500, 502, 503, 504}  # another worker may do better
 FAULTS = {500, 502, 504}  # of the worker; 429 and 503 say that it is busy, or leaves
@@ -182,10 +182,7 @@ class Exchange:
 
     def _finish(self, head: ResponseHead, body: bytes) -> None:
         self._leave()
-        if head.has_body:
-            length = b"content-length: %d\r\n" % len(body)
-        else:
-            length = b""
+        length = b"content-length: %d\r\n" % len(body) if head.has_body else b""
         self.client.write(
             b"%b\r\nx-request-id: %b\r\n%b%b\r\n%b"
             % (head.forward, self.request_id, length, self._closing(), body)

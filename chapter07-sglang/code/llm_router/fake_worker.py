@@ -19,6 +19,7 @@ import struct
 import time
 import zlib
 from collections import OrderedDict
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -36,12 +37,34 @@ MODES = (
 WORDS = 1000
 
 
+SPECIAL = {"<system>": WORDS, "<user>": WORDS + 1, "<assistant>": WORDS + 2}
+UNKNOWN = WORDS + 3
+TEMPLATE = (
+    "{% for m in messages %}<{{ m.role }}> {{ m.content }} {% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+
+
 def tokens_of(text: str) -> list[int]:
-    """A word is a token: w123 is 123, any other word some number above."""
-    return [
-        int(word[1:]) if word[0] == "w" and word[1:].isdigit() else WORDS + zlib.crc32(word.encode())
-        for word in text.split()
-    ]  # fmt: skip
+    """A word is a token: w123 is 123; there are a few others."""
+    return [_token(word) for word in text.split()]
+
+
+def _token(word: str) -> int:
+    if word[0] == "w" and word[1:].isdecimal() and len(word) < 5 and f"w{int(word[1:])}" == word:
+        return int(word[1:])
+    return SPECIAL.get(word, UNKNOWN)
+
+
+def save_tokenizer(folder: Path) -> None:
+    """The same as files, for a router."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    vocabulary = {f"w{i}": i for i in range(WORDS)} | SPECIAL | {"<unknown>": UNKNOWN}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unknown>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_bytes(orjson.dumps({"chat_template": TEMPLATE}))
 
 
 def prompt_of(body: dict[str, Any]) -> list[int]:
@@ -92,8 +115,8 @@ class BlockCache:
         self.events: list[dict[str, Any]] = []
         self.queried = self.hit = 0
 
-    def use(self, tokens: list[int]) -> int:
-        """Tokens that must be computed; afterwards all whole blocks are cached, as far as they fit."""
+    def use(self, tokens: list[int], counted: bool = True) -> int:
+        """Tokens that must be computed; afterwards all whole blocks are cached that fit."""
         size, held = self.block_size, self._held
         hashes, parent = [], 0
         for at in range(0, len(tokens) - len(tokens) % size, size):
@@ -126,8 +149,9 @@ class BlockCache:
                 "block_size": size, "lora_id": None, "medium": "GPU",
             })  # fmt: skip
         cached = min(found * size, len(tokens) - 1)
-        self.queried += len(tokens)
-        self.hit += cached
+        if counted:
+            self.queried += len(tokens)
+            self.hit += cached
         return len(tokens) - cached
 
 
@@ -159,6 +183,13 @@ class Engine:
             number = self._sequence.to_bytes(8, "big")
             self.publisher.send_multipart([b"kv-events", number, batch])
             self._sequence += 1
+
+    def reset(self) -> None:
+        """An empty cache, and nothing counted."""
+        self.cache = BlockCache(self.args.cache_blocks, self.args.block_size)
+        self.cache.events.append({"type": "AllBlocksCleared"})
+        self.publish()
+        self.peak = self.requests = self.aborted = self.missed = 0
 
     def stats(self) -> dict[str, Any]:
         return {
@@ -229,12 +260,16 @@ class Connection(asyncio.Protocol):
     def _route(self, head: RequestHead, body: bytes) -> None:
         engine, path = self.engine, head.path
         if path in (b"/health", b"/v1/models", b"/stats", b"/get_model_info", b"/server_info"):
+            card = {"id": self.args.model, "object": "model", "created": 1, "owned_by": "fake"}
             replies: dict[bytes, Any] = {
                 b"/health": {}, b"/stats": engine.stats(),
-                b"/v1/models": {"object": "list", "data": [{"id": self.args.model, "object": "model", "created": 1, "owned_by": "fake"}]},
+                b"/v1/models": {"object": "list", "data": [card]},
             }  # fmt: skip
             info = {"model_path": self.args.model, "served_model_name": self.args.model}
             self._json(200 if engine.mode != "sick" else 503, replies.get(path, info))
+        elif path == b"/reset":
+            engine.reset()
+            self._json(200, {})
         elif path == b"/fault":
             wanted = orjson.loads(body)
             engine.mode = wanted["mode"]
@@ -283,41 +318,45 @@ class Connection(asyncio.Protocol):
         if mode == "no-continue" and body.get("continue_final_message"):
             self._json(400, {"error": {"message": "continue_final_message is not supported"}})
             return
-        await self._prefill(tokens)
+        words = Words(tokens, body.get("seed") if body.get("temperature", 1) else None)
+        texts = [words.next() for _ in range(count)]
+        await self._prefill(tokens, [int(text[2:]) for text in texts])
         if not body.get("stream"):
             await asyncio.sleep(self.args.decode_ms / 1000)
-        words = Words(tokens, body.get("seed") if body.get("temperature", 1) else None)
         answer = Answer(path, self.args.model, body, len(tokens))
         if body.get("stream"):
-            await self._stream(answer, words, count)
+            await self._stream(answer, texts)
             return
-        whole = answer.whole("".join(words.next() for _ in range(count)), count)
+        whole = answer.whole("".join(texts), count)
         if mode == "half-answer":
             self.transport.write(JSON_HEAD % len(whole) + whole[: len(whole) // 2])
             os._exit(1)
         self.transport.write(JSON_HEAD % len(whole) + whole)
 
-    async def _prefill(self, tokens: list[int]) -> None:
+    async def _prefill(self, tokens: list[int], answer: list[int]) -> None:
         engine = self.engine
         missed = engine.cache.use(tokens)
+        engine.cache.use(tokens + answer, counted=False)
         engine.missed += missed
         now = self._loop.time()
         engine.free_at = max(now, engine.free_at) + missed * self.args.prefill_us / 1e6
         await asyncio.sleep(engine.free_at - now)
         engine.publish()
 
-    async def _stream(self, answer: "Answer", words: Words, count: int) -> None:
-        engine = self.engine
+    async def _stream(self, answer: "Answer", texts: list[str]) -> None:
+        engine, count = self.engine, len(texts)
         self.transport.write(STREAM_HEAD)
         for event in answer.opening():
             self.transport.write(http.chunk(event))
-        for i in range(count):
+        for i, text in enumerate(texts):
             if i or not self.args.per_token:
                 share = 1 if self.args.per_token else count
                 await asyncio.sleep(self.args.decode_ms / 1000 / share)
-            event = http.chunk(answer.event(words.next(), "length" if i == count - 1 else None))
+            event = http.chunk(answer.event(text, "length" if i == count - 1 else None))
             if i == engine.after and engine.mode in ("half-event", "cut"):
-                self.transport.write(event[: len(event) // 2] if engine.mode == "half-event" else b"")
+                self.transport.write(
+                    event[: len(event) // 2] if engine.mode == "half-event" else b""
+                )
                 self.transport.close()
                 return
             if i == engine.after and engine.mode == "silent":

@@ -76,7 +76,8 @@ class Upstream(asyncio.Protocol):
     """
 
     __slots__ = (
-        "_body", "_buffer", "_events", "_head", "_pieces", "_size", "exchange", "transport", "worker",
+        "_body", "_buffer", "_events", "_head", "_pieces", "_size", "exchange", "transport",
+        "worker",
     )  # fmt: skip
 
     def __init__(self, worker: Worker) -> None:
