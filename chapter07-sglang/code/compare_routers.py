@@ -19,8 +19,9 @@ import signal
 import statistics
 import time
 from argparse import Namespace
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from shutil import which
 from tempfile import TemporaryDirectory
@@ -48,6 +49,8 @@ BODY = {"model": "fake", "prompt": "x" * 900, "max_tokens": 64}
 EVENTS, CLIENTS, AT_ONCE = 64, 32, 16
 ANSWER = {"model": "fake", "max_tokens": 20, "temperature": 0}
 ADVANTAGE = 1.5
+RETURN_S = 70.0  # a worker that is not used again by then is given up
+PROBES = 3  # requests of a router's own, at most, until a worker is used again
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -224,35 +227,69 @@ def faults_of(one: Contender, seconds: float) -> Iterator[float | None]:
     flags = ("--decode-ms", "100")
     with ExitStack() as stack:
         (well, *_), _ = stack.enter_context(fake_workers(1, *flags))
-        with ExitStack() as first:
-            (doomed, *_), _ = first.enter_context(fake_workers(1, *flags))
-            router = stack.enter_context(one.running(ROUTER, [well, doomed]))
-            port = int(doomed.url.rsplit(":", 1)[1])
-            outcomes = uvloop.run(around(router, ANSWER, seconds / 2, lambda: kill(doomed)))
-            yield sum(outcome.status != 200 for outcome in outcomes)
-        again = stack.enter_context(ExitStack())
-        (doomed, *_), _ = again.enter_context(fake_workers(1, *flags, port=port))
-        yield uvloop.run(back_after(router, doomed, 2 * seconds))
-        for broken in (doomed, well):
-            broken.check()
-    # The rest before workers and a router of its own: what came before shall not count.
-    yield from later_faults(one, seconds)
-
-
-def later_faults(one: Contender, seconds: float) -> Iterator[float | None]:
-    raise NotImplementedError
-
-
-async def around(router: Service, body: dict, seconds: float, mischief) -> list[Outcome]:  # noqa
-    raise NotImplementedError
+        streaming, after = {**ANSWER, "stream": True}, None
+        lost = []
+        for body in (ANSWER, streaming):  # each before a router of its own
+            with ExitStack() as run:
+                (doomed, *_), _ = run.enter_context(fake_workers(1, *flags))
+                router = run.enter_context(one.running(ROUTER, [well, doomed]))
+                seen = load(router, body, seconds / 2, partial(kill, doomed))
+                lost.append(sum(not outcome.complete for outcome in seen))
+                if body is streaming:
+                    port = int(doomed.url.rsplit(":", 1)[1])
+                    run.enter_context(fake_workers(1, *flags, port=port))
+                    after = back_after(router, doomed.url, RETURN_S)
+        yield from (*lost, after)
+        (broken, *_), _ = stack.enter_context(fake_workers(1, *flags))
+        with one.running(ROUTER, [well, broken]) as router:
+            seen = load(router, ANSWER, seconds, partial(misbehave, broken, "hang"))
+            yield failed_later(seen, 2.0)
+        misbehave(broken, "ok")
+        with one.running(ROUTER, [well, broken]) as router:
+            refusing = [partial(misbehave, each, "status") for each in (well, broken)]
+            load(router, ANSWER, seconds / 4, *refusing)
+            for each in (well, broken):
+                misbehave(each, "ok")
+            yield failed_later(load(router, ANSWER, seconds / 2), 0.0)
 
 
 def kill(worker: Service) -> None:
     worker.job.process.send_signal(signal.SIGKILL)
 
 
-async def back_after(router: Service, worker: Service, limit_s: float) -> float | None:
-    raise NotImplementedError
+def misbehave(worker: Service, mode: str) -> None:
+    call(worker.url + "/fault", {"mode": mode, "status": 400})
+
+
+def load(
+    router: Service, body: dict, seconds: float, *faults: Callable[[], None]
+) -> list[Outcome]:
+    """What clients see for so many seconds, of which the faults begin after a quarter."""
+
+    async def during() -> None:
+        await asyncio.sleep(seconds / 4)
+        for fault in faults:
+            fault()
+
+    return uvloop.run(contenders.load(router.url, body, CLIENTS, seconds, during))
+
+
+def failed_later(outcomes: Sequence[Outcome], after_s: float) -> float:
+    """Percent of the requests sent so long after the first failure that could be, or from 0."""
+    begin = min(outcome.at for outcome in outcomes)
+    quarter = (max(outcome.at for outcome in outcomes) - begin) / 4 if after_s else 0.0
+    late = [outcome for outcome in outcomes if outcome.at >= begin + quarter + after_s]
+    return 100 * float(np.mean([outcome.status != 200 for outcome in late])) if late else 0.0
+
+
+def back_after(router: Service, url: str, limit_s: float) -> float | None:
+    """Seconds until the worker that returned has answered a request of ours; None: not so soon."""
+    started, before = time.monotonic(), call(url + "/stats")["requests"]
+    while (passed := time.monotonic() - started) < limit_s:
+        load(router, ANSWER, 0.25)
+        if call(url + "/stats")["requests"] > before + PROBES:
+            return passed
+    return None
 
 
 if __name__ == "__main__":

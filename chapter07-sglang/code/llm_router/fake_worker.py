@@ -115,6 +115,10 @@ class BlockCache:
         self.events: list[dict[str, Any]] = []
         self.queried = self.hit = 0
 
+    @property
+    def held(self) -> set[int]:
+        return set(self._held)
+
     def use(self, tokens: list[int], counted: bool = True) -> int:
         """Tokens that must be computed; afterwards all whole blocks are cached that fit."""
         size, held = self.block_size, self._held
