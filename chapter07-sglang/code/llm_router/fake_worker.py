@@ -18,6 +18,7 @@ import os
 import struct
 import time
 import zlib
+from array import array
 from collections import OrderedDict
 from pathlib import Path
 from typing import Any
@@ -45,23 +46,19 @@ TEMPLATE = (
 )
 
 
+VOCABULARY = {f"w{i}": i for i in range(WORDS)} | SPECIAL | {"<unknown>": UNKNOWN}
+
+
 def tokens_of(text: str) -> list[int]:
     """A word is a token: w123 is 123; there are a few others."""
-    return [_token(word) for word in text.split()]
-
-
-def _token(word: str) -> int:
-    if word[0] == "w" and word[1:].isdecimal() and len(word) < 5 and f"w{int(word[1:])}" == word:
-        return int(word[1:])
-    return SPECIAL.get(word, UNKNOWN)
+    return [VOCABULARY.get(word, UNKNOWN) for word in text.split()]
 
 
 def save_tokenizer(folder: Path) -> None:
     """The same as files, for a router."""
     from tokenizers import Tokenizer, models, pre_tokenizers
 
-    vocabulary = {f"w{i}": i for i in range(WORDS)} | SPECIAL | {"<unknown>": UNKNOWN}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unknown>"))
+    tokenizer = Tokenizer(models.WordLevel(VOCABULARY, unk_token="<unknown>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokenizer.save(str(folder / "tokenizer.json"))
     (folder / "tokenizer_config.json").write_bytes(orjson.dumps({"chat_template": TEMPLATE}))
@@ -88,13 +85,11 @@ class Words:
     """The words that follow a prompt."""
 
     def __init__(self, prompt: list[int], seed: int | None) -> None:
-        self._state = 0
+        self._state = zlib.crc32(array("Q", prompt).tobytes())
         self._seed, self._place = seed, 0
-        for token in prompt:
-            self._take(token)
 
     def _take(self, token: int) -> None:
-        self._state = zlib.crc32(struct.pack("<Q", token), self._state)
+        self._state = zlib.crc32(array("Q", [token]).tobytes(), self._state)
 
     def next(self) -> str:
         """Greedy: by the words before alone. Seeded: by a generator that began with the answer."""
@@ -302,7 +297,7 @@ class Connection(asyncio.Protocol):
 
     async def _respond(self, path: bytes, raw: bytes) -> None:
         engine, mode = self.engine, self.engine.mode
-        if mode == "hang":
+        if mode == "hang" or mode == "silent" and b'"stream":true' not in raw:
             await asyncio.sleep(3600)
         if mode == "nonsense":
             self.transport.write(b"\x00\x01 this is no HTTP\r\n\r\n")
