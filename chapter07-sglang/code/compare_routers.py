@@ -212,7 +212,9 @@ def plant_faults(run: Run, args: Namespace, python: Path | None) -> None:
     columns = ["whole answers lost", "streams cut", "back in use after s",
                "hang: failed after 2 s %", "failed after 400s %"]  # fmt: skip
     run.table(
-        "faults", ["router", *columns], [[name, *row] for name, row in rows.items()],
+        "faults",
+        ["router", *columns],
+        [[name, *row] for name, row in rows.items()],
         caption=f"{CLIENTS} clients, two workers: one is killed, returns, hangs, answers 400",
     )
     lost, cut, back, hung, refused = rows[OURS]
@@ -261,9 +263,7 @@ def misbehave(worker: Service, mode: str) -> None:
     call(worker.url + "/fault", {"mode": mode, "status": 400})
 
 
-def load(
-    router: Service, body: dict, seconds: float, *faults: Callable[[], None]
-) -> list[Outcome]:
+def load(router: Service, body: dict, seconds: float, *faults: Callable[[], None]) -> list[Outcome]:
     """What clients see for so many seconds, of which the faults begin after a quarter."""
 
     async def during() -> None:

@@ -175,6 +175,7 @@ def test_the_control_plane_adds_and_removes_workers():
     run(test)
 
 
+@pytest.mark.slow
 def test_schemathesis_finds_no_500(tmp_path):
     """The data plane as described here, and the control plane as it describes itself."""
     content = {"application/json": {"schema": {

@@ -72,7 +72,9 @@ class Contender:
 
 def answers(url: str) -> bool:
     with contextlib.suppress(OSError, ValueError):
-        return call(url + "/v1/completions", {"model": "fake", "prompt": "w1", "max_tokens": 1}) != {}
+        return (
+            call(url + "/v1/completions", {"model": "fake", "prompt": "w1", "max_tokens": 1}) != {}
+        )
     return False
 
 
