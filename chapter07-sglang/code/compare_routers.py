@@ -105,7 +105,7 @@ def measure_overhead(run: Run, args: Namespace, python: Path | None) -> None:
         ]
         for _ in run.progress(range(args.rounds), "rounds"):
             for name, router in running:
-                for what, body, each in (
+                for what, body, each in (  # each: what a request counts for
                     ("requests", BODY, 1),
                     ("events", {**BODY, "stream": True}, EVENTS),
                 ):
@@ -115,8 +115,8 @@ def measure_overhead(run: Run, args: Namespace, python: Path | None) -> None:
                     rates[what].setdefault(name, []).append(done * each / used)
                 ttft.setdefault(name, []).append(uvloop.run(added_ttft(router, workers[0])))
     median = {
-        what: {name: statistics.median(values) for name, values in each.items()}
-        for what, each in rates.items()
+        what: {name: statistics.median(values) for name, values in of.items()}
+        for what, of in rates.items()
     }
     run.table(
         "overhead",
@@ -125,11 +125,11 @@ def measure_overhead(run: Run, args: Namespace, python: Path | None) -> None:
          for name, _ in running],
         caption=f"Overhead, {CLIENTS} connections; work over the router's own processor seconds",
     )  # fmt: skip
-    for what, each in rates.items():
+    for what, of in rates.items():
         for name in args.peers:
             run.check_within(
                 f"{what} per core second against {name}",
-                [own / its for own, its in zip(each[OURS], each[name], strict=True)],
+                [own / its for own, its in zip(of[OURS], of[name], strict=True)],
                 at_least=ADVANTAGE, unit="times", more="--rounds",
             )  # fmt: skip
     if args.peers:

@@ -15,8 +15,9 @@ Run:
     python chapter07-sglang/code/kv_duplication.py --alpha 1.6
 
 You should see: in turns a quarter of all blocks are copies, and the hit rate is little more than
-half of what the same caches reach with one copy of each; cache-aware routing keeps nearly one. Where one document is a third of
-all traffic, one copy means one overloaded worker; copying by price costs few hits and evens it out.
+half of what the same caches reach with one copy of each; cache-aware routing keeps nearly one.
+Where one document is nearly half of all traffic, one copy means one overloaded worker; copying by
+price costs few hits and evens it out.
 
 Source: Che, Tung and Wang, "Hierarchical Web caching systems", IEEE JSAC 20(7), 2002.
 """

@@ -14,7 +14,7 @@ from llm_router.balancer import Router, Settings
 from llm_router.client import Client
 from llm_router.fake_worker import Connection, Engine, add_flags
 from llm_router.health import Watch
-from llm_router.policies import Policy, make_policy
+from llm_router.policies import PLAIN, Policy
 from llm_router.worker import Worker
 
 LIMIT_S = 15.0
@@ -122,7 +122,7 @@ async def routed(
     fakes = [Fake(**flags) for _ in range(count)] if fakes is None else fakes
     for fake in fakes:
         await fake.start()
-    chosen = make_policy(policy, cache_aware=lambda: None) if isinstance(policy, str) else policy
+    chosen = PLAIN[policy]() if isinstance(policy, str) else policy
     router = Router(chosen, Settings(**{"probe_interval": 0.1, **(settings or {})}))
     for fake in fakes:
         router.add(Worker(fake.url, fake.args.kv_events))

@@ -70,8 +70,9 @@ def test_copies_cost_what_is_predicted(tmp_path):
     assert [row[0] for row in rows][:2] == ["round_robin", "least_loaded"]
 
 
+@pytest.mark.slow
 def test_the_comparison_of_routers_alone():
-    flags = ["--preset", "smoke", "--peers", "--requests", "60"]
+    flags = ["--preset", "smoke", "--peers", "--requests", "60", "--fault-seconds", "3"]
     assert compare_routers.main([*flags, "--parts", "trace", "faults"]) == 0
 
 

@@ -121,6 +121,7 @@ class BlockCache:
         for at in range(0, len(tokens) - len(tokens) % size, size):
             parent = hash((parent, *tokens[at : at + size]))
             hashes.append(parent)
+        del hashes[self.blocks :]
         found = 0
         while found < len(hashes) and hashes[found] in held:
             found += 1

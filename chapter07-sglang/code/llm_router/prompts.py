@@ -1,6 +1,9 @@
 """The blocks of a request's prompt, as its worker's prefix cache will cut them."""
 
-from collections.abc import Sequence
+from bisect import bisect_right
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +27,7 @@ class PromptKeys:
         """`tokenizer` is a folder with tokenizer.json, and tokenizer_config.json for chats."""
         self.block_size = block_size
         self._encode: Any = None
+        self._recent = RecentTokens(lambda text: self._encode(text))
         self._template: Any = None
         if tokenizer is not None:
             self._load(Path(tokenizer))
@@ -59,7 +63,7 @@ class PromptKeys:
         else:
             text = prompt if isinstance(prompt, str) else ""
         if self._encode is not None:
-            ids = self._encode(text).ids
+            ids = self._recent.ids(text)
             return block_keys(ids[: MOST_BLOCKS * size], size), len(ids), size
         raw = text.encode("utf-8", "replace")
         keys = text_keys(raw[: MOST_BLOCKS * size * BYTES_PER_TOKEN], size * BYTES_PER_TOKEN)
@@ -77,3 +81,68 @@ class PromptKeys:
                 return ""
         parts = [m for m in messages if isinstance(m, dict)]
         return "".join(f"<{m.get('role')}>{m.get('content')}" for m in parts)
+
+
+class RecentTokens:
+    """Token ids of texts that mostly go on with an earlier one: only what is new is tokenized.
+
+    A conversation's every turn begins with the one before, and a tokenizer takes a millisecond for
+    a thousand tokens. The ids up to a few tokens before the end of the known text are taken over,
+    and the rest is tokenized from there. It may be cut otherwise at its own beginning, so the two
+    must agree on the tokens around the seam; where they do not, all of the text is tokenized.
+    """
+
+    STEP = 256  # characters; a text is known up to a multiple of it
+    OVERLAP, UNSAFE = 12, 6  # tokens that both have; the first of them may be cut otherwise
+    MOST = 2**21  # ids that are kept, in all
+
+    def __init__(self, encode: Callable[[str], Any]) -> None:
+        self._encode = encode
+        self._known: OrderedDict[int, tuple[list[int], int, int]] = OrderedDict()
+        self._kept = 0
+
+    def ids(self, text: str) -> list[int]:
+        keys = list(accumulate(
+            (text[at : at + self.STEP] for at in range(0, len(text) - self.STEP + 1, self.STEP)),
+            lambda key, piece: hash((key, piece)), initial=0,
+        ))[1:]  # fmt: skip
+        for key in reversed(keys):
+            if (known := self._known.get(key)) is not None:
+                self._known.move_to_end(key)
+                if (joined := self._joined(text, *known)) is not None:
+                    ids, seam, offsets = joined
+                    break
+                self._kept -= len(self._known.pop(key)[0])
+        else:
+            encoded = self._encode(text)
+            ids, seam, offsets = encoded.ids, 0, encoded.offsets
+        self._keep(keys, ids, seam, offsets)
+        return ids
+
+    def _joined(
+        self, text: str, ids: list[int], count: int, at: int
+    ) -> tuple[list[int], int, list[tuple[int, int]]] | None:
+        """`ids[count]` begins at character `at`; those after it are known as well."""
+        tail = self._encode(text[at:])
+        unsafe, overlap = self.UNSAFE, self.OVERLAP
+        if tail.ids[unsafe:overlap] != ids[count + unsafe : count + overlap]:
+            return None
+        offsets = [(begin + at, end + at) for begin, end in tail.offsets[overlap:]]
+        return ids[: count + overlap] + tail.ids[overlap:], count + overlap, offsets
+
+    def _keep(
+        self, keys: list[int], ids: list[int], seam: int, offsets: list[tuple[int, int]]
+    ) -> None:
+        """Remember where a token begins, some before each multiple of STEP that is new."""
+        ends, kept = [end for _, end in offsets], False
+        for i, key in enumerate(keys, 1):
+            if key in self._known:
+                continue
+            last = bisect_right(ends, i * self.STEP) - 2 * self.OVERLAP
+            if last >= 0:
+                self._known[key] = (ids, seam + last, offsets[last][0])
+                self._kept += len(ids)
+                kept = True
+        while kept and self._kept > self.MOST and self._known:
+            _, (old, _, _) = self._known.popitem(last=False)
+            self._kept -= len(old)
