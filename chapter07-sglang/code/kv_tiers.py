@@ -57,6 +57,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 BLOCK_SIZE = 16
 ANSWER = 4  # tokens
 VOCABULARY = 256  # random tokens: every model here has more
+Answers = list[list[int]]  # tokens of each request
 SIDES = (0.2, 5.0)  # of the break-even bandwidth: planted limits, with the answer beyond doubt
 
 
@@ -191,10 +192,10 @@ def measure_costs(run: Run, bench: Bench) -> dict[str, float]:
     return {"token": token, "base": quarter - token * (length // 4), "rest": rest_s, **reads}
 
 
-def bring_back(run: Run, bench: Bench, measured: dict[str, float]) -> list[list[int]]:
+def bring_back(run: Run, bench: Bench, measured: dict[str, float]) -> Answers:
     """Conversations return, with more and more tiers; TTFT and fetched blocks as predicted."""
     args, rows = bench.args, []
-    answers: list[list[list[int]]] = []
+    answers: list[Answers] = []
     fetched: list[list[int]] = []
     all_blocks = args.conversations * (args.prompt_tokens // BLOCK_SIZE)
     for name in ("none", "host", "host and disk"):
@@ -231,7 +232,7 @@ def bring_back(run: Run, bench: Bench, measured: dict[str, float]) -> list[list[
     return answers[0][: args.conversations]
 
 
-def choose(run: Run, bench: Bench, measured: dict[str, float], answers: list[list[int]]) -> None:
+def choose(run: Run, bench: Bench, measured: dict[str, float], made_before: Answers) -> None:
     """A third tier with a limit on either side of break-even: fetched always, never, and by cost."""
     even = bench.block_bytes / (BLOCK_SIZE * measured["token"])
     rows = []
@@ -248,7 +249,7 @@ def choose(run: Run, bench: Bench, measured: dict[str, float], answers: list[lis
                 took[name] = float(np.median(ttfts))
                 assert isinstance(engine.blocks, TieredBlocks)
                 chosen = "fetch" if engine.blocks.fetched["disk"] else "recompute"
-            run.check_equal(f"answers at {side:g} of break-even, {name}", made, answers)
+            run.check_equal(f"answers at {side:g} of break-even, {name}", made, made_before)
         wanted = "fetch" if side > 1 else "recompute"
         run.check_equal(f"what the cost model chooses at {side:g} of break-even", chosen, wanted)
         rows.append(
@@ -264,7 +265,7 @@ def choose(run: Run, bench: Bench, measured: dict[str, float], answers: list[lis
     )  # fmt: skip
 
 
-def tear(run: Run, bench: Bench, answers: list[list[int]]) -> None:
+def tear(run: Run, bench: Bench, answers: Answers) -> None:
     """One file loses its end, another a bit, a third is gone: noticed, and computed again."""
     with bench.disk() as disk, bench.engine([disk]) as engine:
         for prompt in bench.prompts:
