@@ -187,8 +187,8 @@ def measure_costs(run: Run, bench: Bench) -> dict[str, float]:
         for name, key in (("host", "host"), ("disk, in the page cache", "disk"), ("disk", "cold"))
     ]
     even = bench.block_bytes / (BLOCK_SIZE * token)
-    run.table("tiers", ["tier", "bandwidth, MB/s", "times break-even"], rows,
-              caption=f"Blocks of {bench.block_bytes:,} bytes; break-even {even / 1e6:.3g} MB/s")  # fmt: skip
+    caption = f"blocks of {bench.block_bytes:,} bytes; break-even at {even / 1e6:.3g} MB/s"
+    run.table("tiers", ["tier", "bandwidth, MB/s", "times break-even"], rows, caption)
     return {"token": token, "base": quarter - token * (length // 4), "rest": rest_s, **reads}
 
 
@@ -233,17 +233,16 @@ def bring_back(run: Run, bench: Bench, measured: dict[str, float]) -> Answers:
 
 
 def choose(run: Run, bench: Bench, measured: dict[str, float], made_before: Answers) -> None:
-    """A third tier with a limit on either side of break-even: fetched always, never, and by cost."""
+    """A third tier limited to either side of break-even: fetched always, never, and by cost."""
     even = bench.block_bytes / (BLOCK_SIZE * measured["token"])
     rows = []
     for side in SIDES:
         limit = side * even
         disk_s = bench.block_bytes / limit  # what a block's copy takes besides is far less
-        always, never = Costs(), Costs(0.0, {"disk": 1.0})
         took: dict[str, float] = {}
-        for name, costs in (
-            ("fetch", always), ("recompute", never), ("by cost", Costs(measured["token"], {"disk": disk_s})),
-        ):  # fmt: skip
+        ways = {"fetch": Costs(), "recompute": Costs(0.0, {"disk": 1.0}),
+                "by cost": Costs(measured["token"], {"disk": disk_s})}  # fmt: skip
+        for name, costs in ways.items():
             with bench.disk(limit) as disk, bench.engine([disk], costs) as engine:
                 made, ttfts = bench.returns(engine, 1)
                 took[name] = float(np.median(ttfts))
@@ -252,9 +251,7 @@ def choose(run: Run, bench: Bench, measured: dict[str, float], made_before: Answ
             run.check_equal(f"answers at {side:g} of break-even, {name}", made, made_before)
         wanted = "fetch" if side > 1 else "recompute"
         run.check_equal(f"what the cost model chooses at {side:g} of break-even", chosen, wanted)
-        rows.append(
-            [side, *(1e3 * took[name] for name in ("fetch", "recompute", "by cost")), chosen]
-        )
+        rows.append([side, *(1e3 * took[name] for name in ways), chosen])
         other = "recompute" if chosen == "fetch" else "fetch"
         run.check_below(f"and it is the faster one, at {side:g}", took[chosen] / took[other], 1.0,
                         of_time=True)  # fmt: skip
