@@ -47,7 +47,7 @@ from paged_engine.loading import read_shape
 from paged_engine.sampling_params import SamplingParams
 from radix.disaggregated import Job
 from radix.fleet import Fleet, fleet_of_ranks, local_fleet
-from radix.kv_transfer import delivered
+from radix.kv_transfer import break_even, late
 
 LAPTOP = {"size": "laptop", "requests": 24, "prompt_tokens": 512, "output_tokens": 48,
           "max_batch_tokens": 128, "load": 0.6, "repeats": 3, "sides": [0.3, 3.0]}  # fmt: skip
@@ -89,7 +89,11 @@ def parse_args(argv: list[str] | None) -> Namespace:
     parser.add_argument("--max-batch-tokens", **positive, help="of a step: a prompt's chunk")
     parser.add_argument("--block-size", **positive, default=16)
     parser.add_argument("--decode-block-size", **positive, help="of the workers that decode")
-    parser.add_argument("--load", type=script.positive_float, help="of what two workers can do")
+    parser.add_argument(
+        "--load",
+        type=script.positive_float,
+        help="of what two workers can do, one request at a time",
+    )
     parser.add_argument("--repeats", **positive, help="of the load, in turns")
     parser.add_argument("--slo-ttft", type=script.positive_float, metavar="S", help="for goodput")
     parser.add_argument("--slo-tpot", type=script.positive_float, metavar="S", help="for goodput")
@@ -246,26 +250,6 @@ def pieces_of(jobs: Sequence[Job], turn: int, block_bytes: int) -> list[list[lis
         )
         for some in turns
     ]
-
-
-def late(pieces: Sequence[Sequence[Sequence[float]]], bytes_per_s: float) -> float:
-    """Seconds from a prompt's last piece being computed to its being delivered, in the mean."""
-    lates = []
-    for turn in pieces:
-        there = delivered([(ready, size) for ready, size, _ in turn], bytes_per_s)
-        lates += [at - ready for at, (ready, _, last) in zip(there, turn, strict=True) if last]
-    return float(np.mean(lates))
-
-
-def break_even(
-    pieces: Sequence[Sequence[Sequence[float]]], saved_s: float, least: float = 1e3
-) -> float:
-    """The rate in bytes/s at which pieces are as late as disaggregation saves; by bisection."""
-    low, high = least, 1e12
-    while high / low > 1.01:
-        middle = (low * high) ** 0.5
-        low, high = (middle, high) if late(pieces, middle) > saved_s else (low, middle)
-    return high
 
 
 def compare_links(run: Run, args: Namespace) -> None:

@@ -45,7 +45,7 @@ from radix.placement import Part, Placement, by_popularity, whole_layers
 
 PRESETS: dict[str, dict[str, Any]] = {
     "smoke": {"layers": 3, "hidden": 128, "experts": 4, "steps": 12, "repeats": 3},
-    "laptop": {"layers": 6, "hidden": 512, "experts": 16, "steps": 60, "repeats": 5},
+    "laptop": {"layers": 6, "hidden": 512, "experts": 16, "steps": 24, "repeats": 5},
     "gpu": {"layers": 16, "hidden": 2048, "experts": 32, "steps": 200, "repeats": 5},
 }  # fmt: skip
 TOP_K = 2  # experts that a token uses in a layer

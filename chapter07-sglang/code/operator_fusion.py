@@ -48,7 +48,7 @@ from paged_engine.sampling_params import SamplingParams
 PRESETS: dict[str, dict[str, Any]] = {
     "smoke": {"size": "smoke", "tokens": 256, "hidden": 256, "decoding": 4, "compile": False,
               "repeats": 5},
-    "laptop": {"size": "laptop", "tokens": 4096, "hidden": 1024, "decoding": 8, "compile": True,
+    "laptop": {"size": "laptop", "tokens": 2048, "hidden": 1024, "decoding": 8, "compile": True,
                "repeats": 15},
     "gpu": {"size": "laptop", "tokens": 32768, "hidden": 4096, "decoding": 64, "compile": True,
             "repeats": 30},

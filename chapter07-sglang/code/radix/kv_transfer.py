@@ -12,11 +12,12 @@ Source: Patel et al., "Splitwise" (ISCA 2024), section IV; Zhong et al., "DistSe
 
 import queue
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, fields
 from multiprocessing import Pipe
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -27,6 +28,9 @@ from paged_engine.batch import Batch
 from paged_engine.config import EngineConfig
 from paged_engine.loading import DTYPES
 from paged_engine.runner import ModelRunner
+
+# Of each load its pieces in order: ready at, bytes, and 1 for the last one of a prompt.
+Turns = Sequence[Sequence[Sequence[float]]]
 
 
 @dataclass(frozen=True)
@@ -181,3 +185,21 @@ def delivered(pieces: Iterable[tuple[float, float]], bytes_per_s: float) -> list
         there = max(ready, there) + size / bytes_per_s
         times.append(there)
     return times
+
+
+def late(turns: Turns, bytes_per_s: float) -> float:
+    """Seconds from a prompt's last piece being computed to its being delivered, in the mean."""
+    lates = []
+    for turn in turns:
+        there = delivered([(ready, size) for ready, size, _ in turn], bytes_per_s)
+        lates += [at - ready for at, (ready, _, last) in zip(there, turn, strict=True) if last]
+    return float(np.mean(lates))
+
+
+def break_even(turns: Turns, saved_s: float, least: float = 1e3) -> float:
+    """The rate in bytes/s at which pieces are as late as disaggregation saves; by bisection."""
+    low, high = least, 1e12
+    while high / low > 1.01:
+        middle = (low * high) ** 0.5
+        low, high = (middle, high) if late(turns, middle) > saved_s else (low, middle)
+    return high
