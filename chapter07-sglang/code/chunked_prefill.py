@@ -40,7 +40,7 @@ from distlab.run import Run
 from distlab.serving.tiny_model import add_model_flags, model_directory
 from paged_engine.config import EngineConfig
 from paged_engine.engine import Engine
-from paged_engine.loading import read_shape
+from paged_engine.loading import load_tokenizer, read_shape
 from paged_engine.runner import ModelRunner
 from paged_engine.sampling_params import SamplingParams
 
@@ -119,9 +119,10 @@ def sweep(run: Run, args: Namespace) -> dict[int, list[Seen]]:
         model_directory(args), device=chosen_device(args.device), num_blocks=tokens // 16 + 1,
         max_sequences=args.decoding + 1, prefix_caching=False,
     )  # fmt: skip
-    runner = ModelRunner(config)
+    runner, tokenizer = ModelRunner(config), load_tokenizer(config.model)
     engines = {
-        chunk: Engine(replace(config, max_batch_tokens=chunk), runner) for chunk in args.chunks
+        chunk: Engine(replace(config, max_batch_tokens=chunk), runner, tokenizer)
+        for chunk in args.chunks
     }
     for engine in engines.values():  # the first run of a size pays for its memory
         measure_once(args, engine)

@@ -42,6 +42,7 @@ from distlab.run import Run
 from distlab.serving.tiny_model import add_model_flags, model_directory
 from paged_engine.config import EngineConfig
 from paged_engine.engine import Engine
+from paged_engine.loading import load_tokenizer
 from paged_engine.runner import ModelRunner
 from paged_engine.sampling_params import SamplingParams
 from radix.tiers import Costs, DiskTier, HostTier, Tier, TieredBlocks, drop_from_page_cache
@@ -106,6 +107,7 @@ class Bench:
             max_batch_tokens=args.prompt_tokens,
         )  # fmt: skip
         self.runner = ModelRunner(self.config)
+        self.tokenizer = load_tokenizer(self.config.model)
         self.block_bytes = self.runner.block_bytes
         self.full = (args.prompt_tokens - 1) // BLOCK_SIZE  # blocks of a prompt that can return
 
@@ -113,7 +115,7 @@ class Bench:
     def engine(self, tiers: Sequence[Tier], costs: Costs | None = None) -> Iterator[Engine]:
         """The same runner each time: what is left in its cache nobody knows any more."""
         blocks = TieredBlocks(self.runner, tiers, costs)
-        yield Engine(self.config, self.runner, blocks=blocks)
+        yield Engine(self.config, self.runner, self.tokenizer, blocks)
 
     @contextmanager
     def disk(self, bytes_per_s: float | None = None) -> Iterator[DiskTier]:

@@ -42,6 +42,7 @@ from paged_engine import kernels, torch_operators
 from paged_engine.config import EngineConfig
 from paged_engine.engine import Engine
 from paged_engine.kernels import Operators
+from paged_engine.loading import load_tokenizer
 from paged_engine.runner import ModelRunner
 from paged_engine.sampling_params import SamplingParams
 
@@ -225,7 +226,7 @@ def in_a_step(run: Run, args: Namespace, device: torch.device) -> None:
         model_directory(args), device=device.type, max_sequences=args.decoding,
         num_blocks=args.decoding * 32, prefix_caching=False, compile=False,
     )  # fmt: skip
-    runner = ModelRunner(config)
+    runner, tokenizer = ModelRunner(config), load_tokenizer(config.model)
     model = runner.shard.model
     stack, fused = model.stack, kernels.operators(device, args.compile)
     ways = {"eager operators": (EAGER, None), "fused operators": (fused, None)}
@@ -238,7 +239,7 @@ def in_a_step(run: Run, args: Namespace, device: torch.device) -> None:
             model.operators, model.stack = operators, own_stack
             for layer in model.layers:
                 layer.operators = operators
-            made, seconds = decode(Engine(config, runner), args.decoding)
+            made, seconds = decode(Engine(config, runner, tokenizer), args.decoding)
             tokens[name] = made
             if turn:
                 samples[name].append(seconds)
