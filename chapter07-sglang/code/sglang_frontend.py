@@ -126,6 +126,7 @@ def programs() -> tuple[Any, Any, Any]:
 
     def ask_all(s: Any, document: str, questions: list[str]) -> None:
         s += document
+        s.sync()  # else fork looks at the text before it is there, and has nothing computed ahead
         branches = s.fork(len(questions))  # the document is computed here, once
         branches += [ask(question) for question in questions]
         branches.join()  # s["lines"] is from here on the list of their answers
