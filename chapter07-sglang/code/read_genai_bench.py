@@ -14,8 +14,8 @@ Run, after `bash chapter07-sglang/code/genai_bench.sh`:
     python chapter07-sglang/code/read_genai_bench.py build/genai_bench/run \
         --base-url http://127.0.0.1:8200/v1
 
-You should see: a row for each scenario and concurrency, no failed request, the same medians from the
-single requests, and with --base-url a throughput close to our own client's.
+You should see: a row for each scenario and concurrency, no failed request, the same medians from
+the single requests, and with --base-url a throughput close to our own client's.
 """
 
 import asyncio
