@@ -40,7 +40,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 COLUMNS = ["scenario", "concurrency", "requests", "prompt tokens, measured",
            "output tok/s", "TTFT p50, ms", "TTFT p99, ms", "TPOT p50, ms"]  # fmt: skip
-TEXT_BYTES = 400_000
+TEXT_BYTES = 100_000
 
 
 def main(argv: list[str] | None = None) -> int:

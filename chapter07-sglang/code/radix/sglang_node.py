@@ -1,4 +1,4 @@
-"""One node of sglang_multi_node.sh: starts SGLang's part on it, and ends it when the head is gone."""
+"""One node of sglang_multi_node.sh: starts SGLang there, and ends it when the head is gone."""
 
 import os
 import socket
