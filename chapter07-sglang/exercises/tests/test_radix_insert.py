@@ -52,11 +52,11 @@ class Twin:
             expected = self.expected_paths()
             assert got == expected, f"{self}: expected the paths {expected}, got {got}"
         for given in handed:
-            given.append(-9)  # what is the caller's to change changes no tree
+            given[:] = [-9] * (len(given) + 1)  # what is the caller's to change changes no tree
         if method == "insert":
             return answer
         kept = list(answer)
-        answer.append(-9)
+        answer[:] = [-9] * (len(answer) + 1)
         return kept
 
     def expected_paths(self):
