@@ -5,7 +5,7 @@ from itertools import combinations
 
 def plan_time(plan, tokens, block_size, tiers, linear, quadratic):
     used = [tier for tier in tiers if tier.name in plan]
-    fetched = sum(tier.latency + tier.block_time * list(plan).count(tier.name) for tier in used)
+    fetched = sum(tier.latency + tier.block_time * plan.count(tier.name) for tier in used)
     return fetched + compute_time(len(plan) * block_size, tokens, linear, quadratic)
 
 

@@ -74,7 +74,7 @@ class Twin:
             inner = {self.parent[node] for node in self.pages} | self.locked()
             if not (leaves := set(self.pages) - inner):
                 break
-            oldest = next(node for node in sorted(leaves, key=self.used.__getitem__))
+            oldest = sorted(leaves, key=self.used.__getitem__)[0]
             freed += self.pages.pop(oldest)
             del self.parent[oldest], self.used[oldest]
             expected.append(oldest)
@@ -165,7 +165,7 @@ def test_what_is_locked_stays(student, chance):
     twin.unlock("left")
     twin.evict(99)  # it is locked once more
     twin.add("new", "left", 1)  # not locked
-    twin.split("left" if twin.pages["left"] > 1 else "top", "upper", 3)
+    twin.split("top", "upper", 3)
     twin.evict(99)
     twin.unlock(None)
     twin.unlock("left")  # with what it was split from
@@ -179,6 +179,19 @@ def test_what_is_locked_stays(student, chance):
     twin.evict(99)
     twin.unlock("below")
     twin.evict(99)
+    # A leaf that is older than its neighbours' parent can only be left by a lock, taken back later.
+    twin = grown(student, ("top", None, 1), ("old", None, 1), ("below", "top", 1))
+    twin.lock("old")
+    twin.use("below")  # top, too
+    twin.evict(1)  # below
+    twin.unlock("old")
+    twin.evict(1)  # old
+    twin = grown(student, ("top", None, 1), ("old", None, 1))
+    twin.lock("old")
+    twin.add("below", "top", 1)  # does not use top
+    twin.evict(1)  # below
+    twin.unlock("old")
+    twin.evict(1)  # top
     kinds = ["add", "add", "add", "split", "use", "lock", "unlock", "evict"]
     for _ in range(40):
         random_life(student, chance, 30, kinds)

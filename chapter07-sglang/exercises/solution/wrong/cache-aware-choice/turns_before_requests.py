@@ -8,5 +8,5 @@ def choose(prompt, workers, limit, page_size):
 
     from cache_aware_choice import choose
 
-    free = [replace(w, requests=0) for w in workers if w.requests < limit]
-    return choose(prompt, free, max(1, limit), page_size)
+    free = [replace(w, requests=w.last, last=w.requests) for w in workers if w.requests < limit]
+    return choose(prompt, free, 10**9, page_size)
