@@ -22,7 +22,7 @@ class RadixTree:
         found, node = self.walk(pages)
         known = len(found)
         if known < len(pages):
-            node.children[pages[known]] = Node(pages[known:], list(values[known : len(pages)]))
+            node.children[pages[known]] = Node(pages[known:], values[known : len(pages)])
         return known
 
     def paths(self):
@@ -49,10 +49,9 @@ class RadixTree:
                 if own != wanted:
                     break
                 common += 1
-            values += node.values[:common]
             if common < len(node.pages):
-                split(node, common)
-                break
+                split(node, common)  # no child begins as the pages go on
+            values += node.values
         return values, node
 
 

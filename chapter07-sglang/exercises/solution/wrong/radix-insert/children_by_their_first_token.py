@@ -1,4 +1,4 @@
-"""Finds a child by its first token, so that of two that share it one is lost."""
+"""Finds a child by its first token, also where another one begins with the same."""
 
 SAYS = "pages of 4"
 
@@ -16,17 +16,6 @@ def make_radix_tree(page_size):
         def __setitem__(self, page, node):
             super().__setitem__(page[0], node)
 
-    class Wrong(RadixTree):
-        def walk(self, pages):
-            values, node = super().walk(pages)
-            waiting = [self.root]
-            while waiting:
-                each = waiting.pop()
-                if type(each.children) is dict:
-                    own, each.children = each.children, ByToken()
-                    for page, child in own.items():
-                        each.children[page] = child
-                waiting += each.children.values()
-            return values, node
-
-    return Wrong(page_size)
+    tree = RadixTree(page_size)
+    tree.root.children = ByToken()
+    return tree
