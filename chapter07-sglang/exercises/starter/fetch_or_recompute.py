@@ -49,8 +49,8 @@ def fetch_plan(
     always computed, and with it the block that it is in.
 
     Of plans that take equally long one that fetches the fewest blocks is returned, for the network
-    has other work; it may be any of these. There are up to 4 tiers, and up to 2,000 blocks: trying
-    every plan takes too long, and so does calling plan_time for every number of blocks in turn.
-    The prompt has one token or more, and no argument is changed.
+    has other work; it may be any of these. There are up to 4 tiers and 2,000 blocks, so
+    trying every plan takes too long. Tiers may be equally fast, or take no time at all. The prompt
+    has one token or more, and no argument is changed.
     """
     raise NotImplementedError("fetch_or_recompute.fetch_plan is yours to write")

@@ -53,7 +53,7 @@ class Twin:
             assert got == expected, f"{self}: expected the paths {expected}, got {got}"
         for given in handed:
             given[:] = [-9] * (len(given) + 1)  # what is the caller's to change changes no tree
-        if method == "insert":
+        if not isinstance(answer, list):
             return answer
         kept = list(answer)
         answer[:] = [-9] * (len(answer) + 1)
