@@ -1,6 +1,6 @@
 """Splits a node, and forgets what stood below it."""
 
-SAYS = "expected the values"
+SAYS = "expected"
 
 
 def make_radix_tree(page_size):
