@@ -36,8 +36,8 @@ def chosen(student, prompt, workers, limit, page_size):
 def assert_chosen(student, prompt, workers, limit, page_size, expected, why):
     got = chosen(student, prompt, workers, limit, page_size)
     assert got == expected, (
-        f"prompt {list(prompt)}, limit {limit}, pages of {page_size}; workers "
-        f"{'; '.join(map(told, workers)) or 'none'}: expected {expected}, got {got} ({why})"
+        f"expected {expected}, got {got} ({why}): prompt {list(prompt)}, limit {limit}, pages of "
+        f"{page_size}; workers {'; '.join(map(told, workers)) or 'none'}"
     )
 
 

@@ -30,7 +30,7 @@ class Twin:
     def match(self, tokens):
         expected = [self.values[prefix] for prefix in self.known(tokens)]
         got = list(self.ask("match", tokens))
-        assert got == expected, f"{self}: expected the values {expected}, got {got}"
+        assert got == expected, f"expected the values {expected}, got {got}: {self}"
 
     def insert(self, tokens, values):
         known, prefixes = self.known(tokens), self.prefixes(tokens)
@@ -39,7 +39,7 @@ class Twin:
         self.ends.update(prefixes[-1:])
         got = self.ask("insert", tokens, values)
         assert got == len(known) and type(got) is int, (
-            f"{self}: expected {len(known)} pages to be cached before, got {got}"
+            f"expected {len(known)} pages to be cached before, got {got}: {self}"
         )
 
     def ask(self, method, *arguments):
@@ -50,7 +50,12 @@ class Twin:
         got = sorted([list(run) for run in path] for path in paths)
         if self.look:
             expected = self.expected_paths()
-            assert got == expected, f"{self}: expected the paths {expected}, got {got}"
+            missing = [path for path in expected if path not in got]
+            extra = [path for path in got if path not in expected]
+            assert got == expected, (
+                f"expected {len(expected)} paths, got {len(got)}; the first that is missing, and "
+                f"the first too many: {missing[:1]}, {extra[:1]}: {self}"
+            )
         for given in handed:
             given[:] = [-9] * (len(given) + 1)  # what is the caller's to change changes no tree
         if not isinstance(answer, list):

@@ -1,6 +1,6 @@
 """Matches within a node, and leaves the node as it is."""
 
-SAYS = "expected the paths"
+SAYS = "the first that is missing"
 
 
 def make_radix_tree(page_size):
