@@ -39,7 +39,7 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
         temporary.chmod(0o666 & ~_umask())  # mkstemp makes it private; a result is for everybody
         os.replace(temporary, final)
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise RunError(
                 f"the disk is full while writing {path}; free some space and run again"
             ) from error

@@ -258,8 +258,11 @@ def status_of(main: Callable[[], int]) -> int:
             raise
         return _fail(f"{failure}; {MORE_PROCESSES}", CHECK_FAILED)
     except OSError as failure:
-        if failure.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            where = f" while writing {failure.filename}" if failure.filename else ""
+        where = f" while writing {failure.filename}" if failure.filename else ""
+        if failure.errno == errno.EFBIG:
+            limit = "a file would be larger than this process may write"
+            return _fail(f"{limit}{where}; raise the limit (ulimit -f)", CHECK_FAILED)
+        if failure.errno in (errno.ENOSPC, errno.EDQUOT):
             return _fail(f"the disk is full{where}; free some space and run again", CHECK_FAILED)
         if failure.errno in (errno.EMFILE, errno.ENFILE):
             remedy = "raise the limit (ulimit -n 4096) and run again"

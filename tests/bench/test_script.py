@@ -211,6 +211,12 @@ def test_argument_types(convert, good, bad):
             "error: the disk is full while writing out.bin; free some space and run again\n",
         ),
         (
+            OSError(errno.EFBIG, "File too large", "out.bin"),
+            1,
+            "error: a file would be larger than this process may write while writing out.bin; "
+            "raise the limit (ulimit -f)\n",
+        ),
+        (
             OSError(errno.EAGAIN, "Resource temporarily unavailable"),
             1,
             f"error: can't start a process; {script.MORE_PROCESSES}\n",
