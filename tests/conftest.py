@@ -109,6 +109,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 ENVIRONMENT_OF = {
     "vllm_python": "vllm",
     "bench_python": "bench",
+    "sglang_python": "sglang",
+    "routers_python": "routers",
     "triton_packages": "triton",
     "deepspeed_operators": "deepspeed",
 }

@@ -27,9 +27,9 @@ from distlab.errors import UsageError
 from distlab.hardware import has_cuda
 from distlab.model import ModelConfig, read_config
 from distlab.run import Run
+from distlab.serving.tiny_model import add_model_flags, model_directory
 from inference.engine_process import EngineProcess, Load, Prompts, engine_process
 from inference.roofline import Roofline, measured_roofline
-from inference.tiny_model import add_model_flags, model_directory
 from inference.vllm_settings import CPU_CACHE_BYTES, refuse
 
 ENGINES = ["transformers", "paged_engine", "vllm"]

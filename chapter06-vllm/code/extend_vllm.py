@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 
 from distlab import script
 from distlab.run import Run
-from inference.tiny_model import add_model_flags, model_directory
+from distlab.serving.tiny_model import add_model_flags, model_directory
 from inference.vllm_settings import add_engine_flags, running
 
 if TYPE_CHECKING:

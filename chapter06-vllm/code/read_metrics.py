@@ -28,7 +28,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from distlab import script
 from distlab.errors import RunError
 from distlab.run import Run
-from inference.clients import Answer, add_server_flags, connected, counted_tokens
+from distlab.serving.clients import Answer, add_server_flags, connected, counted_tokens
 
 PRESETS = {
     "smoke": {"requests": 24, "max_tokens": 24},

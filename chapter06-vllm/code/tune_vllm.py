@@ -29,8 +29,8 @@ from distlab.errors import UsageError
 from distlab.hardware import has_cuda
 from distlab.model import read_config
 from distlab.run import Run
+from distlab.serving.tiny_model import add_model_flags, model_directory
 from inference.engine_process import Load, Prompts, engine_process
-from inference.tiny_model import add_model_flags, model_directory
 from inference.vllm_settings import CPU_CACHE_BYTES, refuse
 
 SETTINGS: dict[str, dict[str, Any]] = {

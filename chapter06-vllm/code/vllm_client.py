@@ -23,8 +23,8 @@ import numpy as np
 
 from distlab import script
 from distlab.run import Run
-from inference.clients import Answer, Server, add_server_flags, connected
-from inference.tiny_model import tiny_model, transformers_greedy
+from distlab.serving.clients import Answer, Server, add_server_flags, connected
+from distlab.serving.tiny_model import tiny_model, transformers_greedy
 
 PRESETS = {
     "smoke": {"requests": 8, "max_tokens": 8, "concurrency": [1, 4]},

@@ -28,8 +28,8 @@ import torch
 from distlab import script
 from distlab.model import read_config
 from distlab.run import Run
+from distlab.serving.tiny_model import add_model_flags, model_directory, transformers_greedy
 from inference.roofline import measured_roofline
-from inference.tiny_model import add_model_flags, model_directory, transformers_greedy
 from inference.vllm_settings import add_engine_flags, running
 
 if TYPE_CHECKING:

@@ -42,7 +42,7 @@ if [ ! -f "$config" ]; then
     exit 2
 fi
 
-directory=$(python -m inference.tiny_model "${model[@]}") # or one line that says what is wrong
+directory=$(python -m distlab.serving.tiny_model "${model[@]}") # or one line that says what is wrong
 flags=(--served-model-name "$(basename "$directory")")
 export HF_HUB_OFFLINE=1 VLLM_NO_USAGE_STATS=1 VLLM_LOGGING_LEVEL="${VLLM_LOGGING_LEVEL:-WARNING}"
 

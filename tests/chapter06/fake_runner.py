@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from paged_engine.batch import Batch
-from paged_engine.block_manager import BlockManager
+from paged_engine.block_manager import block_policy
 from paged_engine.config import EngineConfig
 from paged_engine.request import Request, Sequence, Status
 from paged_engine.sampling_params import SamplingParams
@@ -192,10 +192,14 @@ class Engine:
 
 
 def engine_of(
-    num_blocks: int = 64, block_size: int = 4, caching: bool = True, **limits: Any
+    num_blocks: int = 64,
+    block_size: int = 4,
+    caching: bool = True,
+    policy: str = "hash",
+    **limits: Any,
 ) -> Engine:
-    config = EngineConfig("no model", **limits)
-    return Engine(Scheduler(config, BlockManager(num_blocks, block_size, caching)))
+    config = EngineConfig("no model", prefix_cache=policy, **limits)
+    return Engine(Scheduler(config, block_policy(policy)(num_blocks, block_size, caching)))
 
 
 def request_of(name: str, prompt: list[int], max_tokens: int = 4, n: int = 1) -> Request:

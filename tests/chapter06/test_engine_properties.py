@@ -68,12 +68,14 @@ def continuation(model, prompt):
     max_batch_tokens=st.sampled_from([1, 3, 8, 64]),
     max_sequences=st.integers(3, 8),
     prefix_caching=st.booleans(),
+    prefix_cache=st.sampled_from(["hash", "radix"]),
 )
-@example([Traffic(1, [5, 6], 10, i % 2, None, 3) for i in range(5)], 3, 0, 8, 6, True)
-@example([Traffic(1, [5, 6], 10, i % 2, None, 1) for i in range(5)], 4, 0, 64, 6, False)
+@example([Traffic(1, [5, 6], 10, i % 2, None, 3) for i in range(5)], 3, 0, 8, 6, True, "hash")
+@example([Traffic(1, [5, 6], 10, i % 2, None, 1) for i in range(5)], 4, 0, 64, 6, False, "hash")
 def test_greedy_output_is_the_same_however_the_engine_got_there(
-    model, requests, block_size, spare_blocks, max_batch_tokens, max_sequences, prefix_caching
-):
+    model, requests, block_size, spare_blocks, max_batch_tokens, max_sequences, prefix_caching,
+    prefix_cache,
+):  # fmt: skip
     longest = max(len(one.prompt) + one.max_tokens for one in requests)
     config = EngineConfig(
         model[1],
@@ -82,6 +84,7 @@ def test_greedy_output_is_the_same_however_the_engine_got_there(
         max_batch_tokens=max_batch_tokens,
         max_sequences=max_sequences,
         prefix_caching=prefix_caching,
+        prefix_cache=prefix_cache,
         max_model_len=64,
     )
     with Engine(config) as engine:

@@ -21,6 +21,7 @@ class Traffic:
     num_blocks: int
     block_size: int
     caching: bool
+    policy: str
     limits: dict[str, int]
     arrivals: list[tuple[int, list[int], SamplingParams]]  # step, prompt
     departures: list[tuple[int, str, int, int | None]]  # step, moment, request, one sample or all
@@ -49,6 +50,7 @@ def traffic(draw: st.DrawFn) -> Traffic:
         num_blocks=-(-draw(st.integers(12, 40)) // block_size),
         block_size=block_size,
         caching=draw(st.booleans()),
+        policy=draw(st.sampled_from(["hash", "radix"])),
         limits={
             "max_batch_tokens": draw(st.integers(1, 24)),
             "max_sequences": draw(small),
@@ -60,7 +62,7 @@ def traffic(draw: st.DrawFn) -> Traffic:
 
 
 @settings(
-    max_examples=400,
+    max_examples=600,
     deadline=None,
     derandomize=True,
     database=None,
@@ -72,7 +74,8 @@ def test_any_traffic_gives_each_request_the_tokens_of_a_run_alone(case: Traffic)
 
     Hence nobody starves: no more steps are needed than all sequences have tokens together.
     """
-    engine = engine_of(case.num_blocks, case.block_size, case.caching, **case.limits)
+    own = case.num_blocks, case.block_size, case.caching, case.policy
+    engine = engine_of(*own, **case.limits)
     scheduler = engine.scheduler
     pending = [
         (when, Request(str(name), prompt, params, eos_token_ids=frozenset([EOS])))

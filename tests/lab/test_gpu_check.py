@@ -67,8 +67,8 @@ def test_one_chapter_of_those_written(monkeypatch):
     monkeypatch.setattr(gpu_check, "run", lambda blocks, *_: played.extend(blocks) or [])
     assert gpu_check.main(["--steps", "smoke", "--chapters", "6"]) == 1  # nothing came of them
     assert played and {each.lesson.parent.name for each in played} == {"chapter06-vllm"}
-    with pytest.raises(UsageError, match="--chapters 7 is not written; use some of"):
-        gpu_check.main(["--chapters", "7"])
+    with pytest.raises(UsageError, match="--chapters 8 is not written; use some of"):
+        gpu_check.main(["--chapters", "8"])
 
 
 def test_without_a_gpu_it_says_so_with_status_77(tmp_path: Path):

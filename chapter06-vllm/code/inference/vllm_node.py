@@ -16,7 +16,7 @@ from distlab.hardware import has_cuda
 from distlab.process import Job, job
 from distlab.service import answers as answers_http
 from distlab.service import await_that
-from inference.tiny_model import PRESETS, add_model_flags, model_directory
+from distlab.serving.tiny_model import PRESETS, add_model_flags, model_directory
 from inference.vllm_settings import CPU_CACHE_BYTES, refuse, set_environment
 
 POLL_S = 0.5

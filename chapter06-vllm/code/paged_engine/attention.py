@@ -132,6 +132,14 @@ class PagedCache:
         for source, target in pairs:
             self.data[:, :, target] = self.data[:, :, source]
 
+    def read(self, blocks: Sequence[int]) -> Tensor:
+        """A copy of whole blocks [blocks, layers, 2, kv_heads, block_size, head_dim]."""
+        return self.data[:, :, list(blocks)].movedim(2, 0).contiguous()
+
+    def write(self, blocks: Sequence[int], contents: Tensor) -> None:
+        """Put back what `read` gave, here or in another process."""
+        self.data[:, :, list(blocks)] = contents.to(self.device).movedim(0, 2)
+
     def attend(self, layer: int, qkv: Tensor, plan: Plan) -> Tensor:
         """Attention's output [tokens, heads * head_dim].
 

@@ -9,8 +9,23 @@ model runner's.
 import hashlib
 from array import array
 from collections import Counter, OrderedDict
+from importlib.metadata import entry_points
 
+from distlab.errors import UsageError
 from paged_engine.request import Sequence
+
+POLICIES = "paged_engine.prefix_cache"  # the entry points of packages that bring one
+
+
+def block_policy(name: str) -> "type[BlockManager]":
+    """The class of --prefix-cache `name`: this module's own is called hash."""
+    if name == "hash":
+        return BlockManager
+    others = {entry.name: entry for entry in entry_points(group=POLICIES)}
+    if name not in others:
+        raise UsageError(f"--prefix-cache {name} is unknown; use {' or '.join(['hash', *others])}")
+    policy: type[BlockManager] = others[name].load()
+    return policy
 
 
 class BlockManager:

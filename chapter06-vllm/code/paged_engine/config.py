@@ -37,6 +37,9 @@ class EngineConfig:
     max_model_len: int | None = _setting(None, "context, if shorter than the model's")
     tensor_parallel: int = _setting(1, "processes that share each layer")
     prefix_caching: bool = _setting(True, "share the blocks of common beginnings")
+    prefix_cache: str = _setting(
+        "hash", "how those are found: hash, or a policy of another package"
+    )
     compile: bool = _setting(True, "compile the model's operators")
 
     def __post_init__(self) -> None:

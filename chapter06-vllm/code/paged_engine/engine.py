@@ -20,7 +20,7 @@ from torch import Tensor
 from distlab.errors import UsageError
 from distlab.model_config import ModelConfig
 from paged_engine.batch import Batch
-from paged_engine.block_manager import BlockManager
+from paged_engine.block_manager import BlockManager, block_policy
 from paged_engine.config import EngineConfig
 from paged_engine.detokenizer import IncrementalDetokenizer
 from paged_engine.loading import chat_ids, load_tokenizer, plain_ids, text_ids
@@ -90,20 +90,26 @@ class Runner(Protocol):
 class Engine:
     """Owns tokenizer, scheduler, block manager and model runner; `close` it, or use `with`.
 
-    A test may bring its own `runner` and `tokenizer`. A model without tokenizer takes token ids
-    only, and its outputs have no text.
+    Another `runner`, `tokenizer` or manager of `blocks` may be brought. A model without tokenizer
+    takes token ids only, and its outputs have no text.
 
     Raises:
         UsageError, RunError: for a model or sizes that cannot be served, in one line.
     """
 
     def __init__(
-        self, config: EngineConfig, runner: Runner | None = None, tokenizer: Any = None
+        self,
+        config: EngineConfig,
+        runner: Runner | None = None,
+        tokenizer: Any = None,
+        blocks: BlockManager | None = None,
     ) -> None:
         self.tokenizer = load_tokenizer(config.model) if tokenizer is None else tokenizer
         self.runner = _load_runner(config) if runner is None else runner
         self.config = replace(config, max_model_len=self.runner.max_model_len)
-        self.blocks = BlockManager(self.runner.num_blocks, config.block_size, config.prefix_caching)
+        policy = block_policy(config.prefix_cache)
+        sizes = (self.runner.num_blocks, config.block_size, config.prefix_caching)
+        self.blocks = policy(*sizes) if blocks is None else blocks
         self.scheduler = Scheduler(self.config, self.blocks)
         self._requests: dict[str, Request] = {}
         self._texts: dict[Sequence, IncrementalDetokenizer] = {}
@@ -129,14 +135,44 @@ class Engine:
         Raises:
             UsageError: it could never be answered; the engine goes on as if it had not come.
         """
+        request = self._request(prompt, params or SamplingParams(), request_id)
+        self.scheduler.add(request)
+        self._requests[request.request_id] = request
+        return request.request_id
+
+    def reserve(
+        self, prompt: List[int], params: SamplingParams, request_id: str
+    ) -> Sequence | None:
+        """Blocks for a prompt that another engine computes; None: there is no room for it now.
+
+        The keys and values of the tokens from `computed` on are to be written into the sequence's
+        `block_table`, by `runner.cache`; then `adopt` it. `cancel` gives it up.
+
+        Raises:
+            UsageError: as `add_request`; and for several samples, which share what is computed.
+        """
+        if params.n > 1:
+            raise UsageError(f"n {params.n} samples cannot be moved; use n 1")
+        request = self._request(prompt, params, request_id)
+        if not self.scheduler.reserve(request):
+            return None
+        self._requests[request_id] = request
+        return request.sequences[0]
+
+    def adopt(self, request_id: str, token: int) -> Output:
+        """Go on with a reserved request, whose prompt is written, from its first `token` on."""
+        [sequence] = self._requests[request_id].sequences
+        self.scheduler.adopt(sequence, token)
+        return self._output(sequence, SampledToken(token), time.monotonic())
+
+    def _request(
+        self, prompt: str | List[int], params: SamplingParams, request_id: str | None
+    ) -> Request:
         prompt_ids = self.encode(prompt)
-        params = self._with_special_stops(params or SamplingParams())
+        params = self._with_special_stops(params)
         self._added += 1
         name = f"request-{self._added}" if request_id is None else request_id
-        request = Request(name, prompt_ids, params, time.monotonic(), self.eos_token_ids)
-        self.scheduler.add(request)
-        self._requests[name] = request
-        return name
+        return Request(name, prompt_ids, params, time.monotonic(), self.eos_token_ids)
 
     def encode(self, prompt: str | List[int]) -> list[int]:
         """The prompt's token ids. Raises `UsageError` for ids that the model does not have."""

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from distlab.errors import UsageError
 from paged_engine import kernels
+from paged_engine.attention import PagedCache
 from paged_engine.batch import Batch
 from paged_engine.config import EngineConfig
 from paged_engine.loading import DTYPES, Part, check_split, eos_token_ids, read_shape
@@ -60,6 +61,19 @@ class ModelRunner:
         model is gone.
         """
         return self.shard.run(batch) if self.group is None else self.group.run(batch)
+
+    @property
+    def cache(self) -> PagedCache:
+        """The keys and values, to be copied out and in between two steps.
+
+        Raises `UsageError` where several processes hold a part each.
+        """
+        if self.group is not None:
+            raise UsageError(
+                f"--tensor-parallel {self.settings.tensor_parallel}: each process holds a part of "
+                "every block, which cannot be copied out; use --tensor-parallel 1"
+            )
+        return self.shard.cache
 
     @property
     def description(self) -> str:

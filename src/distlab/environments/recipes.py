@@ -33,6 +33,7 @@ class Environment:
 
     name: str
     torch: str  # its build, cpu or cuda
+    torch_version: str
     extra: str  # of pyproject.toml: what is installed, and its lock's name
     alone: bool  # that extra's requirements only, without distlab and torch
     requirements: list[str]  # what the lock is made from
@@ -96,6 +97,7 @@ def read(name: str, torch: str) -> Environment:
     values: dict[str, Any] = {
         "name": name,
         "torch": torch,
+        "torch_version": recipe.get("torch", {}).get(torch, lab["torch"]),
         "extra": extra,
         "alone": alone,
         "requirements": [*own, *project["project"]["optional-dependencies"][extra]],
@@ -109,8 +111,8 @@ def read(name: str, torch: str) -> Environment:
     ingredients = [
         {key: value for key, value in values.items() if key not in ("minutes", "gigabytes")},
         environment.lock.read_text(encoding="utf-8") if environment.lock.exists() else "",
-        [lab["torch"], lab["torch-cpu-index"]],
-        [project["project"].get(key) for key in ("scripts", "requires-python")],
+        lab["torch-cpu-index"],
+        [project["project"].get(key) for key in ("scripts", "entry-points", "requires-python")],
         project["tool"].get("setuptools"),
         [str(ROOT), str(environment.folder), sys.version_info[:2]],
     ]

@@ -34,10 +34,12 @@ NVIDIA_PCI_VENDOR = "0x10de"
 COMPILED = "torch.compile, DeepSpeed, the paged engine's operators"
 ENVIRONMENTS = (  # beside core: name, chapters, what for
     ("deepspeed", (5,), "DeepSpeed's compiled operators"),
-    ("vllm", (6, 9), "the vLLM engine"),
+    ("vllm", (6, 7, 9), "the vLLM engine"),
+    ("sglang", (7, 9), "the SGLang engine"),
+    ("routers", (7,), "the routers that ours is compared with"),
     ("triton", (6,), "tests of the engine's CUDA kernel without a GPU"),
     ("tracing", (9,), "Phoenix, which shows traces"),
-    ("bench", (6, 10), "genai-bench and LoadGen"),
+    ("bench", (6, 7, 10), "genai-bench and LoadGen"),
     ("flower", (11,), "Flower's simulation and deployment"),
 )
 
@@ -95,8 +97,8 @@ def _system_needs() -> list[Need]:
     clustered = (2, 3, 4, 5, 6, 7, 8, 10)
     return [
         system(ALL, "chromium", "the test of lab report", partial(_one_of, CHROMIUM), "chromium"),
-        system((1, 3, 5, 6), "C++ compiler", COMPILED, partial(_one_of, ["g++"]), "g++"),
-        system((1, 3, 5, 6), "Python headers", COMPILED, _python_headers, python),
+        system((1, 3, 5, 6, 7), "C++ compiler", COMPILED, partial(_one_of, ["g++"]), "g++"),
+        system((1, 3, 5, 6, 7), "Python headers", COMPILED, _python_headers, python),
         system(clustered, "ip and tc", "nodes and shaped links", _iproute2, "iproute2"),
         system(
             (2, 3, 4, 5),
@@ -106,6 +108,7 @@ def _system_needs() -> list[Need]:
             *slurm.PACKAGES,
         ),
         system((3,), "nft", "a firewall between nodes", partial(_all_of, ["nft"]), "nftables"),
+        system((7,), "wrk", "load for the routers", partial(_all_of, ["wrk"]), "wrk"),
         system((5,), "libaio", "offload to NVMe", _libaio, "libaio-dev"),
     ]
 

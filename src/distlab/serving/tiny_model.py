@@ -1,8 +1,8 @@
-"""The model that the vLLM scripts serve, and what transformers says with it.
+"""The model that scripts serve, and what transformers says with it.
 
 It is the folder of --model, else a tiny one trained here.
 
-As a program it prints that folder, for shells: python -m inference.tiny_model [--model DIR].
+As a program it prints that folder, for shells: python -m distlab.serving.tiny_model [--model DIR].
 """
 
 import argparse

@@ -147,8 +147,8 @@ async def connected(
                     "the limit (ulimit -Hn) or send fewer requests at once"
                 ) from error
             raise RunError(
-                f"no server answers at {base_url} ({error.__cause__ or error}); start one, such as "
-                "bash chapter06-vllm/code/vllm_server.sh, or name another by --base-url"
+                f"no server answers at {base_url} ({error.__cause__ or error}); start one, or name "
+                "another by --base-url"
             ) from error
         except openai.APIStatusError as error:
             raise RunError(
