@@ -70,13 +70,17 @@ def write_shards(
         missing = [job for job in plan if Path(job.path).name not in kept]
         workers = max(1, min(workers, len(missing)))
         begun = time.perf_counter()
-        with Pool(directory / TOKENIZER, index["dtype"], workers) as pool:
-            ready = time.perf_counter()
-            for entry in pool.write(missing):
-                index["shards"][entry["file"]] = entry
-                _write_index(directory, index)
-                on_shard(entry["file"])
-            done = time.perf_counter()
+        try:
+            with Pool(directory / TOKENIZER, index["dtype"], workers) as pool:
+                ready = time.perf_counter()
+                for entry in pool.write(missing):
+                    index["shards"][entry["file"]] = entry
+                    _write_index(directory, index)
+                    on_shard(entry["file"])
+                done = time.perf_counter()
+        except BaseException:
+            _remove_partial(directory)  # a process that was killed while it wrote left its file
+            raise
         made = [Path(job.path).name for job in missing]
         return Written(made, sorted(kept), ready - begun, done - ready)
 
@@ -151,8 +155,7 @@ def _begin(
         "files": [Path(job.path).name for job in plan],
         "shards": {},
     }
-    for temporary in directory.glob(".*.bin"):
-        temporary.unlink()
+    _remove_partial(directory)
     if (directory / INDEX).exists():
         index = read_index(directory)
         if {**index, "shards": {}} != begun:
@@ -164,6 +167,11 @@ def _begin(
     write_text(directory / TOKENIZER, tokenizer.to_str())
     _write_index(directory, begun)
     return begun
+
+
+def _remove_partial(directory: Path) -> None:
+    for temporary in directory.glob(".*.bin"):
+        temporary.unlink()
 
 
 def _write_index(directory: Path, index: dict[str, Any]) -> None:
