@@ -8,12 +8,12 @@ or that answer with errors are left alone until they answer again. A second port
 operator: workers come and go there while it runs.
 
 Run:
-    python -m llm_router.fake_worker --port 8201 &
-    python -m llm_router.fake_worker --port 8202 &
-    python chapter07-sglang/code/router.py --workers http://127.0.0.1:8201 http://127.0.0.1:8202
+    python -m llm_router.fake_worker --port 8231 &
+    python -m llm_router.fake_worker --port 8232 &
+    python chapter07-sglang/code/router.py --workers http://127.0.0.1:8231 http://127.0.0.1:8232
 
-You should see: `router at http://127.0.0.1:8200`. Every OpenAI client can use it by that address;
-/metrics there tells Prometheus what it does, and http://127.0.0.1:8210/docs how to add a worker.
+You should see: `router at http://127.0.0.1:8220`. Every OpenAI client can use it by that address;
+/metrics there tells Prometheus what it does, and http://127.0.0.1:8221/docs how to add a worker.
 """
 
 from argparse import Namespace
@@ -39,8 +39,8 @@ def parse_args(argv: list[str] | None) -> Namespace:
     add("--workers", nargs="*", default=[], metavar="URL", help="such as http://127.0.0.1:8000")
     add("--policy", default="cache_aware", help=f"{', '.join(POLICIES)} (default: cache_aware)")
     add("--host", default="127.0.0.1")
-    add("--port", type=script.non_negative_int, default=8200, help="0: a free one")
-    add("--control-port", type=script.non_negative_int, default=8210)
+    add("--port", type=script.non_negative_int, default=8220, help="0: a free one")
+    add("--control-port", type=script.non_negative_int, default=8221)
     group = parser.add_argument_group("cache_aware")
     add = group.add_argument
     add("--tokenizer", metavar="DIR", help="the workers' (default: prefixes of text, not tokens)")

@@ -122,12 +122,12 @@ def test_jobs_are_done_again_until_no_worker_is_left(config):
     with local_fleet([config] * 3, 60) as fleet:
         for victim in (0, 1):
             again = [Job(job.prompt, COUNT) for job in jobs]
-            count = 0
+            killed = []
 
-            def after(job, victim=victim):
-                nonlocal count
-                count += 1
-                if count == 8:
+            def after(job, victim=victim, killed=killed):
+                """In the midst of what it has: with a prompt to compute, or tokens to make."""
+                if job.by[victim] == victim and len(job.tokens) == 1 + victim and not killed:
+                    killed.append(victim)
                     fleet.kill(victim)
 
             fleet.router.serve(again, [0], [1, 2], after)

@@ -57,6 +57,8 @@ def model_directory(args: argparse.Namespace) -> Path:
     return folder.resolve()
 
 
+@torch.inference_mode(False)  # also in a script that only infers
+@torch.enable_grad()
 def tiny_model(size: str) -> Path:
     """A model of one of the SHAPES, trained for a moment on the standard library's sources.
 
