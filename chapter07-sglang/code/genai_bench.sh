@@ -73,7 +73,7 @@ done <"$scenarios"
 case "${LAB_PRESET:-laptop}" in # minutes are its unit: the number of requests is what ends a run
     smoke) flags=("${flags[@]:0:2}" --num-concurrency 4 --max-requests-per-run 16) ;;
     gpu) flags+=(--num-concurrency 1 --num-concurrency 16 --num-concurrency 128 --max-requests-per-run 512) ;;
-    *) flags+=(--num-concurrency 1 --num-concurrency 4 --num-concurrency 16 --max-requests-per-run 64) ;;
+    *) flags+=(--num-concurrency 4 --num-concurrency 16 --max-requests-per-run 48) ;;
 esac
 rm -rf "$out/run"
 mkdir -p "$out"

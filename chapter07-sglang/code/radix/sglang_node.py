@@ -24,6 +24,7 @@ from radix.sglang_server import (
 )
 
 POLL_S, HEAD_GONE_S = 0.5, 3.0
+LAST_LINES = 20
 UDP_PORT = 9  # nothing is sent to it
 
 
@@ -41,10 +42,11 @@ def main() -> int:
     line += ["--dist-init-addr", f"{socket.gethostbyname(head)}:{args.dist_port}"]
     line = [sys.executable, "-m", "sglang.launch_server",
             *serve_line(model, args.preset, [*line, *flags])]  # fmt: skip
-    with job(line, os.environ, Path.cwd(), echo=True) as server:
+    # With a command its output is what is wanted: SGLang's is shown where it fails.
+    with job(line, os.environ, Path.cwd(), echo=not command) as server:
         if rank > 0:
-            return follow(server, head, args)
-        await_ready(server, args)
+            return follow(server, head, args, bool(command))
+        await_ready(server, args, bool(command))
         if command:
             return subprocess.run(command).returncode
         print(f"serving {model.name} over {nodes} nodes at http://127.0.0.1:{args.port}/v1")
@@ -86,11 +88,12 @@ def interface_of(head: str) -> None:
         raise UsageError(f"HEAD={head} cannot be reached from this node: {error}") from error
 
 
-def await_ready(server: Job, args: Namespace) -> None:
+def await_ready(server: Job, args: Namespace, silent: bool) -> None:
     """Return when the head's server answers."""
 
     def runs() -> None:
         if server.process.poll() is not None:
+            show_end(server, silent)
             raise RunError("SGLang ended before it was ready; its last lines stand above")
 
     url = f"http://127.0.0.1:{args.port}/health"
@@ -98,7 +101,7 @@ def await_ready(server: Job, args: Namespace) -> None:
     await_that(lambda: answers(url), args.start_timeout, late, runs)
 
 
-def follow(server: Job, head: str, args: Namespace) -> int:
+def follow(server: Job, head: str, args: Namespace, silent: bool) -> int:
     """Wait while the head's rank 0 listens where all ranks meet; without it end this part too."""
     deadline = time.monotonic() + args.start_timeout
     last_seen = None
@@ -114,8 +117,16 @@ def follow(server: Job, head: str, args: Namespace) -> int:
     # It ends by itself, with whatever status, when the connection to the head breaks.
     time.sleep(HEAD_GONE_S)
     if listens(head, args.dist_port):
+        show_end(server, silent)
         raise RunError(f"SGLang ended on this node with status {server.process.returncode}")
     return 0
+
+
+def show_end(server: Job, silent: bool) -> None:
+    """The last lines of an SGLang whose output was not shown."""
+    if silent:
+        server.read_to_end()
+        sys.stderr.writelines(server.texts["stderr"][-LAST_LINES:])
 
 
 def listens(head: str, port: int) -> bool:

@@ -8,6 +8,7 @@ says beforehand how many of its tokens a cache without limits would have, matche
 from collections.abc import Callable, Iterator
 from collections.abc import Sequence as List
 from dataclasses import dataclass
+from itertools import count
 
 import numpy as np
 
@@ -101,8 +102,9 @@ def tree_of_thoughts(
 
 
 def _tokens(seed: int) -> Callable[[int], list[int]]:
-    random = np.random.default_rng(seed)
-    return lambda count: random.integers(VOCABULARY, size=count).tolist()
+    """Runs of tokens, each beginning with one of its own, so that no two share it by chance."""
+    random, first = np.random.default_rng(seed), count(VOCABULARY)
+    return lambda length: [next(first), *random.integers(VOCABULARY, size=length - 1).tolist()]
 
 
 def replay(blocks: BlockManager, pairs: List[Pair]) -> Iterator[int]:
