@@ -20,7 +20,8 @@ IDEA_LINES = range(10, 26)  # of code that a section of "from scratch" shows
 WRITTEN = [one for one in chapters() if one.written]
 NOTATION = repo_root() / "notation.md"
 COMMANDS = {rf"\{word}" for word in ["frac", "tfrac", "sum", "max", "min", "nabla", "cdot", "lceil",
-            "rceil", "log", "Big", "in", "approx", "bar", "quad", "qquad", "Psi"]}  # fmt: skip
+            "rceil", "lfloor", "rfloor", "log", "exp", "Big", "in", "approx", "bar", "underbrace",
+            "quad", "qquad", "Psi"]}  # fmt: skip
 LESSONS = [repo_root() / "README.md", NOTATION, *(one.lesson for one in WRITTEN)]
 BY_NAME = pytest.mark.parametrize("one", WRITTEN, ids=lambda one: one.folder.name)
 

@@ -35,7 +35,7 @@ from distlab.script import Run, Skipped, UsageError
 from distlab.service import Service
 from llm_router import contenders
 from llm_router.contenders import OURS, PEERS, Contender, Outcome, call, fake_workers
-from llm_router.fake_worker import save_tokenizer
+from llm_router.fake_model import save_tokenizer
 from llm_router.traces import zipf_trace
 
 PARTS = ("overhead", "trace", "faults")

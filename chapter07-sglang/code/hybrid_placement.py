@@ -211,7 +211,7 @@ def calibrate(args: Namespace, pools: tuple[Pool, Pool]) -> tuple[float, float]:
     everything = frozenset(model.weights)
     trace = [[[0]] * args.layers] * args.steps
     groups = 2 * args.layers
-    rest, crossing = [], []
+    rest, crossing = list[float](), list[float]()
     for _ in range(args.repeats):
         for fast, into in ((everything, rest), (frozenset[Part](), crossing)):
             model.place(fast)

@@ -196,14 +196,15 @@ def measure_costs(run: Run, bench: Bench) -> dict[str, float]:
 
 def bring_back(run: Run, bench: Bench, measured: dict[str, float]) -> Answers:
     """Conversations return, with more and more tiers; TTFT and fetched blocks as predicted."""
-    args, rows = bench.args, []
+    args = bench.args
+    rows: list[list[Any]] = []
     answers: list[Answers] = []
     fetched: list[list[int]] = []
     all_blocks = args.conversations * (args.prompt_tokens // BLOCK_SIZE)
     for name in ("none", "host", "host and disk"):
         with bench.disk() as disk:
             host = HostTier(all_blocks if name == "host" else args.host_blocks)
-            tiers: list[Tier] = [[], [host], [host, disk]][len(answers)]  # type: ignore[list-item]
+            tiers: list[Tier] = [host, disk][: len(answers)]  # type: ignore[assignment]
             with bench.engine(tiers) as engine:
                 made, ttfts = bench.returns(engine, args.repeats)
                 assert isinstance(engine.blocks, TieredBlocks)
@@ -274,9 +275,9 @@ def tear(run: Run, bench: Bench, answers: Answers) -> None:
         torn = sorted(disk.folder.glob("*.kv"), key=lambda path: path.stat().st_mtime_ns)[2:5]
         content = torn[0].read_bytes()
         torn[0].write_bytes(content[: len(content) // 2])
-        content = bytearray(torn[1].read_bytes())
-        content[-1] ^= 1
-        torn[1].write_bytes(content)
+        flipped = bytearray(torn[1].read_bytes())
+        flipped[-1] ^= 1
+        torn[1].write_bytes(flipped)
         torn[2].unlink()
         made = [bench.answer(engine, prompt)[0] for _ in range(3) for prompt in bench.prompts]
         run.check_equal("damaged files that were noticed", disk.damaged, 3)

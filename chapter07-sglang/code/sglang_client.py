@@ -114,7 +114,7 @@ def percentiles(answers: list[Answer]) -> list[float | None]:
 async def share(run: Run, server: Server, args: Namespace) -> None:
     """Prompts with one beginning of --shared tokens, each round from an empty cache."""
     chance = random.Random(args.seed)
-    cold, warm, found = [], [], []
+    cold, warm, found = list[float](), list[float](), list[int]()
     for _ in range(ROUNDS):
         await flush(args)
         beginning = chance.choices(TOKEN_IDS, k=args.shared)

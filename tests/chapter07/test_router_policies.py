@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from distlab.errors import UsageError
 from llm_router.cache_aware import CacheAware, Costs, Prefill
-from llm_router.fake_worker import BlockCache, save_tokenizer, tokens_of
+from llm_router.fake_model import BlockCache, save_tokenizer, tokens_of
 from llm_router.mirror import Mirrors
 from llm_router.policies import ConsistentHash, LeastLoaded, PowerOfTwo, RoundRobin, make_policy
 from llm_router.prefix_index import PrefixIndex, block_keys

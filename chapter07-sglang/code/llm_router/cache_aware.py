@@ -3,13 +3,11 @@
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from llm_router.policies import Asked
 from llm_router.prefix_index import PrefixIndex
 from llm_router.worker import Worker
-
-if TYPE_CHECKING:
-    from llm_router.exchange import Exchange
 
 
 @dataclass(frozen=True)
@@ -78,7 +76,7 @@ class CacheAware:
 
     def __init__(
         self,
-        keys_of: "Callable[[Exchange], tuple[Sequence[int], int, int]]",
+        keys_of: Callable[[Asked], tuple[Sequence[int], int, int]],
         costs: Costs | None = None,
         guess_blocks: int = 4096,
         now: Callable[[], float] = time.monotonic,
@@ -90,7 +88,7 @@ class CacheAware:
         self.prefill = Prefill(self.costs.prefill)
         self._loads: dict[Worker, Load] = {}
 
-    def choose(self, exchange: "Exchange", workers: Sequence[Worker]) -> Worker:
+    def choose(self, exchange: Asked, workers: Sequence[Worker]) -> Worker:
         now, costs = self.now(), self.costs
         self.index.settle(now)
         keys, tokens, size = self.keys_of(exchange)
@@ -122,14 +120,14 @@ class CacheAware:
         self.index.expect(best, keys)
         return best
 
-    def began(self, exchange: "Exchange", worker: Worker) -> None:
+    def began(self, exchange: Asked, worker: Worker) -> None:
         sent: Any = exchange.keys
         if isinstance(sent, Sent) and not sent.began:
             sent.began = True
             if sent.alone:
                 self.prefill.learn(sent.missed, self.now() - sent.at)
 
-    def left(self, exchange: "Exchange", worker: Worker) -> None:
+    def left(self, exchange: Asked, worker: Worker) -> None:
         if isinstance(sent := exchange.keys, Sent):
             self.index.arrived(worker, sent.keys, self.now())
             exchange.keys = None

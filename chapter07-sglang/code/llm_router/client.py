@@ -1,9 +1,9 @@
 """A client's connection: requests come in, one at a time goes on, the answer's bytes go out."""
 
 import asyncio
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from llm_router.exchange import Exchange
+from llm_router.exchange import Exchange, Owner
 from llm_router.http import (
     HEAD_END,
     MOST_HEAD,
@@ -13,9 +13,6 @@ from llm_router.http import (
     RequestHead,
     error,
 )
-
-if TYPE_CHECKING:
-    from llm_router.balancer import Router
 
 READ_AHEAD = 2**20  # bytes of following requests that are taken before the answer is out
 
@@ -28,7 +25,7 @@ class Client(asyncio.Protocol):
         "router", "since", "transport",
     )  # fmt: skip
 
-    def __init__(self, router: "Router") -> None:
+    def __init__(self, router: Owner) -> None:
         self.router = router
         self.transport: Any = None
         self.exchange: Exchange | None = None

@@ -122,7 +122,7 @@ def processor_seconds(pid: int) -> float:
 
 def by_wrk(url: str, body: object, connections: int, seconds: float) -> int:
     """Requests answered in so many seconds, by wrk on the other core. Raises `RunError`."""
-    with tempfile.NamedTemporaryFile("w", suffix=".lua") as script:
+    with tempfile.NamedTemporaryFile("w", suffix=".lua", encoding="utf-8") as script:
         text = orjson.dumps(body).decode()
         script.write(
             'wrk.method = "POST"\nwrk.headers["Content-Type"] = "application/json"\n'
@@ -132,7 +132,9 @@ def by_wrk(url: str, body: object, connections: int, seconds: float) -> int:
         pinned = ["taskset", "-c", str(other_core())] if shutil.which("taskset") else []
         command = [*pinned, "wrk", "-t1", f"-c{connections}", f"-d{max(1, round(seconds))}s",
                    "-s", script.name, f"{url}/v1/completions"]  # fmt: skip
-        done = subprocess.run(command, capture_output=True, text=True, timeout=seconds + 30)
+        done = subprocess.run(
+            command, capture_output=True, text=True, encoding="utf-8", timeout=seconds + 30
+        )
     found = re.search(r"(\d+) requests in", done.stdout)
     if done.returncode or not found:
         raise RunError(f"wrk could not measure {url}: {(done.stderr or done.stdout).strip()[:300]}")

@@ -1,6 +1,7 @@
 """One request on its way: to a worker, to another one where that fails, and back to the client."""
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from typing import Any, Protocol
 
 import orjson
 
@@ -9,6 +10,7 @@ from llm_router.continuation import Splice, Transcript
 from llm_router.http import (
     LAST_CHUNK,
     ChunkedBody,
+    Reply,
     RequestHead,
     ResponseHead,
     chunk,
@@ -16,12 +18,45 @@ from llm_router.http import (
 )
 from llm_router.worker import Upstream, Worker
 
-if TYPE_CHECKING:
-    from llm_router.balancer import Router
-    from llm_router.client import Client
-
 RETRIED = {429, 500, 502, 503, 504}  # another worker may do better
 FAULTS = {500, 502, 504}  # of the worker; 429 and 503 say that it is busy, or leaves
+
+
+class Owner(Protocol):
+    """The router, as a request and its client see it."""
+
+    retries: int
+    lost: int
+    now: Callable[[], float]
+    stopping: bool
+
+    @property
+    def policy(self) -> Any: ...
+    @property
+    def settings(self) -> Any: ...
+    @property
+    def clients(self) -> set[Any]: ...
+    @property
+    def loop(self) -> Any: ...
+    def new_id(self) -> bytes: ...
+    def handle(self, exchange: Any) -> None: ...
+    def dispatch(self, exchange: Any) -> None: ...
+    def connect(self, exchange: Any, worker: Worker) -> None: ...
+    def answered(self, exchange: Any, worker: Worker) -> None: ...
+    def fault(self, worker: Worker, why: str) -> None: ...
+    def cut(self, exchange: Any, worker: Worker) -> None: ...
+    def over(self, exchange: Any, status: int) -> None: ...
+
+
+class Asking(Protocol):
+    """The client's connection."""
+
+    transport: Any
+    keeps_alive: bool
+
+    def write(self, data: bytes) -> None: ...
+    def reply(self, reply: Reply, request_id: bytes, head_only: bool = False) -> None: ...
+    def done(self, exchange: Any) -> None: ...
 
 
 class Exchange:
@@ -37,7 +72,7 @@ class Exchange:
         "upstream", "worker",
     )  # fmt: skip
 
-    def __init__(self, router: "Router", client: "Client", head: RequestHead, body: bytes) -> None:
+    def __init__(self, router: "Owner", client: "Asking", head: RequestHead, body: bytes) -> None:
         self.router, self.client, self.head, self.body = router, client, head, body
         self.request_id = head.fields.request_id or router.new_id()
         self.started = self.began = 0.0  # began: when this worker was asked

@@ -2,16 +2,30 @@
 
 from bisect import bisect_left
 from collections import Counter
-from typing import TYPE_CHECKING
+from collections.abc import Mapping, Sized
+from typing import Protocol
 
-if TYPE_CHECKING:
-    from llm_router.balancer import Router
+from llm_router.worker import Worker
 
 PREFIX = "llm_router"
 BOUNDS = (
     0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0,
 )  # fmt: skip
 STATES = ("up", "down", "hung", "open", "draining")
+
+
+class Counted(Protocol):
+    """The router, as far as it is counted."""
+
+    running: int
+    retries: int
+    cuts: int
+    lost: int
+
+    @property
+    def queue(self) -> Sized: ...
+    @property
+    def workers(self) -> Mapping[str, Worker]: ...
 
 
 class Histogram:
@@ -61,7 +75,7 @@ class Metrics:
             self._window = (now, self._ended)
         return self._rate
 
-    def text(self, router: "Router") -> bytes:
+    def text(self, router: Counted) -> bytes:
         lines: list[str] = []
 
         def family(name: str, kind: str, help: str, values: dict[str, float]) -> None:

@@ -4,24 +4,30 @@ import random
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from hashlib import blake2b
-from typing import TYPE_CHECKING, Protocol
+from typing import Any, Protocol
 
 from distlab.errors import UsageError
 from llm_router.worker import Worker
 
-if TYPE_CHECKING:
-    from llm_router.exchange import Exchange
+
+class Asked(Protocol):
+    """What a policy looks at of a request."""
+
+    keys: Any  # what it keeps there
+
+    @property
+    def parsed(self) -> dict[str, Any]: ...
 
 
 class Policy(Protocol):
     """Chooses one of `workers`, of which there is at least one; all of them may be used."""
 
-    def choose(self, exchange: "Exchange", workers: Sequence[Worker]) -> Worker: ...
+    def choose(self, exchange: Asked, workers: Sequence[Worker]) -> Worker: ...
 
-    def began(self, exchange: "Exchange", worker: Worker) -> None:
+    def began(self, exchange: Asked, worker: Worker) -> None:
         """The first byte of the answer has come."""
 
-    def left(self, exchange: "Exchange", worker: Worker) -> None:
+    def left(self, exchange: Asked, worker: Worker) -> None:
         """The worker has nothing to do for it any more, in whatever way it ended."""
 
     def removed(self, worker: Worker) -> None:
@@ -31,9 +37,9 @@ class Policy(Protocol):
 class Plain:
     """A policy that learns nothing from what becomes of its choices."""
 
-    def began(self, exchange: "Exchange", worker: Worker) -> None: ...
+    def began(self, exchange: Asked, worker: Worker) -> None: ...
 
-    def left(self, exchange: "Exchange", worker: Worker) -> None: ...
+    def left(self, exchange: Asked, worker: Worker) -> None: ...
 
     def removed(self, worker: Worker) -> None: ...
 
@@ -44,7 +50,7 @@ class RoundRobin(Plain):
     def __init__(self) -> None:
         self._turn = 0
 
-    def choose(self, exchange: "Exchange", workers: Sequence[Worker]) -> Worker:
+    def choose(self, exchange: Asked, workers: Sequence[Worker]) -> Worker:
         self._turn += 1
         return workers[self._turn % len(workers)]
 
@@ -55,7 +61,7 @@ class LeastLoaded(Plain):
     def __init__(self) -> None:
         self._turn = 0
 
-    def choose(self, exchange: "Exchange", workers: Sequence[Worker]) -> Worker:
+    def choose(self, exchange: Asked, workers: Sequence[Worker]) -> Worker:
         self._turn += 1
         count = len(workers)
         best = workers[self._turn % count]
@@ -73,7 +79,7 @@ class PowerOfTwo(Plain):
     def __init__(self, seed: int = 0) -> None:
         self._random = random.Random(seed).random
 
-    def choose(self, exchange: "Exchange", workers: Sequence[Worker]) -> Worker:
+    def choose(self, exchange: Asked, workers: Sequence[Worker]) -> Worker:
         count = len(workers)
         one = workers[int(self._random() * count)]
         if count == 1:
@@ -93,7 +99,7 @@ class ConsistentHash(Plain):
         self._ring: list[tuple[int, str]] = []
         self._urls: tuple[str, ...] = ()
 
-    def choose(self, exchange: "Exchange", workers: Sequence[Worker]) -> Worker:
+    def choose(self, exchange: Asked, workers: Sequence[Worker]) -> Worker:
         by_url = {worker.url: worker for worker in workers}
         if tuple(by_url) != self._urls:
             self._urls = tuple(by_url)
@@ -107,7 +113,7 @@ def _place(text: str) -> int:
     return int.from_bytes(blake2b(text.encode("utf-8", "replace"), digest_size=8).digest(), "big")
 
 
-def routing_key(exchange: "Exchange") -> str:
+def routing_key(exchange: Asked) -> str:
     """Who asks: the user or session that the request names, else how its prompt begins."""
     body = exchange.parsed
     for name in ("session_id", "user", "prompt_cache_key"):

@@ -5,15 +5,13 @@ from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from itertools import accumulate
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import orjson
 
 from distlab.errors import UsageError
+from llm_router.policies import Asked
 from llm_router.prefix_index import block_keys, text_keys
-
-if TYPE_CHECKING:
-    from llm_router.exchange import Exchange
 
 BYTES_PER_TOKEN = 4  # of English text, about, where there is no tokenizer
 MOST_BLOCKS = 4096  # of a prompt are looked up
@@ -50,7 +48,7 @@ class PromptKeys:
             self._template = environment.from_string(source)
             self._words = {k: v for k, v in settings.items() if isinstance(v, str)}
 
-    def __call__(self, exchange: "Exchange") -> tuple[Sequence[int], int, int]:
+    def __call__(self, exchange: Asked) -> tuple[Sequence[int], int, int]:
         """Block keys, tokens in all, and tokens of a block."""
         body, size = exchange.parsed, self.block_size
         prompt = body.get("prompt", body.get("text"))

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from llm_router.cache_aware import CacheAware
-from llm_router.fake_worker import BlockCache
+from llm_router.fake_model import BlockCache
 from llm_router.policies import Policy
 from llm_router.prefix_index import block_keys
 

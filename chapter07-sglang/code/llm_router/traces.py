@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from llm_router.fake_worker import WORDS, Words
+from llm_router.fake_model import WORDS, Words
 
 SYSTEM_PROMPTS, SYSTEM_TOKENS = 5, 256
 USER_TOKENS, ANSWER_TOKENS, MOST_TOKENS = 48, 32, 1280

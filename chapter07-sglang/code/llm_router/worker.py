@@ -2,7 +2,7 @@
 
 import asyncio
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 from urllib.parse import urlsplit
 
 from distlab.errors import UsageError
@@ -11,16 +11,33 @@ from llm_router.http import (
     MOST_HEAD,
     ChunkedBody,
     HttpError,
+    RequestHead,
     ResponseHead,
     ends_with_a_chunk,
 )
 
-if TYPE_CHECKING:
-    from llm_router.exchange import Exchange
-
 CONNECT_S = 2.0
 MOST_IDLE = 256  # connections kept to a worker
 MOST_WHOLE = 64 * 2**20  # bytes of an answer that is not streamed
+
+
+class Asker(Protocol):
+    """Whose request a connection has: an `Exchange`, which is told what comes."""
+
+    upstream: Any
+    streams: bool
+    head: RequestHead
+
+    @property
+    def splice(self) -> object: ...
+    @property
+    def ended(self) -> bool: ...
+    def stream_begins(self, head: ResponseHead) -> bool: ...
+    def pass_on(self, data: bytes) -> None: ...
+    def events(self, events: bytes) -> None: ...
+    def stream_ends(self) -> None: ...
+    def whole(self, head: ResponseHead, body: bytes) -> None: ...
+    def failed(self, why: str, fault: bool = True) -> None: ...
 
 
 class Worker:
@@ -82,7 +99,7 @@ class Upstream(asyncio.Protocol):
 
     def __init__(self, worker: Worker) -> None:
         self.worker = worker
-        self.exchange: Exchange | None = None
+        self.exchange: Asker | None = None
         self.transport: Any = None
         self._reset()
 
@@ -97,7 +114,7 @@ class Upstream(asyncio.Protocol):
     def connection_made(self, transport: Any) -> None:
         self.transport = transport
 
-    def start(self, exchange: "Exchange", wire: bytes) -> None:
+    def start(self, exchange: Asker, wire: bytes) -> None:
         self.exchange = exchange
         self.worker.busy.add(self)
         self.transport.write(wire)
@@ -137,7 +154,7 @@ class Upstream(asyncio.Protocol):
         except HttpError as error:
             self._broken(exchange, f"nonsense: {error}")
 
-    def _head_received(self, exchange: "Exchange", data: bytes) -> None:
+    def _head_received(self, exchange: Asker, data: bytes) -> None:
         data = self._buffer + data if self._buffer else data
         end = data.find(HEAD_END)
         if end < 0:
@@ -162,7 +179,7 @@ class Upstream(asyncio.Protocol):
         else:
             self._whole_received(exchange, head, data)
 
-    def _whole_received(self, exchange: "Exchange", head: ResponseHead, data: bytes) -> None:
+    def _whole_received(self, exchange: Asker, head: ResponseHead, data: bytes) -> None:
         length, rest = head.fields.length, b""
         if self._body is not None:
             data = self._body.feed(data)
@@ -185,7 +202,7 @@ class Upstream(asyncio.Protocol):
             self._done(exchange, rest)
             exchange.whole(head, body)
 
-    def _stream_received(self, exchange: "Exchange", data: bytes) -> None:
+    def _stream_received(self, exchange: Asker, data: bytes) -> None:
         payload = self._body.feed(data) if self._body is not None else data
         events = self._events + payload.replace(b"\r\n", b"\n")
         end = events.rfind(b"\n\n") + 2
@@ -201,7 +218,7 @@ class Upstream(asyncio.Protocol):
             self._done(exchange, rest)
             exchange.stream_ends()
 
-    def _done(self, exchange: "Exchange", rest: bytes = b"") -> None:
+    def _done(self, exchange: Asker, rest: bytes = b"") -> None:
         """The exchange is over; the connection waits for the next one, if it may."""
         head, self.exchange = self._head, None
         self.worker.busy.discard(self)
@@ -213,7 +230,7 @@ class Upstream(asyncio.Protocol):
         else:
             self.transport.abort()
 
-    def _broken(self, exchange: "Exchange", why: str) -> None:
+    def _broken(self, exchange: Asker, why: str) -> None:
         self.close()
         exchange.upstream = None
         exchange.failed(why)

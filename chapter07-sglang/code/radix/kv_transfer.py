@@ -45,7 +45,9 @@ class Layout:
 
     @classmethod
     def of(cls, cache: PagedCache) -> "Layout":
-        sizes = {field.name: getattr(cache.shape, field.name, "") for field in fields(cls)}
+        sizes: dict[str, Any] = {
+            field.name: getattr(cache.shape, field.name, "") for field in fields(cls)
+        }
         return cls(**{**sizes, "dtype": str(cache.data.dtype).removeprefix("torch.")})
 
     def shape(self, blocks: int) -> tuple[int, ...]:
