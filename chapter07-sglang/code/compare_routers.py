@@ -40,16 +40,18 @@ from llm_router.traces import zipf_trace
 
 PARTS = ("overhead", "trace", "faults")
 PRESETS = {
-    "smoke": {"rounds": 1, "seconds": 1.0, "requests": 150, "seeds": 1, "fault_seconds": 2.0},
-    "laptop": {"rounds": 5, "seconds": 2.0, "requests": 2000, "seeds": 3, "fault_seconds": 8.0},
-    "gpu": {"rounds": 9, "seconds": 3.0, "requests": 2000, "seeds": 5, "fault_seconds": 12.0},
-}
+    "smoke": {"rounds": 1, "seconds": 1.0, "requests": 150, "seeds": 1, "fault_seconds": 2.0,
+              "return_seconds": 6.0},
+    "laptop": {"rounds": 5, "seconds": 2.0, "requests": 2000, "seeds": 3, "fault_seconds": 8.0,
+               "return_seconds": 70.0},
+    "gpu": {"rounds": 9, "seconds": 3.0, "requests": 2000, "seeds": 5, "fault_seconds": 12.0,
+            "return_seconds": 70.0},
+}  # fmt: skip
 ROUTER = Path(__file__).with_name("router.py")
 BODY = {"model": "fake", "prompt": "x" * 900, "max_tokens": 64}
 EVENTS, CLIENTS, AT_ONCE = 64, 32, 16
 ANSWER = {"model": "fake", "max_tokens": 20, "temperature": 0}
 ADVANTAGE = 1.5
-RETURN_S = 70.0  # a worker that is not used again by then is given up
 PROBES = 3  # requests of a router's own, at most, until a worker is used again
 
 
@@ -78,6 +80,7 @@ def parse_args(argv: list[str] | None) -> Namespace:
     add("--requests", type=script.positive_int, help="of a trace")
     add("--seeds", type=script.positive_int, help="traces")
     add("--fault-seconds", type=script.positive_float, help="of load around a fault")
+    add("--return-seconds", type=script.positive_float, help="until a worker must be in use again")
     args = parser.parse_args(argv)
     if unknown := set(args.peers) - PEERS.keys():
         raise UsageError(f"--peers {' '.join(sorted(unknown))} is unknown; use {', '.join(PEERS)}")
@@ -208,7 +211,7 @@ def trace_once(
 def plant_faults(run: Run, args: Namespace, python: Path | None) -> None:
     rows: dict[str, list[float | None]] = {}
     for one in run.progress(all_contenders(args, python, "round_robin", 2), "routers"):
-        rows[one.name] = list(faults_of(one, args.fault_seconds))
+        rows[one.name] = list(faults_of(one, args))
     columns = ["whole answers lost", "streams cut", "back in use after s",
                "hang: failed after 2 s %", "failed after 400s %"]  # fmt: skip
     run.table(
@@ -225,7 +228,8 @@ def plant_faults(run: Run, args: Namespace, python: Path | None) -> None:
     run.check_equal("requests that fail after clients' own mistakes, %", refused, 0)
 
 
-def faults_of(one: Contender, seconds: float) -> Iterator[float | None]:
+def faults_of(one: Contender, args: Namespace) -> Iterator[float | None]:
+    seconds = args.fault_seconds
     flags = ("--decode-ms", "100")
     with ExitStack() as stack:
         (well, *_), _ = stack.enter_context(fake_workers(1, *flags))
@@ -240,7 +244,7 @@ def faults_of(one: Contender, seconds: float) -> Iterator[float | None]:
                 if body is streaming:
                     port = int(doomed.url.rsplit(":", 1)[1])
                     run.enter_context(fake_workers(1, *flags, port=port))
-                    after = back_after(router, doomed.url, RETURN_S)
+                    after = back_after(router, doomed.url, args.return_seconds)
         yield from (*lost, after)
         (broken, *_), _ = stack.enter_context(fake_workers(1, *flags))
         with one.running(ROUTER, [well, broken]) as router:
