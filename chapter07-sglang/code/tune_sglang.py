@@ -223,7 +223,10 @@ def check(run: Run, args: Namespace, points: list[Point]) -> None:
             said,
             [said[0]] * len(said),
         )
-    wrong = [p for p in points if (p.cached > 0) != (p.setting != "no-radix" and args.requests > 3)]
+    # Requests that all come at once may all be computed before one of them is in the cache.
+    off = [p for p in points if p.setting == "no-radix"]
+    alone = [p for p in points if p not in off and p.concurrency == 1 and args.requests > 3]
+    wrong = [p for p in off if p.cached] + [p for p in alone if not p.cached]
     run.check_equal("points whose cached tokens do not fit their setting", len(wrong), 0)
 
 
