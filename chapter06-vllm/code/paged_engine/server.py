@@ -218,6 +218,7 @@ class Server(uvicorn.Server):
             access_log=False,
             server_header=False,
             ws="none",
+            loop="asyncio",  # uvloop closes a socket that it cannot listen on, without a word
             limit_concurrency=connections,
             timeout_graceful_shutdown=int(drain_seconds + FAREWELL_SECONDS),
         )
