@@ -10,9 +10,9 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from distlab.errors import RunError, UsageError
 from distlab.files import repo_root
 from distlab.model import SIZES, Llama, ModelConfig, save
+from distlab.serving.node import split_flags
 from inference import vllm_settings
 from inference.engine_process import Load, Prompts, engine_process
-from inference.vllm_node import split_flags
 from tune_vllm import Point, frontier
 
 CODE = repo_root() / "chapter06-vllm" / "code"

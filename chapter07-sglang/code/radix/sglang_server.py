@@ -10,7 +10,6 @@ import os
 import shlex
 import sys
 from collections.abc import Sequence
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ from distlab import script
 from distlab.errors import UsageError
 from distlab.files import repo_root
 from distlab.hardware import has_cuda
+from distlab.serving.node import known_options, split_flags
 from distlab.serving.tiny_model import PRESETS, add_model_flags, model_directory
 
 CONFIG = "chapter07-sglang/configs/sglang_server.yaml"
@@ -40,24 +40,6 @@ def main() -> int:
     line = serve_line(model_directory(args), args.preset, ["--config", args.config, *flags])
     print(f"starting: python -m sglang.launch_server {shlex.join(line)}", flush=True)
     return serve(line)
-
-
-def known_options(parser: argparse.ArgumentParser) -> set[str]:
-    return {option for action in parser._actions for option in action.option_strings}
-
-
-def split_flags(words: Sequence[str], known: set[str]) -> tuple[list[str], list[str]]:
-    """The words that are known flags, each with its one value, and the others."""
-    ours: list[str] = []
-    others: list[str] = []
-    rest = iter(words)
-    for word in rest:
-        flag, is_whole, _ = word.partition("=")
-        if flag not in known:
-            others.append(word)
-        else:
-            ours += [word] if is_whole or flag in ("-h", "--help") else [word, *islice(rest, 1)]
-    return ours, others
 
 
 def serve_line(model: Path, preset: str, flags: Sequence[str] = ()) -> list[str]:
