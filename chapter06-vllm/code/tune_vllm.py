@@ -29,6 +29,7 @@ from distlab.errors import UsageError
 from distlab.hardware import has_cuda
 from distlab.model import read_config
 from distlab.run import Run
+from distlab.serving.frontier import report
 from distlab.serving.tiny_model import add_model_flags, model_directory
 from inference.engine_process import Load, Prompts, engine_process
 from inference.vllm_settings import CPU_CACHE_BYTES, refuse
@@ -56,10 +57,6 @@ PRESETS = {
     },
 }  # fmt: skip
 PROMPT_TOKENS, OWN_TOKENS = 41, 24
-COLUMNS = [
-    "setting", "concurrency", "output tok/s", "TTFT p50, ms", "TTFT p99, ms", "TPOT p50, ms",
-    "from cache", "frontier",
-]  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -81,6 +78,14 @@ class Point:
             len(self.load.tokens[0]) - 1
         )
 
+    @property
+    def cached(self) -> int:
+        return self.load.cached
+
+    def percentile(self, name: str, q: float) -> float:
+        """Of `ttft` or `tpot`, in seconds."""
+        return self.load.percentile(name, q)
+
 
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
@@ -92,7 +97,7 @@ def main(argv: list[str] | None = None) -> int:
             for setting in run.progress(args.settings, "settings")
             for point in sweep(model, setting, args)
         ]
-        report(run, args, points)
+        report(run, points, "from cache", args.requests)
         check_same_tokens(run, args, points)
         say_verdicts(run, points)
     return run.status
@@ -153,50 +158,6 @@ def batch(prompts: Prompts, args: Namespace, key: str) -> list[list[int]]:
     return mixed + own[half:]
 
 
-def report(run: Run, args: Namespace, points: list[Point]) -> None:
-    best = frontier(points)
-    rows = [
-        [
-            point.setting, point.concurrency, point.rate, *(
-                1000 * point.load.percentile(name, q)
-                for name, q in (("ttft", 50), ("ttft", 99), ("tpot", 50))
-            ),
-            point.load.cached, "yes" if point in best else "no",
-        ]
-        for point in points
-    ]  # fmt: skip
-    run.table("settings", COLUMNS, rows, caption=f"{args.requests} requests at each concurrency")
-    run.metric("most_output_tokens", max(point.rate for point in points), "tok/s")
-    run.metric("least_latency", min(point.latency for point in points), "s")
-    by_setting = {name: [p for p in points if p.setting == name] for name in args.settings}
-    lines = [("the frontier", best), *by_setting.items()]
-    run.figure(
-        "frontier",
-        kind="line",
-        title="What each setting can do, and the frontier of all",
-        x_label="latency of the median request (ms)",
-        y_label="output tokens/s",
-        series=[
-            {
-                "label": label,
-                "x": [1000 * point.latency for point in members],
-                "y": [point.rate for point in members],
-                **({"points": True} if label in by_setting else {}),
-            }
-            for label, members in lines
-        ],
-    )
-
-
-def frontier(points: list[Point]) -> list[Point]:
-    """The points that no other beats in both, from the lowest latency to the highest rate."""
-    best: list[Point] = []
-    for point in sorted(points, key=lambda p: (p.latency, -p.rate)):
-        if not best or point.rate > best[-1].rate:
-            best.append(point)
-    return best
-
-
 def check_same_tokens(run: Run, args: Namespace, points: list[Point]) -> None:
     """A setting changes when a token is computed, never which; and limits are kept."""
     if args.dtype == "float32":
@@ -220,11 +181,11 @@ def say_verdicts(run: Run, points: list[Point]) -> None:
         ("the most tokens/s, as for offline work", max(points, key=lambda p: p.rate)),
         (
             f"the first token soonest with {busiest} at once",
-            min(loaded, key=lambda p: p.load.percentile("ttft", 99)),
+            min(loaded, key=lambda p: p.percentile("ttft", 99)),
         ),
         (
             f"the steadiest stream with {busiest} at once",
-            min(loaded, key=lambda p: p.load.percentile("tpot", 99)),
+            min(loaded, key=lambda p: p.percentile("tpot", 99)),
         ),
     ]
     for goal, point in goals:

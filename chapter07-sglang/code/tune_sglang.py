@@ -37,6 +37,7 @@ from distlab.files import repo_root
 from distlab.run import Run
 from distlab.service import free_port, service
 from distlab.serving.clients import Answer, connected, counted_tokens
+from distlab.serving.frontier import report
 from distlab.serving.tiny_model import add_model_flags, model_directory
 from radix.sglang_server import refuse_without_sglang
 
@@ -64,8 +65,6 @@ PRESETS: dict[str, dict[str, Any]] = {
 OWN_CHARS, TEXT_BYTES = 100, 400_000
 TIMEOUT_S = 300.0
 CACHED = re.compile(r"^sglang:cached_tokens_total\{[^}]*\} (\S+)$", re.MULTILINE)
-COLUMNS = ["setting", "concurrency", "output tok/s", "TTFT p50, ms", "TTFT p99, ms",
-           "TPOT p50, ms", "cached tokens", "frontier"]  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -103,7 +102,7 @@ def main(argv: list[str] | None = None) -> int:
             for setting in run.progress(args.settings, "settings")
             for point in measure(model, setting, args)
         ]
-        report(run, args, points)
+        report(run, points, "cached tokens", args.requests)
         check(run, args, points)
         say_verdicts(run, points)
     return run.status
@@ -169,49 +168,6 @@ def prompts(args: Namespace, key: str) -> list[str]:
         (shared if number % 2 else "") + window(chance.randint(OWN_CHARS // 2, 2 * OWN_CHARS))
         for number in range(args.requests)
     ]
-
-
-def report(run: Run, args: Namespace, points: list[Point]) -> None:
-    best = frontier(points)
-    rows = [
-        [
-            point.setting, point.concurrency, point.rate, *(
-                1000 * point.percentile(name, q)
-                for name, q in (("ttft", 50), ("ttft", 99), ("tpot", 50))
-            ),
-            point.cached, "yes" if point in best else "no",
-        ]
-        for point in points
-    ]  # fmt: skip
-    run.table("settings", COLUMNS, rows, caption=f"{args.requests} requests at each concurrency")
-    run.metric("most_output_tokens", max(point.rate for point in points), "tok/s")
-    run.metric("least_latency", min(point.latency for point in points), "s")
-    by_setting = {name: [p for p in points if p.setting == name] for name in args.settings}
-    run.figure(
-        "frontier",
-        kind="line",
-        title="What each setting can do, and the frontier of all",
-        x_label="latency of the median request (ms)",
-        y_label="output tokens/s",
-        series=[
-            {
-                "label": label,
-                "x": [1000 * point.latency for point in members],
-                "y": [point.rate for point in members],
-                **({"points": True} if label in by_setting else {}),
-            }
-            for label, members in [("the frontier", best), *by_setting.items()]
-        ],
-    )
-
-
-def frontier(points: list[Point]) -> list[Point]:
-    """The points that no other beats in both, from the lowest latency to the highest rate."""
-    best: list[Point] = []
-    for point in sorted(points, key=lambda p: (p.latency, -p.rate)):
-        if not best or point.rate > best[-1].rate:
-            best.append(point)
-    return best
 
 
 def check(run: Run, args: Namespace, points: list[Point]) -> None:

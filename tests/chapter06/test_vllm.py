@@ -10,10 +10,11 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from distlab.errors import RunError, UsageError
 from distlab.files import repo_root
 from distlab.model import SIZES, Llama, ModelConfig, save
+from distlab.serving.frontier import frontier
 from distlab.serving.node import split_flags
 from inference import vllm_settings
 from inference.engine_process import Load, Prompts, engine_process
-from tune_vllm import Point, frontier
+from tune_vllm import Point
 
 CODE = repo_root() / "chapter06-vllm" / "code"
 VOCABULARY = 300

@@ -16,8 +16,9 @@ from distlab.files import repo_root
 from distlab.process import run_command
 from distlab.service import free_port
 from distlab.serving.clients import Answer
+from distlab.serving.frontier import frontier
 from radix.sglang_server import has_template, serve_line, split_flags
-from tune_sglang import Point, frontier
+from tune_sglang import Point
 
 CODE = repo_root() / "chapter07-sglang" / "code"
 SMOKE = ["--preset", "smoke"]
