@@ -27,6 +27,7 @@ from distlab.lab.grade_runner import message
 SOLUTION_LIMIT_S = 120.0  # as `lab grade` gives a task
 LONGER_THAN_SOLUTION = 5.0  # a mutant that takes so many times its seconds runs in circles
 SHORTEST_LIMIT_S = 10.0
+BUSY_MACHINE = 4.0  # a limit is of processor seconds; of the clock's, so many times more: for waits
 MEMORY_LIMIT = 4 * 2**30
 WATCH_INTERVAL_S = 0.02
 SURVIVED = ""
@@ -143,7 +144,7 @@ class Fork:
         self, session: pytest.Session, solution: Path, version: Version, limit_s: float
     ) -> None:
         self.scratch = Path(tempfile.mkdtemp(prefix="lab-mutate-"))
-        self.deadline = time.monotonic() + limit_s
+        self.limit_s, self.deadline = limit_s, time.monotonic() + BUSY_MACHINE * limit_s
         self.status: int | None = None
         for path in solution.glob("*.py"):
             shutil.copy(path, self.scratch)
@@ -167,7 +168,10 @@ class Fork:
         if time.monotonic() > self.deadline:
             return End("the time limit")
         with suppress(psutil.Error):  # it ended meanwhile
-            if psutil.Process(self.pid).memory_info().rss > MEMORY_LIMIT:
+            process = psutil.Process(self.pid)
+            if sum(process.cpu_times()[:4]) > self.limit_s:  # its own and its children's
+                return End("the time limit")
+            if process.memory_info().rss > MEMORY_LIMIT:
                 return End("the memory limit")
         return None
 
@@ -195,7 +199,8 @@ def run_tests(session: pytest.Session, scratch: Path, limit_s: float) -> NoRetur
     """In the fork: run the collected tests up to the first that fails; status 0 when none does."""
     try:
         os.setsid()
-        signal.alarm(math.ceil(limit_s) + 5)  # the end, even if `lab mutate` itself was killed
+        # the end, even if `lab mutate` itself was killed
+        signal.alarm(math.ceil(BUSY_MACHINE * limit_s) + 5)
         nothing = os.open(os.devnull, os.O_RDWR)
         for stream in range(3):
             os.dup2(nothing, stream)
