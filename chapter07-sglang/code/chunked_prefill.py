@@ -1,11 +1,11 @@
 """A long prompt among others' answers: what it does to their TPOT, and what chunks do about it.
 
 A step takes about a + b * tokens: what it costs at all, and each token's part. Whoever decodes gets
-a token a step, so a prompt of L tokens in one step makes everybody wait a + b * L. In chunks, of
-C tokens with the D sequences that decode, nobody waits longer than one chunk, and the prompt pays
-the constant once for each:
+a token a step, so a prompt of L tokens in one step makes everybody wait a + b * L. In steps of at
+most C tokens, D of them the others' next ones, nobody waits longer than one step, and the prompt
+pays the constant, and the others' tokens, once for each of its k = ceil(L / (C - D)) chunks:
 
-    worst gap = a + b * C          TTFT of the prompt = ceil(L / (C - D)) * (a + b * C)
+    worst gap = a + b * min(C, L + D)          TTFT of the prompt = k * (a + b * D) + b * L
 
 a and b are fitted to two chunk sizes, the others are predicted by them. Attention to a longer
 context makes the later chunks slower than the first, which the line does not know.
@@ -177,7 +177,7 @@ def show(run: Run, args: Namespace, seen: dict[int, list[Seen]]) -> None:
     rows = []
     for chunk in args.chunks:
         worst = a + b * min(chunk, args.decoding + args.prompt_tokens)
-        total = steps[chunk] * (a + b * tokens[chunk])
+        total = steps[chunk] * (a + b * args.decoding) + b * args.prompt_tokens
         rows.append([chunk, "fitted" if chunk in fitted else "predicted",
                      *side_by_side(worst, gaps[chunk], 1e3),
                      *side_by_side(total, ttfts[chunk], 1e3)])  # fmt: skip

@@ -7,9 +7,9 @@ each part from the pool in which it lies, and of moving the activations where a 
 
 A dense layer is used in each step; of a layer's experts only some are, and some more often than
 others. So under a budget of fast memory a byte is worth how often it is read: attention first,
-then the experts in the order of their popularity (KTransformers leaves attention on the GPU and
-experts on the CPU). Bandwidths and the transfer are measured, then steps of other tokens are
-predicted, and measured.
+then the experts in the order of their popularity (KTransformers leaves attention on the GPU; its
+experts are on the CPU, or spread evenly, or by frequency). Bandwidths and the transfer are
+measured, then steps of other tokens are predicted, and measured.
 
 On a GPU the pools are its memory and the host's. On a CPU both are the host's, and one has a
 planted limit of bandwidth (--slowdown).
@@ -282,13 +282,14 @@ def place_experts(
         "attention, then any experts": by_popularity(model.bytes, at_random, budget),
         "by popularity": by_popularity(model.bytes, uses, budget),
     }
-    predicted: dict[str, float] = {}
+    planned, predicted = dict[str, float](), dict[str, float]()  # of the two traces
     took: dict[str, list[float]] = {name: [] for name in placements}
     outputs = []
     for _ in range(args.repeats):
         for name, placement in placements.items():
             model.place(placement)
-            predicted[name] = model.predicted(known, *parts)
+            planned[name] = model.predicted(known, *parts)
+            predicted[name] = model.predicted(new, *parts)
             seconds, out = model.measured(new)
             took[name].append(seconds)
             outputs.append(out)
@@ -303,7 +304,7 @@ def place_experts(
         caption=f"{args.layers} layers of {args.experts} experts, {args.budget:.0%} of "
                 f"{sum(model.bytes.values()) / 1e6:.0f} MB in the fast pool",
     )  # fmt: skip
-    chosen = min(predicted, key=predicted.__getitem__)
+    chosen = min(planned, key=planned.__getitem__)
     run.print(f"chosen: {chosen}")
     same = outputs[:1] * len(outputs)
     run.check_close("the placement changes no output", outputs, same, 1e-4)

@@ -1,8 +1,8 @@
 """How often the same block of KV cache lies in several workers, and what that costs.
 
 Four workers with a prefix cache each are one large cache only if the router treats them so. With
-requests in turns every popular document comes to lie in all of them, and what could hold n times as
-much holds little more than one. Routing by prefix keeps one copy, until a document is so popular
+requests in turns every popular document comes to lie in all of them, and a part of what they could
+hold together is copies. Routing by prefix keeps one copy, until a document is so popular
 that one worker cannot serve it alone: then it must be copied, deliberately or by price.
 
 The router's own policies choose here, before simulated LRU caches (no sockets, no model). A request

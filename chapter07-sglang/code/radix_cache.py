@@ -9,9 +9,8 @@ Run:
     python chapter07-sglang/code/radix_cache.py --figures build/figures
 
 in the environment sglang for the comparison with SGLang's. You should see: hits as predicted, to
-the token; more of them the smaller a block is; the tree's books costing about as much as the
-hashes'; with SGLang's tree the same matches and the same evictions; and the engine's greedy answers
-the same under every policy.
+the token; more of them the smaller a block is; with SGLang's tree the same matches and the same
+evictions; and the engine's greedy answers the same under every policy.
 """
 
 import importlib.util
@@ -134,7 +133,7 @@ def blocks_of(trace: Trace, policy: str, page: int, share: float) -> BlockManage
 def serve(run: Run, args: Namespace) -> None:
     """The engine with a model: the same answers, and hits as on the trace without one."""
     folder = model_directory(args)
-    trace = few_shot(6, shots=64, question=9, answer=ANSWER, seed=args.seed)
+    trace = few_shot(6, shots=70, question=9, answer=ANSWER, seed=args.seed)
     vocabulary = 256
     prompts = [[token % vocabulary for token in prompt] for prompt, _ in trace.pairs]
     params = SamplingParams(temperature=0, max_tokens=ANSWER, ignore_eos=True)

@@ -2,12 +2,12 @@
 
 genai-bench's users are a closed loop: each sends its next request when it has its answer. Its TTFT
 ends with the first piece of text, its TPOT is (latency - TTFT) / (output tokens - 1). Both are
-computed again here from the single requests. A scenario's prompt length is a wish: the text is cut
-by words, and the measured length stands beside it.
+computed again here from the single requests. A scenario's prompt length is the text's; what the
+server counts, and stands here, has its chat template around it.
 
-With --base-url the same load is sent by our own client: as many requests at once, prompts of as
-many tokens, answers as long. In a closed loop of c users the throughput is c * tokens / latency,
-for both in the same way, whatever start and end the run has.
+With --base-url the same load is sent by our own client: as many users, requests drawn by
+genai-bench's own sampler. In a closed loop of c users the throughput is c * tokens / latency, for
+both in the same way, whatever start and end the run has.
 
 Run, after `bash chapter07-sglang/code/genai_bench.sh`:
     python chapter07-sglang/code/read_genai_bench.py build/genai_bench/run
@@ -15,32 +15,32 @@ Run, after `bash chapter07-sglang/code/genai_bench.sh`:
         --base-url http://127.0.0.1:8200/v1
 
 You should see: a row for each scenario and concurrency, no failed request, the same medians from
-the single requests, and with --base-url a throughput close to our own client's.
+the single requests, and with --base-url our own client's throughput beside it: within 5 % on a
+server whose processor the client does not share.
 """
 
 import asyncio
 import json
-import random
 import time
 from argparse import Namespace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from distlab import script
-from distlab.data.corpus import read_corpus
+from distlab.display import side_by_side
 from distlab.errors import RunError, UsageError
 from distlab.run import Run
-from distlab.serving.clients import Server, connected
+from distlab.serving.clients import connected
 from distlab.serving.tiny_model import add_model_flags, model_directory
 
 PRESETS: dict[str, dict[str, Any]] = {
-    "smoke": {"size": "smoke"}, "laptop": {"size": "smoke"}, "gpu": {"size": "gpu"},
+    "smoke": {"size": "smoke"}, "laptop": {"size": "laptop"}, "gpu": {"size": "gpu"},
 }  # fmt: skip
 COLUMNS = ["scenario", "concurrency", "requests", "prompt tokens, measured",
            "output tok/s", "TTFT p50, ms", "TTFT p99, ms", "TPOT p50, ms"]  # fmt: skip
-TEXT_BYTES = 100_000
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -151,59 +151,107 @@ def check(run: Run, results: list[dict[str, Any]]) -> None:
 
 
 async def beside_our_own(run: Run, results: list[dict[str, Any]], args: Namespace) -> None:
+    """As many requests, drawn by genai-bench's own sampler, from as many users of our client."""
     rows = []
+    tokenizer = read_tokenizer(model_directory(args))
     async with connected(args.base_url, args.timeout) as server:
-        for number, result in enumerate(results):
+        for result in results:
             all_of = result["aggregated_metrics"]
-            users, requests = all_of["num_concurrency"], len(answered(result))
-            shapes = [(r["num_input_tokens"], r["num_output_tokens"]) for r in answered(result)]
-            asked = prompts(model_directory(args), [length for length, _ in shapes], number)
-            latency = await closed_loop(server, asked, [out for _, out in shapes], users)
-            ours = users * float(np.mean([out for _, out in shapes])) / latency
-            rows.append([all_of["scenario"], users, requests, loop_rate(result), ours])
-            run.compare(f"{all_of['scenario']}_at_{users}", loop_rate(result), ours, "tok/s")
-    columns = ["scenario", "concurrency", "requests", "genai-bench, tok/s", "our client, tok/s"]
+            name, users = all_of["scenario"], all_of["num_concurrency"]
+            asked = sample(tokenizer, server.model, name, len(answered(result)))
+            seen = await closed_loop(args.base_url, args.timeout, asked, users)
+            theirs = loop_rate(result)
+            ours = users * sum(one.tokens for one in seen) / sum(one.seconds for one in seen)
+            rows.append([
+                name, users, float(column(result, "num_input_tokens").mean()),
+                float(np.mean([one.prompt_tokens for one in seen])),
+                *side_by_side(theirs, ours),
+                1000 * float(np.median(column(result, "ttft"))),
+                1000 * float(np.median([one.ttft for one in seen])),
+            ])  # fmt: skip
+            run.compare(f"{name}_at_{users}", theirs, ours, "tok/s")
+    columns = ["scenario", "concurrency", "prompt tokens, genai-bench", "ours",
+               "genai-bench, tok/s", "our client, tok/s", "difference, %",
+               "TTFT p50, genai-bench, ms", "our client, ms"]  # fmt: skip
     run.table("beside our own", columns, rows, caption="users * tokens / latency, of both")
 
 
-def prompts(model: Path, lengths: list[int], seed: int) -> list[str]:
-    """Windows of the standard library's sources with so many tokens each, up to a few."""
+def read_tokenizer(model: Path) -> Any:
     from transformers import AutoTokenizer
     from transformers.utils.logging import set_verbosity_error
 
     set_verbosity_error()  # it warns that the text is longer than the model's context
-    tokenizer = AutoTokenizer.from_pretrained(model)
-    ids = tokenizer("\n".join(read_corpus("stdlib", TEXT_BYTES)))["input_ids"]
-    chance = random.Random(seed)
-    starts = [chance.randrange(len(ids) - length) for length in lengths]
+    return AutoTokenizer.from_pretrained(model)
+
+
+def sample(tokenizer: Any, model: str, scenario: str, count: int) -> list[bytes]:
+    """Bodies of `count` chats, as genai-bench draws and sends them."""
+    from genai_bench.data.config import DatasetConfig
+    from genai_bench.data.loaders.factory import DataLoaderFactory
+    from genai_bench.sampling.text import TextSampler
+    from genai_bench.scenarios.base import Scenario
+
+    config = DatasetConfig.from_cli_args()
+    lines = DataLoaderFactory.load_data_for_task("text-to-text", config)
+    sampler = TextSampler(tokenizer, model, "text", lines, dataset_config=config)
+    wanted = Scenario.from_string(scenario)
+    drawn = [sampler.sample(wanted) for _ in range(count)]
     return [
-        tokenizer.decode(ids[start : start + length])
-        for start, length in zip(starts, lengths, strict=True)
-    ]
+        json.dumps({
+            "model": model, "messages": [{"role": "user", "content": one.prompt}],
+            "max_tokens": one.max_tokens, "temperature": 0.0, "ignore_eos": True, "stream": True,
+            "stream_options": {"include_usage": True},
+        }).encode()
+        for one in drawn
+    ]  # fmt: skip
 
 
-async def closed_loop(server: Server, asked: list[str], new_tokens: list[int], users: int) -> float:
-    """The mean latency in seconds of chats, `users` at a time, with answers of exactly so long."""
-    places = asyncio.Semaphore(users)
+@dataclass
+class Seen:
+    """One request: seconds to the first text and to the end, and tokens as the server counts."""
 
-    async def one(prompt: str, length: int) -> float:
-        async with places:
-            started = time.perf_counter()
-            stream = await server.client.chat.completions.create(
-                model=server.model,
-                messages=[{"role": "user", "content": prompt}],
-                max_tokens=length,
-                temperature=0.0,
-                stream=True,
-                stream_options={"include_usage": True},
-                extra_body={"ignore_eos": True},
-            )
-            async for _ in stream:
-                pass
-            return time.perf_counter() - started
+    ttft: float
+    seconds: float
+    prompt_tokens: int
+    tokens: int
 
-    pairs = zip(asked, new_tokens, strict=True)
-    return float(np.mean(await asyncio.gather(*(one(*pair) for pair in pairs))))
+
+async def closed_loop(
+    base_url: str, timeout_s: float, bodies: list[bytes], users: int
+) -> list[Seen]:
+    """All of them, `users` at a time. Lean: the engine may share this processor."""
+    import aiohttp
+
+    waiting = iter(bodies)
+    headers = {"content-type": "application/json", "connection": "close"}  # as genai-bench's
+
+    async def one(http: aiohttp.ClientSession, body: bytes) -> Seen:
+        started, first, usage = time.perf_counter(), 0.0, dict[str, int]()
+        url = base_url.rstrip("/") + "/chat/completions"
+        async with http.post(url, data=body, headers=headers) as answer:
+            if answer.status != 200:
+                raise RunError(f"{url} answered {answer.status}: {(await answer.text())[:200]}")
+            async for line in answer.content:
+                if not first and b'"content":"' in line and b'"content":""' not in line:
+                    first = time.perf_counter() - started
+                if b'"usage":{' in line:
+                    usage = json.loads(line.removeprefix(b"data:"))["usage"]
+        seconds = time.perf_counter() - started
+        if not usage:
+            raise RunError(f"{url} ended a stream without usage; its tokens cannot be counted")
+        return Seen(first or seconds, seconds, usage["prompt_tokens"], usage["completion_tokens"])
+
+    async def user(http: aiohttp.ClientSession) -> list[Seen]:
+        return [await one(http, body) for body in waiting]
+
+    limit = aiohttp.ClientTimeout(total=timeout_s)
+    connector = aiohttp.TCPConnector(limit=0)
+    try:
+        async with aiohttp.ClientSession(timeout=limit, connector=connector) as http:
+            each = await asyncio.gather(*(user(http) for _ in range(users)))
+    except (aiohttp.ClientError, TimeoutError) as error:
+        raise RunError(f"{base_url} failed under the load: {error or 'too late'}") from error
+    return [seen for own in each for seen in own]
 
 
 if __name__ == "__main__":

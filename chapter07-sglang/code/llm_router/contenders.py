@@ -10,8 +10,8 @@ import sys
 import tempfile
 import time
 import urllib.request
-from collections.abc import Awaitable, Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from contextlib import ExitStack, asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -25,11 +25,18 @@ from llm_router.traces import Turn
 OURS = "llm_router"
 READY = re.compile(r"^router at (http://\S+)", re.MULTILINE)
 WORKER_READY = re.compile(r"^fake worker at (http://\S+)", re.MULTILINE)
-PEERS = {
-    "sglang-router": (["-m", "sglang_router.launch_router"], "warn", "round_robin", "cache_aware"),
-    "smg": (["{bin}/smg", "launch"], "warn", "round_robin", "cache_aware"),
-    "vllm-router": (["{bin}/vllm-router"], "warning", "round_robin", "sticky_least_loaded"),
-}
+PEERS = {  # how each is started, and the policies that look at caches, with what they need
+    "sglang-router": (["-m", "sglang_router.launch_router"], "warn", {
+        "cache_aware": [],
+        "cache_aware, tuned": ["--balance-abs-threshold", "4"],  # 64 never happens among 16
+    }),
+    "smg": (["{bin}/smg", "launch"], "warn", {"cache_aware": []}),
+    "vllm-router": (["{bin}/vllm-router"], "warning", {
+        "sticky_least_loaded": [],
+        "kv_aware": ["--kv-event-block-size", "16", "--kv-event-model", "fake"],
+    }),
+}  # fmt: skip
+NOTICE = ["--health-check-interval-secs", "1"]  # theirs is 60
 START_S = 60.0
 
 
@@ -54,13 +61,13 @@ class Contender:
                        "--control-port", "0", "--workers", *urls]  # fmt: skip
         else:
             assert self.peers_python is not None
-            start, level, *_ = PEERS[self.name]
+            start, level, _ = PEERS[self.name]
             port, metrics = free_port(), free_port()
             first = [part.replace("{bin}", str(self.peers_python.parent)) for part in start]
             command = [str(self.peers_python)] if first[0] == "-m" else []
             command += [*first, "--host", "127.0.0.1", "--port", str(port), "--worker-urls", *urls,
-                        "--policy", self.policy, "--log-level", level,
-                        "--prometheus-port", str(metrics)]  # fmt: skip
+                        "--policy", self.policy.partition(",")[0], "--log-level", level,
+                        "--prometheus-port", str(metrics), *NOTICE]  # fmt: skip
             ready = f"http://127.0.0.1:{port}/health"
         with service([*pinned, *command, *more], ready, name=self.name, start_s=START_S) as started:
             if isinstance(ready, str):
@@ -92,13 +99,12 @@ def fake_workers(
 ) -> Iterator[tuple[list[Service], list[str]]]:
     """Fake workers, and where they publish their KV events."""
     with ExitStack() as stack:
-        folder = stack.enter_context(tempfile.TemporaryDirectory())
         pinned = ["taskset", "-c", str(other_core())] if core and shutil.which("taskset") else []
         started, endpoints = [], []
         for i in range(count):
             command = [*pinned, sys.executable, "-m", "llm_router.fake_worker", "--port", str(port)]
             if events:
-                endpoints.append(f"ipc://{folder}/{i}")
+                endpoints.append(f"tcp://127.0.0.1:{free_port()}")  # vllm-router takes no other
                 command += ["--kv-events", endpoints[-1]]
             started.append(
                 stack.enter_context(service([*command, *flags], WORKER_READY, name=f"worker {i}"))
@@ -194,6 +200,38 @@ def _is_complete(got: bytes) -> bool:
     if length := re.search(rb"(?i)\r\ncontent-length: *(\d+)", top):
         return len(body) >= int(length[1])
     return b"data: [DONE]" in body and b'"error"' not in body
+
+
+@asynccontextmanager
+async def kept(urls: Sequence[str]) -> AsyncIterator[dict[str, tuple]]:
+    """A connection (reader, writer) to each."""
+    opened = {}
+    for url in urls:
+        host, port = url.removeprefix("http://").split(":")
+        opened[url] = await asyncio.open_connection(host, int(port))
+    try:
+        yield opened
+    finally:
+        for _, writer in opened.values():
+            writer.transport.abort()
+
+
+async def first_event(
+    reader: asyncio.StreamReader, writer: asyncio.StreamWriter, body: object, limit_s: float = 10.0
+) -> float:
+    """Seconds to a stream's first event; the stream is read to its end."""
+    raw = orjson.dumps(body)
+    async with asyncio.timeout(limit_s):
+        started = time.monotonic()
+        writer.write(
+            b"POST /v1/completions HTTP/1.1\r\nhost: router\r\ncontent-type: application/json\r\n"
+            b"content-length: %d\r\n\r\n" % len(raw) + raw
+        )
+        await reader.readuntil(b"data: ")
+        seconds = time.monotonic() - started
+        await reader.readuntil(b"[DONE]")
+        await reader.readuntil(b"0\r\n\r\n")
+    return seconds
 
 
 async def replay(url: str, turns: Sequence[Turn], concurrency: int) -> list[Outcome]:

@@ -14,6 +14,7 @@ WORDS = 1000
 
 SPECIAL = {"<system>": WORDS, "<user>": WORDS + 1, "<assistant>": WORDS + 2}
 UNKNOWN = WORDS + 3
+MOST_HASH = 2**64 - 1  # a block's name has no sign
 TEMPLATE = (
     "{% for m in messages %}<{{ m.role }}> {{ m.content }} {% endfor %}"
     "{% if add_generation_prompt %}<assistant>{% endif %}"
@@ -93,7 +94,7 @@ class BlockCache:
         size, held = self.block_size, self._held
         hashes, parent = [], 0
         for at in range(0, len(tokens) - len(tokens) % size, size):
-            parent = hash((parent, *tokens[at : at + size]))
+            parent = hash((parent, *tokens[at : at + size])) & MOST_HASH
             hashes.append(parent)
         del hashes[self.blocks :]
         found = 0
@@ -120,7 +121,7 @@ class BlockCache:
                 "type": "BlockStored", "block_hashes": hashes[found:],
                 "parent_block_hash": hashes[found - 1] if found else None,
                 "token_ids": tokens[found * size : len(hashes) * size],
-                "block_size": size, "lora_id": None, "medium": "GPU",
+                "block_size": size, "lora_id": None, "medium": "GPU", "lora_name": None,
             })  # fmt: skip
         cached = min(found * size, len(tokens) - 1)
         if counted:

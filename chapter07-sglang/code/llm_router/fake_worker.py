@@ -59,7 +59,7 @@ class Engine:
         if self.publisher is not None and events:
             batch = msgspec.msgpack.encode([time.time(), events, 0])
             number = self._sequence.to_bytes(8, "big")
-            self.publisher.send_multipart([b"kv-events", number, batch])
+            self.publisher.send_multipart([b"", number, batch])
             self._sequence += 1
 
     def reset(self) -> None:
@@ -154,6 +154,9 @@ class Connection(asyncio.Protocol):
             engine.status = wanted.get("status", engine.status)
             engine.after = wanted.get("after", engine.after)
             self._json(200, {})
+        elif path.endswith(b"/render"):  # vLLM's: what a request's prompt is in tokens
+            made = {"token_ids": prompt_of(orjson.loads(body))}
+            self._json(200, made if b"/chat/" in path else [made])
         elif head.method == b"POST":
             self._task = self._loop.create_task(self._answer(path, body))
         else:
