@@ -35,7 +35,7 @@ while [ $# -gt 0 ]; do
             exit 0
             ;;
         --base-url | --model | --engine | --scenarios | --out)
-            [ $# -ge 2 ] || refuse "$1 needs a value; see --help"
+            [ -n "${2-}" ] || refuse "$1 needs a value; see --help"
             case $1 in
                 --base-url) url=${2%/} url=${url%/v1} ;;
                 --model) model=(--model "$2") ;;
@@ -75,8 +75,11 @@ case "${LAB_PRESET:-laptop}" in # minutes are its unit: the number of requests i
     gpu) flags+=(--num-concurrency 1 --num-concurrency 16 --num-concurrency 128 --max-requests-per-run 512) ;;
     *) flags+=(--num-concurrency 4 --num-concurrency 16 --max-requests-per-run 48) ;;
 esac
-rm -rf "$out/run"
-mkdir -p "$out"
+if [ -e "$out/run" ] && [ ! -f "$out/run/experiment_metadata.json" ]; then
+    refuse "--out $out has a folder run that is none of genai-bench's; name another"
+fi
+mkdir -p "$out" || refuse "--out $out cannot be made; name another"
+rm -rf "${out:?}/run"
 export HF_HUB_OFFLINE=1 NO_PROXY=127.0.0.1,localhost no_proxy=127.0.0.1,localhost
 genai-bench benchmark --api-backend "${engine,,}" --api-base "$url" --api-key "${OPENAI_API_KEY:-none}" \
     --api-model-name "$names" --task text-to-text --model-tokenizer "$directory" \

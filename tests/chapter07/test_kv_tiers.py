@@ -57,6 +57,18 @@ def test_a_damaged_file_is_noticed_and_forgotten(tmp_path, harm):
     assert disk.damaged == 1 and name(1) not in disk and not path.exists()
 
 
+def test_a_disk_that_takes_nothing_or_gives_nothing_ends_no_engine(tmp_path):
+    (tmp_path / "no folder").touch()
+    disk = DiskTier(tmp_path / "no folder", 4)
+    assert disk.put(name(1), block(1)) is None
+    assert disk.refused == 1 and name(1) not in disk
+    disk = DiskTier(tmp_path, 4)
+    disk.put(name(1), block(1))
+    disk.path(name(1)).unlink()
+    disk.path(name(1)).mkdir()  # reading it fails otherwise than by its absence
+    assert disk.get(name(1)) is None and disk.damaged == 1
+
+
 @settings(max_examples=100, deadline=None, derandomize=True, database=None)
 @given(
     found=st.lists(st.sampled_from(["host", "disk"]), max_size=8),

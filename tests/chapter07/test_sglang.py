@@ -96,6 +96,7 @@ def test_flags_are_parted_and_the_users_stand_last(tmp_path):
         ("sglang_server.sh", ["--config", "/no.yaml"], 2, "--config /no.yaml is no file"),
         ("sglang_multi_node.sh", [], 2, "NODE_RANK, NNODES and HEAD say which node this is"),
         ("genai_bench.sh", ["--out"], 2, "--out needs a value"),
+        ("genai_bench.sh", ["--out", ""], 2, "--out needs a value"),
         ("genai_bench.sh", ["--engine", "TGI"], 2, "--engine TGI is not known here"),
         ("genai_bench.sh", ["--scenarios", "/no.txt"], 2, "--scenarios /no.txt is no file"),
     ],

@@ -15,6 +15,7 @@ import time
 import zlib
 from collections import OrderedDict
 from collections.abc import Sequence as List
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
@@ -77,6 +78,7 @@ class DiskTier:
     def __init__(self, folder: Path, room: int, bytes_per_s: float | None = None) -> None:
         self.folder, self.room, self.bytes_per_s = folder, room, bytes_per_s
         self.damaged = 0  # files that were not what had been written
+        self.refused = 0  # blocks that the disk did not take
         self._known: OrderedDict[bytes, tuple[torch.Size, torch.dtype]] = OrderedDict()
 
     def __contains__(self, digest: bytes) -> bool:
@@ -87,8 +89,12 @@ class DiskTier:
 
     def put(self, digest: bytes, contents: Tensor) -> tuple[bytes, Tensor] | None:
         content = contents.cpu().contiguous().view(torch.uint8).numpy().tobytes()
-        with atomic_write(self.path(digest)) as temporary:
-            temporary.write_bytes(_checksum(content) + content)
+        try:
+            with atomic_write(self.path(digest)) as temporary:
+                temporary.write_bytes(_checksum(content) + content)
+        except OSError:  # a full disk costs a block's computing, not the engine
+            self.refused += 1
+            return None
         self._known[digest] = (contents.shape, contents.dtype)
         self._known.move_to_end(digest)
         if len(self._known) > self.room:
@@ -101,7 +107,7 @@ class DiskTier:
         self._known.move_to_end(digest)
         try:
             read = self.path(digest).read_bytes()
-        except FileNotFoundError:
+        except OSError:  # gone, or unreadable
             read = b""
         if self.bytes_per_s is not None:
             passed = time.perf_counter() - started
@@ -115,7 +121,8 @@ class DiskTier:
 
     def _forget(self, digest: bytes) -> None:
         del self._known[digest]
-        self.path(digest).unlink(missing_ok=True)
+        with suppress(OSError):
+            self.path(digest).unlink()
 
 
 def _checksum(content: bytes) -> bytes:
