@@ -23,7 +23,9 @@ import asyncio
 import json
 import time
 from argparse import Namespace
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +43,8 @@ PRESETS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 COLUMNS = ["scenario", "concurrency", "requests", "prompt tokens, measured",
            "output tok/s", "TTFT p50, ms", "TTFT p99, ms", "TPOT p50, ms"]  # fmt: skip
+
+DRAWING_S = 120.0
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -153,12 +157,17 @@ def check(run: Run, results: list[dict[str, Any]]) -> None:
 async def beside_our_own(run: Run, results: list[dict[str, Any]], args: Namespace) -> None:
     """As many requests, drawn by genai-bench's own sampler, from as many users of our client."""
     rows = []
-    tokenizer = read_tokenizer(model_directory(args))
+    wanted = [
+        (r["aggregated_metrics"]["scenario"], len(answered(r))) for r in results
+    ]  # fmt: skip
+    # In a process of its own, since genai-bench patches asyncio's sockets and threads.
+    with ProcessPoolExecutor(1, get_context("spawn")) as apart:
+        drawn = apart.submit(draw, str(model_directory(args)), wanted).result(timeout=DRAWING_S)
     async with connected(args.base_url, args.timeout) as server:
-        for result in results:
+        for result, requests in zip(results, drawn, strict=True):
             all_of = result["aggregated_metrics"]
             name, users = all_of["scenario"], all_of["num_concurrency"]
-            asked = sample(tokenizer, server.model, name, len(answered(result)))
+            asked = [body_of(server.model, *request) for request in requests]
             seen = await closed_loop(args.base_url, args.timeout, asked, users)
             theirs = loop_rate(result)
             ours = users * sum(one.tokens for one in seen) / sum(one.seconds for one in seen)
@@ -176,34 +185,33 @@ async def beside_our_own(run: Run, results: list[dict[str, Any]], args: Namespac
     run.table("beside our own", columns, rows, caption="users * tokens / latency, of both")
 
 
-def read_tokenizer(model: Path) -> Any:
-    from transformers import AutoTokenizer
-    from transformers.utils.logging import set_verbosity_error
-
-    set_verbosity_error()  # it warns that the text is longer than the model's context
-    return AutoTokenizer.from_pretrained(model)
-
-
-def sample(tokenizer: Any, model: str, scenario: str, count: int) -> list[bytes]:
-    """Bodies of `count` chats, as genai-bench draws and sends them."""
+def draw(model: str, wanted: list[tuple[str, int]]) -> list[list[tuple[str, int]]]:
+    """For each scenario so many prompts with their answers' lengths, drawn as genai-bench does."""
     from genai_bench.data.config import DatasetConfig
     from genai_bench.data.loaders.factory import DataLoaderFactory
     from genai_bench.sampling.text import TextSampler
     from genai_bench.scenarios.base import Scenario
+    from transformers import AutoTokenizer
+    from transformers.utils.logging import set_verbosity_error
 
+    set_verbosity_error()  # it warns that the text is longer than the model's context
     config = DatasetConfig.from_cli_args()
     lines = DataLoaderFactory.load_data_for_task("text-to-text", config)
-    sampler = TextSampler(tokenizer, model, "text", lines, dataset_config=config)
-    wanted = Scenario.from_string(scenario)
-    drawn = [sampler.sample(wanted) for _ in range(count)]
-    return [
-        json.dumps({
-            "model": model, "messages": [{"role": "user", "content": one.prompt}],
-            "max_tokens": one.max_tokens, "temperature": 0.0, "ignore_eos": True, "stream": True,
-            "stream_options": {"include_usage": True},
-        }).encode()
-        for one in drawn
-    ]  # fmt: skip
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    sampler = TextSampler(tokenizer, "", "text", lines, dataset_config=config)
+    requests = [
+        [sampler.sample(Scenario.from_string(name)) for _ in range(n)] for name, n in wanted
+    ]
+    return [[(one.prompt, one.max_tokens) for one in some] for some in requests]
+
+
+def body_of(model: str, prompt: str, max_tokens: int) -> bytes:
+    """A chat as genai-bench sends it."""
+    return json.dumps({
+        "model": model, "messages": [{"role": "user", "content": prompt}],
+        "max_tokens": max_tokens, "temperature": 0.0, "ignore_eos": True, "stream": True,
+        "stream_options": {"include_usage": True},
+    }).encode()  # fmt: skip
 
 
 @dataclass
