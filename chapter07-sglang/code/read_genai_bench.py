@@ -22,6 +22,7 @@ server whose processor the client does not share.
 import asyncio
 import json
 import time
+import warnings
 from argparse import Namespace
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
@@ -80,6 +81,8 @@ def read_results(folder: Path) -> list[dict[str, Any]]:
         if isinstance(found, dict) and "aggregated_metrics" in found:
             if found.get("_time_unit", "s") != "s":
                 raise UsageError(f"{path} is in {found['_time_unit']}; use --metrics-time-unit s")
+            if not answered(found):
+                raise RunError(f"{path}: no request was answered; its error_message tells why")
             results.append(found)
     if not results:
         raise UsageError(f"{folder} has no results of genai-bench; run genai_bench.sh first")
@@ -187,6 +190,7 @@ async def beside_our_own(run: Run, results: list[dict[str, Any]], args: Namespac
 
 def draw(model: str, wanted: list[tuple[str, int]]) -> list[list[tuple[str, int]]]:
     """For each scenario so many prompts with their answers' lengths, drawn as genai-bench does."""
+    warnings.filterwarnings("ignore")  # of gevent, that it patches what is imported already
     from genai_bench.data.config import DatasetConfig
     from genai_bench.data.loaders.factory import DataLoaderFactory
     from genai_bench.sampling.text import TextSampler
