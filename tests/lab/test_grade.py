@@ -257,6 +257,14 @@ def test_solution_cannot_be_read(graded, tmp_path, monkeypatch):
     assert "combine_gradients" in knowing, "the thefts are none"
 
 
+def test_a_chapters_code_cannot_be_imported(fooled):
+    """It has what some exercises ask for, such as a radix tree."""
+    code = repo_root() / "chapter01-introduction" / "code"
+    assert (code / "check_cuda.py").is_file()
+    source = f"import sys\nsys.path.insert(0, {str(code)!r})\nimport check_cuda\n"
+    assert "No module named 'check_cuda'" in fooled(source)[2]
+
+
 def test_a_link_in_the_students_folder_is_not_followed(fooled, tmp_path):
     (tmp_path / "uneven_shards.py").symlink_to(EXERCISES[0] / "tests" / "test_uneven_shards.py")
     assert "No module named 'uneven_shards'" in fooled("import uneven_shards\n")[2]

@@ -11,12 +11,16 @@ def asked_and_seen(tree, method, *arguments):
 
 @rig
 def cut_at_every_token(tree, length):
-    """A sequence of so many tokens, matched at each of its lengths; the values, and the paths."""
+    """A sequence of so many tokens, matched at each of its lengths, then inserted with one more.
+
+    How many pages were known then, the values, and the paths.
+    """
     tokens = list(range(length))
     tree.insert(tokens, tokens)
     for stop in range(length - 1, 0, -1):
         tree.match(tokens[:stop])
-    return tree.match(tokens), tree.paths()
+    longer = (*tokens, length)
+    return tree.insert(longer, longer), tree.match(longer), tree.paths()
 
 
 @rig

@@ -3,6 +3,8 @@
 from collections import Counter
 from dataclasses import dataclass, field, replace
 
+from token_kinds import token_kinds
+
 
 @dataclass
 class Worker:
@@ -66,16 +68,17 @@ def missed(prompt, worker, page_size):
     return len(prompt) - pages * page_size
 
 
-def random_workers(chance, prompt, loads, requests):
+def random_workers(chance, prompt, kinds, loads, requests):
     """Workers that have cached beginnings of the prompt and of others; few kinds of load: ties."""
     workers = []
-    turns = chance.permutation(9).tolist()
+    turns = (chance.permutation(9) * chance.choice([1, 10**6])).tolist()
     for number in range(int(chance.integers(1, 6))):
         cached = []
         for _ in range(int(chance.integers(4))):
             kept = int(chance.integers(len(prompt) + 1))
-            more = chance.integers(0, 3, chance.integers(5)).tolist()
-            cached.append(prompt[:kept] + more)
+            more = chance.choice(kinds, chance.integers(5)).tolist()
+            after = prompt[kept + len(more) :] if chance.random() < 0.3 else []
+            cached.append(prompt[:kept] + more + after)
         workers.append(
             Worker(
                 f"w{number}", cached, int(chance.choice(loads)), int(chance.choice(requests)),
@@ -89,8 +92,9 @@ def assert_random(student, chance, count, loads, requests, limit, ties=False):
     """With `ties` those cases too in which several cost as little."""
     while count:
         page_size = int(chance.choice([1, 1, 2, 3, 4, 16]))
-        prompt = chance.integers(0, 2, chance.integers(1, 6 * page_size)).tolist()
-        workers = random_workers(chance, prompt, loads, requests)
+        kinds = token_kinds(chance)
+        prompt = chance.choice(kinds[:2], chance.integers(1, 6 * page_size)).tolist()
+        workers = random_workers(chance, prompt, kinds, loads, requests)
         expected, why, equals = by_the_rules(prompt, workers, limit, page_size)
         if equals < 2 or ties:
             assert_chosen(student, prompt, workers, limit, page_size, expected, why)
@@ -114,6 +118,16 @@ def test_the_longest_matched_prefix(student, chance):
     ):
         workers = [Worker("a", one), Worker("b", other)]
         assert_chosen(student, prompt, workers, 4, page_size, expected, why)
+    long = range(150_000, 153_000)
+    for prompt, one, other, page_size, why in (
+        (list(long), [list(long[:2000])], [list(long[:2500])], 16, "2,000 and 2,496 tokens"),
+        ([1, 11, 5], [[11, 1, 7]], [[1]], 1, "1, 11 is not 11, 1"),
+        ([257, 2, 3], [[1, 2]], [[257]], 1, "257 is not 1"),
+        ([70_000, 2, 3], [[70_000 - 2**16, 2]], [[70_000]], 1, "70,000 is not 4,464"),
+        ([1, 2, 3, 4, 5], [[1, 9, 9], [7, 2, 3]], [[1, 2]], 1, "a prefix of one sequence counts"),
+    ):
+        workers = [Worker("a", one), Worker("b", other)]
+        assert_chosen(student, prompt, workers, 4, page_size, "b", why)
     assert_chosen(student, [5], [Worker("a"), Worker("b", [[5]])], 4, 1, "a",
                   "one token: nothing is saved")  # fmt: skip
     assert_random(student, chance, 120, loads=[0], requests=[0], limit=9)
@@ -131,6 +145,8 @@ def test_a_queue_outweighs_a_cache(student, chance):
     workers = [Worker("a", [], 30, 1), Worker("b", [], 20, 3), Worker("c", [prompt], 100, 1)]
     assert_chosen(student, prompt, workers, 4, 1, "b",
                   "the queue counts in tokens, not in requests")  # fmt: skip
+    workers = [Worker("a", [], 10**7 + 1), Worker("b", [], 10**7)]
+    assert_chosen(student, prompt, workers, 4, 1, "b", "queues of any length")
     assert_random(student, chance, 120, loads=range(12), requests=[0, 1], limit=9)
 
 
@@ -160,6 +176,10 @@ def test_ties_are_shared_fairly(student, chance):
         ([Worker("a", queued=1), Worker("b", last=7, requests=3)], "b", "cost comes before both"),
     ):  # fmt: skip
         assert_chosen(student, prompt, workers, 4, 1, expected, why)
+    workers = [Worker("a", requests=1, last=10**6), Worker("b", requests=2, last=3)]
+    assert_chosen(student, prompt, workers, 400, 1, "a", "requests come first, however long ago")
+    workers = [Worker("a", requests=399), Worker("b", queued=1)]
+    assert_chosen(student, prompt, workers, 400, 1, "a", "cost comes first, however many requests")
     assert_random(student, chance, 120, loads=[0, 1], requests=range(4), limit=3, ties=True)
     for _ in range(4):
         traffic_is_shared(student, chance)

@@ -109,20 +109,23 @@ def block_by_block(case):
 
 
 def random_case(chance, tiers, blocks):
-    """About as costly to fetch as to compute, so that either may win."""
+    """About as costly to fetch as to compute, or half; of a block several tiers, or always one."""
     size = int(chance.choice([1, 2, 4, 16]))
     tokens = int(chance.integers(1, blocks * size + 2))
     linear, quadratic = int(chance.integers(0, 20)), int(chance.integers(0, 4))
-    block_cost = size * (linear + quadratic * tokens // 2)
+    most = int(chance.integers(1, 3)) * size * (linear + quadratic * tokens // 2)
     chosen = []
     for number in range(tiers):
-        latency = int(chance.integers(0, 2 * block_cost + 2))
-        chosen.append(Tier(f"t{number}", latency, int(chance.integers(0, 2 * block_cost + 1))))
+        latency, block_time = chance.integers(0, most + 2, 2).tolist()
+        if chosen and chance.random() < 0.2:
+            latency, block_time = chosen[-1].latency, chosen[-1].block_time
+        chosen.append(Tier(f"t{number}", latency, block_time))
     chance.shuffle(chosen)
-    share = float(chance.choice([0.5, 0.8, 1.0]))
+    share = float(chance.choice([0, 0.5, 0.8, 1.0]))
     names = [tier.name for tier in chosen]
     held = [
         [name for name in chance.permutation(names).tolist() if chance.random() < share]
+        or names[: share == 0]
         for _ in range(tokens // size)
     ]
     return Case(tokens, size, chosen, linear, quadratic, held)
@@ -200,12 +203,35 @@ def test_several_tiers(student, chance):
         ([disk, net], 41, [["disk"]] * 5 + [["net"]] * 5, (67, 5), "5 blocks do not pay net's"),
         ([disk, net], 81, [["disk"]] * 10 + [["net"]] * 10, (102, 20), "10 do, once disk has led"),
         ([host, disk, net], 41, [["disk"], ["host"]] * 5, (42, 10), "in turns, one latency"),
-        ([net, disk], 41, [["net"], *[both] * 9], (82, 0), "the first block costs 41, for 9 of 3"),
+        (
+            [net, disk],
+            41,
+            [["net"], *[["disk"]] * 9],
+            (82, 0),
+            "the first block costs 41, for 9 of 3",
+        ),
     ):
         assert_best(student, Case(tokens, 4, tiers, 2, 0, held), best, why)
+    four = [Tier(name, 10, 1) for name in "abcd"]
+    one, other = Tier("h", 5, 2), Tier("d", 3, 1)
+    twins = [Tier("h", 3, 1), Tier("t", 3, 1)]
+    for case, best, why in (
+        (Case(81, 4, four, 2, 0, [[name] for name in "a" * 5 + "b" * 5 + "c" * 5 + "d" * 5]),
+         (62, 20), "all four are opened"),
+        (Case(17, 4, [one, other], 1, 0, [["h", "d"]] * 2 + [["h"]] * 2), (14, 2),
+         "h alone takes as long, with 4 blocks"),
+        (Case(33, 4, twins, 1, 0, [["h"], ["t"]] * 4), (15, 8), "equally fast, and two tiers"),
+        (Case(9, 4, twins, 1, 0, [["h"], ["t"]]), (9, 0), "equally fast, and two latencies"),
+        (Case(5, 4, [Tier("h", 0, 4 * 10**16 - 1)], 10**16, 0, [["h"]]), (5 * 10**16 - 1, 1),
+         "1 ns is saved"),
+    ):  # fmt: skip
+        assert_best(student, case, best, why)
     for number in range(150):
         one = random_case(chance, 2 + number % 3, 5)
         assert_best(student, one, every_plan(one))
+    for number in range(40):
+        one = random_case(chance, 2 + number % 3, 24)
+        assert_best(student, one, block_by_block(one))
 
 
 def test_long_prompts(student, chance):
@@ -227,6 +253,9 @@ def test_long_prompts(student, chance):
         one = Case(tokens, size, tiers, 10, 1, held)
         assert_best(student, one, block_by_block(one))
     blocks = 2000
+    host = Tier("h", 10**9, 3 * 10**5)
+    one = Case(16 * blocks, 16, [host], 10**5, 1000, [["h"]] * blocks)
+    assert_best(student, one, (2_113_180_000, blocks - 1), "whole numbers, however large")
     tiers = [Tier(f"t{tier}", 10**6 * tier, 50_000 - 10_000 * tier) for tier in range(4)]
     one = Case(16 * blocks, 16, tiers, 900, 1, [[tier.name for tier in tiers]] * blocks)
     assert_best(student, one, block_by_block(one))

@@ -1,6 +1,7 @@
 """Task 4: prefills followed token by token, and caches moved head by head."""
 
 from dataclasses import dataclass, replace
+from itertools import pairwise
 
 SOURCE, TARGET = list(range(100, 160)), list(range(500, 560))
 
@@ -165,16 +166,17 @@ def assert_map(student, layers, heads, source, target, expected, why):
 
 
 def assert_random_maps(student, chance, count, stages, copies):
+    """With up to so many stages."""
     for _ in range(count):
         heads = int(chance.choice([1, 2, 3, 4, 6, 8, 12]))
         degrees = [n for n in range(1, heads + 1) if heads % n == 0]
         if copies:
             degrees += [2 * heads, 3 * heads, 4 * heads]
         source, target = (
-            Layout(int(chance.integers(1, 5)) if stages else 1, int(chance.choice(degrees)))
+            Layout(int(chance.integers(1, stages + 1)), int(chance.choice(degrees)))
             for _ in range(2)
         )
-        layers = int(chance.integers(max(source.stages, target.stages), 12))
+        layers = int(chance.integers(max(source.stages, target.stages), 3 * stages + 9))
         expected = by_heads(layers, heads, source, target)
         assert_map(student, layers, heads, source, target, expected, "head by head")
 
@@ -200,14 +202,15 @@ def test_other_tensor_parallel_degrees(student, chance):
                    (1, 2, 0, 3, 1, 0, 2)], "neither is a multiple of the other"),
     ):  # fmt: skip
         assert_map(student, 3, heads, Layout(1, source), Layout(1, target), expected, why)
-    assert_random_maps(student, chance, 60, stages=False, copies=False)
+    assert_random_maps(student, chance, 60, stages=1, copies=False)
     for heads, source, target, why in (
         (8, (1, 3), (1, 2), "8 heads on 3 ranks"),
         (8, (1, 2), (1, 6), "8 heads on 6 ranks"),
         (8, (1, 12), (1, 2), "8 heads on 12 ranks"),
-        (8, (1, 0), (1, 2), "no rank"),
-        (8, (1, 2), (1, -1), "no rank"),
         (0, (1, 1), (1, 1), "no head"),
+        (-1, (1, 1), (1, 1), "no head"),
+        *((8, (1, none), (1, 2), "no rank") for none in (0, -1)),
+        *((8, (1, 2), (1, none), "no rank") for none in (0, -1)),
     ):
         refused(student, 4, heads, source, target, why)
 
@@ -228,16 +231,21 @@ def test_other_stages_and_shared_heads(student, chance):
          "the copies share the work in turns"),
         (2, 1, (1, 3), (1, 2), [(0, 0, 0, 2, 0, 0, 1), (1, 1, 0, 2, 0, 0, 1)],
          "two copies for two, the third has nothing to do"),
+        (61, 8, (7, 1), (1, 1), [(stage, 0, first, end - first, 0, 0, 8) for stage, (first, end)
+                                 in enumerate(pairwise([0, 8, 17, 26, 34, 43, 52, 61]))],
+         "61 / 7 has no end"),
+        (22, 1, (22, 1), (22, 1), [(s, s, s, 1, 0, 0, 1) for s in range(22)], "a layer each"),
     ):  # fmt: skip
         assert_map(student, layers, heads, Layout(*source), Layout(*target), expected, why)
-    assert_random_maps(student, chance, 40, stages=True, copies=False)
-    assert_random_maps(student, chance, 40, stages=False, copies=True)
-    assert_random_maps(student, chance, 40, stages=True, copies=True)
+    assert_random_maps(student, chance, 40, stages=4, copies=False)
+    assert_random_maps(student, chance, 40, stages=1, copies=True)
+    assert_random_maps(student, chance, 40, stages=4, copies=True)
+    assert_random_maps(student, chance, 6, stages=24, copies=False)
     for layers, source, target, why in (
         (2, (3, 1), (1, 1), "three stages of two layers"),
         (2, (1, 1), (3, 1), "three stages of two layers"),
-        (0, (1, 1), (1, 1), "no layer"),
-        (2, (0, 1), (1, 1), "no stage"),
-        (2, (1, 1), (-1, 1), "no stage"),
+        *((none, (1, 1), (1, 1), "no layer") for none in (0, -1)),
+        *((2, (none, 1), (1, 1), "no stage") for none in (0, -1)),
+        *((2, (1, 1), (none, 1), "no stage") for none in (0, -1)),
     ):
         refused(student, layers, 4, source, target, why)

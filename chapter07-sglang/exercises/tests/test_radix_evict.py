@@ -91,18 +91,18 @@ def grown(student, *nodes):
 
 
 def random_life(student, chance, steps, kinds):
-    twin, new = Twin(student), 0
+    """Names are used again when their nodes are gone."""
+    twin = Twin(student)
     names = [0, "", (), "0", (0, "a"), -1, *range(1, steps), *map(str, range(1, steps))]
     for _ in range(steps):
         kind = str(chance.choice(kinds))
+        name = [name for name in names if name not in twin.pages][chance.integers(3)]
         known = list(twin.pages)
         node = known[chance.integers(len(known))] if known and chance.random() < 0.95 else None
         if kind == "add":
-            twin.add(names[new], node, int(chance.integers(1, 6)))
-            new += 1
+            twin.add(name, node, int(chance.integers(1, 6)))
         elif kind == "split" and node is not None and twin.pages[node] > 1:
-            twin.split(node, names[new], int(chance.integers(1, twin.pages[node])))
-            new += 1
+            twin.split(node, name, int(chance.integers(1, twin.pages[node])))
         elif kind == "use":
             twin.use(node)
         elif kind == "lock":
@@ -123,6 +123,11 @@ def test_the_leaf_longest_unused_goes_first(student, chance):
     twin.evict(3)  # b: exactly enough
     twin.evict(2)  # c has one page, so a goes too
     twin.evict(1)
+    twin = grown(student, ("b", None, 1))
+    twin.evict(1)
+    twin.add("d", None, 1)
+    twin.add("b", None, 1)  # is new, whoever had the name
+    twin.evict(1)  # d
     twin.add("b", None, 4)  # a name that was there
     twin.add("d", None, 4)
     twin.evict(1)
@@ -192,6 +197,22 @@ def test_what_is_locked_stays(student, chance):
     twin.evict(1)  # below
     twin.unlock("old")
     twin.evict(1)  # top
+    twin = grown(student, ("x", None, 1))
+    twin.lock("x")
+    twin.unlock("x")
+    twin.evict(1)
+    twin.add("d", None, 1)
+    twin.add("x", None, 1)
+    twin.evict(1)  # d
+    twin = grown(student, ("upper", None, 1))
+    twin.evict(1)
+    twin.add("d", None, 1)
+    twin.add("lower", None, 2)
+    twin.split("lower", "upper", 1)
+    twin.lock("d")
+    twin.evict(1)  # lower
+    twin.unlock("d")
+    twin.evict(1)  # d: upper was last used when lower was, whoever had the name
     kinds = ["add", "add", "add", "split", "use", "lock", "unlock", "evict"]
     for _ in range(40):
         random_life(student, chance, 30, kinds)

@@ -1,9 +1,10 @@
 """Task 1: sequences by hand, then random lives beside a dictionary of all prefixes."""
 
 from grader_trees import asked_and_seen, cut_at_every_token
+from token_kinds import token_kinds
 
 PAGES = (1, 2, 3, 4, 5, 16)
-DEEP = 1500
+DEEP = 3000
 
 
 class Twin:
@@ -44,9 +45,9 @@ class Twin:
 
     def ask(self, method, *arguments):
         self.history.append(f"{method}({', '.join(map(str, arguments))})")
-        handed = [list(argument) for argument in arguments]
+        handed = [argument[:] for argument in arguments]
         answer, paths = asked_and_seen(self.tree, method, *handed)
-        assert handed == list(map(list, arguments)), f"{self}: the arguments were changed"
+        assert handed == list(arguments), f"{self}: the arguments were changed"
         got = sorted([list(run) for run in path] for path in paths)
         if self.look:
             expected = self.expected_paths()
@@ -56,7 +57,7 @@ class Twin:
                 f"expected {len(expected)} paths, got {len(got)}; the first that is missing, and "
                 f"the first too many: {missing[:1]}, {extra[:1]}: {self}"
             )
-        for given in handed:
+        for given in (given for given in handed if isinstance(given, list)):
             given[:] = [-9] * (len(given) + 1)  # what is the caller's to change changes no tree
         if not isinstance(answer, list):
             return answer
@@ -77,13 +78,14 @@ class Twin:
 
 def random_life(twin, chance, steps, whole=True):
     """Sequences of few kinds of tokens, mostly beginnings of earlier ones that go on otherwise."""
-    seen, value = [[]], 100
+    seen, value = [[]], 2**24
+    kinds = token_kinds(chance)[:2]
     for _ in range(steps):
         before = seen[chance.integers(len(seen))]
         kept = int(chance.integers(len(before) + 1))
         pages = int(chance.integers(5)) * twin.size
         more = pages + (0 if whole else int(chance.integers(twin.size)))
-        tokens = before[:kept] + chance.integers(0, 2, more).tolist()
+        tokens = before[:kept] + chance.choice(kinds, more).tolist()
         if whole:
             tokens = tokens[: len(tokens) // twin.size * twin.size]
         if chance.random() < 0.5:
@@ -100,7 +102,7 @@ def test_the_longest_cached_prefix(student, chance):
     twin = Twin(student, 1, look=False)
     twin.match([1, 2])
     twin.match([])
-    twin.insert([1, 2, 3, 4], [70, 71, 0, 73])  # a value may be 0
+    twin.insert([1, 2, 3, 4], [70, 71, 0, 70_000])  # a value may be 0
     for tokens in ([1, 2, 3, 4], [1, 2, 3, 4, 5], [1, 2], [1, 2, 9], [2, 3], [1, 2, 3], []):
         twin.match(tokens)
     twin.insert([1, 2, 8, 9], [80, 81, 82, 83])  # 1 and 2 keep 70 and 71
@@ -109,6 +111,10 @@ def test_the_longest_cached_prefix(student, chance):
     twin.insert([1, 2, 3, 4, 5, 6], [60, 61, 62, 63, 64, 65])
     for tokens in ([1, 2, 8, 9], [1, 2, 3, 4, 5, 6, 7], [5, 1], [1, 2, 8, 3], [0]):
         twin.match(tokens)
+    twin.insert((1, 2, 8, 7), (50, 51, 52, 53))  # any sequences
+    twin.match((1, 2, 8, 7))
+    twin.insert([150_000, 2, 150_000 - 2**16], [10, 11, 12])
+    twin.match([int(text) for text in ("150000", "2", "150000")])  # equal, and no same objects
     for _ in range(12):
         random_life(Twin(student, 1, look=False), chance, 30)
 
@@ -139,17 +145,24 @@ def test_whole_pages_only(student, chance):
     twin.insert([1, 2, 3, 4, 5, 6, 7, 8, 9, 9, 9, 9], [90, 91, 92, 93, 94])  # 93, 94: not used
     twin.match([1, 2, 3, 4, 5, 6, 7, 8, 9, 9, 9, 9, 1, 2, 3, 4])
     twin.match([1, 2, 3])
-    for number in range(18):
+    twin = Twin(student, 2)
+    alike = [1, 11, 70_000, 5], [11, 1, 70_000, 5], [1, 11, 70_000 - 2**16, 5]
+    for number, tokens in enumerate(alike):
+        twin.insert(tokens, [10 * number, 10 * number + 1])
+    for tokens in alike:
+        twin.match(tokens)
+    for number in range(24):
         random_life(Twin(student, PAGES[number % len(PAGES)]), chance, 20, whole=False)
 
 
 def test_long_random_lives(student, chance):
     for size in (1, int(chance.choice(PAGES))):
         random_life(Twin(student, size), chance, 120, whole=False)
-    values, paths = cut_at_every_token(student.make_radix_tree(1), DEEP)
-    case = f"a sequence of {DEEP} tokens, 0, 1, …, matched at each of its lengths"
-    assert list(values) == list(range(DEEP)), f"{case}: got {len(values)} values"
+    known, values, paths = cut_at_every_token(student.make_radix_tree(1), DEEP)
+    case = f"{DEEP} tokens, 0, 1, …, matched at each length, then inserted with one more"
+    assert known == DEEP, f"{case}: expected {DEEP} pages to be cached before, got {known}"
+    assert list(values) == list(range(DEEP + 1)), f"{case}: got {len(values)} values"
     [path] = paths
-    assert [list(run) for run in path] == [[token] for token in range(DEEP)], (
-        f"{case}: expected a path of {DEEP} nodes of one token, got {len(path)} nodes"
+    assert [list(run) for run in path] == [[token] for token in range(DEEP + 1)], (
+        f"{case}: expected a path of {DEEP + 1} nodes of one token, got {len(path)} nodes"
     )

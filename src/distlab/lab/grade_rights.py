@@ -1,11 +1,12 @@
 """The rights that the student's process gives away before it runs the student's code.
 
 In a mount namespace of its own, where the system allows one, an empty folder lies over the
-checkout and over its Git repository, with only the packages in it. Where Linux has Landlock (5.13
+checkout and over its Git repository, with only the bench in it. Where Linux has Landlock (5.13
 and later; no privilege is needed), the process and all that it starts can read nothing there, write
 to its working directory only, and from 6.12 on not signal other processes. Where the grader is
 root, the process also becomes another user. With none of these an audit hook refuses to open the
-checkout's exercises, which does not hold in the processes that the code starts.
+checkout's exercises and the chapters' code, which has what some of them ask for; that does not hold
+in the processes that the student's code starts.
 
 What is not prevented: to read whatever else the user may read, so another copy of the book, and to
 use the network.
@@ -64,9 +65,8 @@ def make_work(folder: Path) -> None:
 
 def places_of(student: Path, work: Path) -> Places:
     root = repo_root()
-    packages = [Path(distlab.__file__).parents[1], *root.glob("chapter*/code")]
     python = [Path(sys.prefix), Path(sys.base_prefix)]
-    kept = (path.resolve() for path in [*packages, *python])
+    kept = (path.resolve() for path in [Path(distlab.__file__).parents[1], *python])
     return Places(student, work, tuple(hidden_places(root)), tuple(kept))
 
 
@@ -272,8 +272,9 @@ def allow(libc: ctypes.CDLL, rules: int, path: Path, rights: int) -> None:
 
 
 def forbid_opening(places: Places) -> None:
-    """Refuse to open, link or list what lies in the checkout's exercises and in .git."""
-    closed = [*places.hidden[0].glob("chapter*/exercises"), places.hidden[0] / ".git"]
+    """Refuse to open, link or list the checkout's exercises, the chapters' code, and .git."""
+    root = places.hidden[0]
+    closed = [*root.glob("chapter*/exercises"), *root.glob("chapter*/code"), root / ".git"]
     prefixes = tuple(os.path.join(path, "") for path in [*closed, *places.hidden[1:]])
 
     def refuse(event: str, arguments: tuple[Any, ...]) -> None:
@@ -282,6 +283,6 @@ def forbid_opening(places: Places) -> None:
         if arguments and isinstance(arguments[0], str | bytes):
             path = os.path.join(os.path.realpath(os.fsdecode(arguments[0])), "")
             if path.startswith(prefixes):
-                raise PermissionError("the reference solution is not to be read")
+                raise PermissionError("what solves an exercise is not to be read")
 
     sys.addaudithook(refuse)

@@ -15,7 +15,7 @@ def make_radix_tree(page_size):
                 node = node.children[pages[0]]
                 pages = pages[len(node.pages) :]
             if known < count:
-                node.values += list(values[count:])
+                node.values = [*node.values, *values[count:]]
             return known
 
         def match(self, tokens):
