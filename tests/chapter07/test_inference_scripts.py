@@ -25,6 +25,14 @@ def test_a_smoke_run(module, tmp_path):
     assert json.loads(path.read_text())["tables"]
 
 
+def test_what_operations_move_is_counted_without_the_harness():
+    """RMSNorm with its residual, in whole arrays: 10 read or written, and 4 in one pass."""
+    norm, *_ = operator_fusion.cases(256, 256, torch.device("cpu"))
+    with torch.inference_mode(), operator_fusion.BytesMoved() as moved:
+        norm.eager()
+    assert moved.bytes / norm.own_bytes == pytest.approx(2.5, rel=0.01)
+
+
 class FakeSGLang(BaseHTTPRequestHandler):
     """Streams a token every 5 ms, after 1 ms for each ten tokens of the prompt."""
 

@@ -142,3 +142,6 @@ def test_results_that_are_none_are_refused(tmp_path):
     (tmp_path / "bad.json").write_text("{")
     with pytest.raises(RunError, match="is no JSON"):
         read_genai_bench.main([str(tmp_path)])
+    (tmp_path / "bad.json").unlink()
+    with pytest.raises(RunError, match="no request was answered"):
+        read_genai_bench.main([write(tmp_path, result("D(50,5)", 1, error_code=400))])

@@ -25,7 +25,8 @@ from llm_router.traces import Turn
 OURS = "llm_router"
 READY = re.compile(r"^router at (http://\S+)", re.MULTILINE)
 WORKER_READY = re.compile(r"^fake worker at (http://\S+)", re.MULTILINE)
-PEERS = {  # how each is started, and the policies that look at caches, with what they need
+# How each is started, its word for a warning, its policies that look at caches with their flags.
+PEERS: dict[str, tuple[list[str], str, dict[str, list[str]]]] = {
     "sglang-router": (["-m", "sglang_router.launch_router"], "warn", {
         "cache_aware": [],
         "cache_aware, tuned": ["--balance-abs-threshold", "4"],  # 64 never happens among 16
@@ -203,7 +204,9 @@ def _is_complete(got: bytes) -> bool:
 
 
 @asynccontextmanager
-async def kept(urls: Sequence[str]) -> AsyncIterator[dict[str, tuple]]:
+async def kept(
+    urls: Sequence[str],
+) -> AsyncIterator[dict[str, tuple[asyncio.StreamReader, asyncio.StreamWriter]]]:
     """A connection (reader, writer) to each."""
     opened = {}
     for url in urls:
