@@ -17,6 +17,7 @@ from llm_router.http import ChunkedBody
 
 FOLD_BYTES = 2**20  # of events are kept as they are, before only their text is
 DEFAULT_MAX_TOKENS = 16  # of a completion, in the OpenAI API
+FOREIGN = (TypeError, ValueError, AttributeError, KeyError)  # JSON of another shape raises these
 CHAT = "/v1/chat/completions"
 COMPLETIONS = "/v1/completions"
 # With other parameters than these, what follows a text may depend on how it came to be: on a
@@ -85,7 +86,7 @@ class Transcript:
             self.tokens += counted
             if usage := event.get("usage"):  # where the engine counts, it knows better
                 self.tokens = usage["completion_tokens"] + 0
-        except (TypeError, ValueError, AttributeError, KeyError):  # JSON of another shape
+        except FOREIGN:
             text, only_text = "", False
         self.only_text &= only_text
         return text

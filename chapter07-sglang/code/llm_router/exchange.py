@@ -6,7 +6,7 @@ from typing import Any, Protocol
 import orjson
 
 from llm_router import continuation
-from llm_router.continuation import Splice, Transcript
+from llm_router.continuation import FOREIGN, Splice, Transcript
 from llm_router.http import (
     LAST_CHUNK,
     ChunkedBody,
@@ -20,7 +20,6 @@ from llm_router.worker import Upstream, Worker
 
 RETRIED = {429, 500, 502, 503, 504}  # another worker may do better
 FAULTS = {500, 502, 504}  # of the worker; 429 and 503 say that it is busy, or leaves
-FOREIGN = (TypeError, ValueError, AttributeError, KeyError)  # JSON of another shape raises these
 MOST_DEATHS = 2
 
 
@@ -175,6 +174,7 @@ class Exchange:
         if self.worker is None or self.over or not self.router.others(self):
             return
         self.moved.append(self.worker)
+        self._again = False
         self._leave()
         self._elsewhere()
 

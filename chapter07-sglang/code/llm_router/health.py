@@ -20,6 +20,7 @@ from llm_router.worker import Worker, lacks
 TICK_S = 0.1
 MOST_MISSED = 2  # probes of /health that may fail before a worker is down
 MOST_ANSWER = 2**20
+MOST_PREFILL_S = 60.0  # bytes say little of the tokens where a prompt has images
 FIRST_TOKEN_S = 30.0  # how long the first answer of a worker that comes back may take
 
 
@@ -162,7 +163,7 @@ class Watch:
                 until = max(until, exchange.began) + tokens * self.router.policy.token_s
                 if exchange.parsed.get("stream"):
                     break
-        return until
+        return min(until, since + MOST_PREFILL_S)
 
     async def _watch_silence(self, worker: Worker) -> None:
         heard, since = worker.reads, self.router.now()
