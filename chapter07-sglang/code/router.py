@@ -40,6 +40,7 @@ def parse_args(argv: list[str] | None) -> Namespace:
     add("--policy", default="cache_aware", help=f"{', '.join(POLICIES)} (default: cache_aware)")
     add("--host", default="127.0.0.1")
     add("--port", type=script.non_negative_int, default=8220, help="0: a free one")
+    add("--control-host", default="127.0.0.1", help="for those who may change the workers")
     add("--control-port", type=script.non_negative_int, default=8221)
     group = parser.add_argument_group("cache_aware")
     add = group.add_argument
@@ -58,7 +59,12 @@ def parse_args(argv: list[str] | None) -> Namespace:
     add("--hang-after", type=script.seconds, default=0.5,
         help="seconds of silence before a busy worker is asked for one token")  # fmt: skip
     add("--probe-timeout", type=script.seconds, default=1.0, help="seconds; of a probe's answer")
-    add("--grace", type=script.seconds, default=30.0, help="seconds to end requests on SIGTERM")
+    add(
+        "--grace",
+        type=script.seconds,
+        default=30.0,
+        help="seconds to end requests on SIGTERM; a second one ends it",
+    )
     args = parser.parse_args(argv)
     if args.policy not in POLICIES:
         raise UsageError(f"--policy {args.policy} is unknown; use {', '.join(POLICIES)}")

@@ -14,6 +14,7 @@ from llm_router.balancer import Router, Settings
 from llm_router.client import Client
 from llm_router.fake_worker import Connection, Engine, add_flags
 from llm_router.health import Watch
+from llm_router.http import LAST_CHUNK, chunk
 from llm_router.policies import PLAIN, Policy
 from llm_router.worker import Worker
 
@@ -66,6 +67,7 @@ class Routed:
         self.router, self.fakes, self.client = router, fakes, client
         self.workers = list(router.workers.values())
         self.port = client.base_url.port
+        self.asked: list[bytes] = []  # what scripted workers got
 
     async def ask(self, path: str = COMPLETIONS, **body: Any) -> httpx.Response:
         return await self.client.post(path, json=body)
@@ -143,6 +145,64 @@ async def routed(
         await router.stop(0.5)
         for fake in fakes:
             fake.kill()
+
+
+@asynccontextmanager
+async def scripted(*answers: Any, settings: dict[str, Any] | None = None) -> AsyncIterator[Routed]:
+    """A router with a worker for each of `answers`: what is written for a request, or a function
+    of its number on its connection. None closes the connection. Nobody probes these workers."""
+    router = Router(PLAIN["round_robin"](), Settings(**(settings or {})))
+    servers, asked = [], []
+    for answer in answers:
+
+        async def serve(reader: Any, writer: Any, answer: Any = answer) -> None:
+            number = 0
+            try:
+                while head := await reader.readuntil(b"\r\n\r\n"):
+                    length = int(head.lower().split(b"content-length: ")[1].split(b"\r\n")[0])
+                    asked.append(head + await reader.readexactly(length))
+                    for piece in answer(number) if callable(answer) else answer:
+                        if piece is None:
+                            return
+                        writer.write(piece)
+                        await asyncio.sleep(0.02)
+                    number += 1
+            except (asyncio.IncompleteReadError, ConnectionError):
+                pass
+            finally:
+                writer.close()
+
+        servers.append(await asyncio.start_server(serve, "127.0.0.1", 0))
+        port = servers[-1].sockets[0].getsockname()[1]
+        router.add(Worker(f"http://127.0.0.1:{port}")).healthy = True
+    router.refresh()
+    server = await asyncio.get_running_loop().create_server(lambda: Client(router), "127.0.0.1", 0)
+    url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
+    try:
+        async with httpx.AsyncClient(base_url=url, timeout=3.0) as client:
+            it = Routed(router, [], client)
+            it.asked = asked
+            yield it
+    finally:
+        for each in (server, *servers):
+            each.close()
+        await router.stop(0.0)
+
+
+def whole(body: bytes = b"{}", *fields: bytes, version: bytes = b"1.1") -> bytes:
+    """A worker's answer."""
+    top = b"\r\n".join((b"HTTP/%b 200 OK" % version, *fields, b"content-length: %d" % len(body)))
+    return top + b"\r\n\r\n" + body
+
+
+SSE = b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\n"
+CHUNKED_SSE = SSE + b"transfer-encoding: chunked\r\n\r\n"
+DONE = chunk(b"data: [DONE]\n\n") + LAST_CHUNK
+
+
+def piece(text: str, **more: Any) -> bytes:
+    """An event of a completion's stream."""
+    return b"data: " + orjson.dumps({"choices": [{"index": 0, "text": text}], **more}) + b"\n\n"
 
 
 async def until(holds: Callable[[], object], limit_s: float = LIMIT_S) -> float:

@@ -2,11 +2,22 @@
 
 import asyncio
 
+import orjson
 import pytest
 
-from llm_router.continuation import Transcript
+from llm_router.continuation import Transcript, plan
 from llm_router.http import chunk
-from router_helper import CHAT, COMPLETIONS, Stream, routed, run, until
+from router_helper import (
+    CHAT,
+    CHUNKED_SSE,
+    COMPLETIONS,
+    Stream,
+    piece,
+    routed,
+    run,
+    scripted,
+    until,
+)
 
 GREEDY = {"model": "fake", "temperature": 0, "max_tokens": 24}
 SEEDED = {"model": "fake", "temperature": 1, "seed": 7, "max_tokens": 24}
@@ -136,6 +147,85 @@ def test_a_long_transcript_keeps_its_text_only(monkeypatch):
     transcript.fold()
     assert transcript.text.split() == [f"w{i}" for i in range(100)]
     assert transcript.tokens == 100 and transcript.first == {"id": "a"}
+
+
+def transcript_of(*events):
+    transcript = Transcript()
+    transcript.append(b"".join(map(chunk, events)))
+    return transcript
+
+
+@pytest.mark.parametrize(
+    ("more", "how"),
+    [
+        ({}, "continued"),
+        ({"max_tokens": "8"}, "replayed"),
+        ({"min_tokens": "6"}, "replayed"),
+        ({"response_format": {"type": "json_object"}}, "replayed"),
+        ({"response_format": None, "logprobs": False, "tools": []}, "continued"),
+        ({"guided_json": {}, "guided_regex": "a*"}, "replayed"),
+        ({"regex": "a*", "temperature": 1}, "given up"),
+        ({"regex": "a*", "temperature": 1, "seed": 1}, "replayed"),
+        ({"frequency_penalty": 0.5}, "replayed"),
+        ({"frequency_penalty": 0, "repetition_penalty": 1.0}, "continued"),
+        ({"max_completion_tokens": None, "max_tokens": 9}, "continued"),
+    ],
+)
+def test_only_what_is_known_to_be_safe_is_continued(more, how):
+    so_far = transcript_of(piece("w1"), piece(" w2"))
+    splice = plan(CHAT, {"model": "fake", "temperature": 0, **MESSAGES, **more}, so_far, None)
+    assert how == ("given up" if splice is None else ["continued", "replayed"][splice.replay])
+    if how == "continued" and "max_tokens" in more:
+        assert orjson.loads(splice.body)["max_tokens"] == 7
+
+
+@pytest.mark.parametrize(
+    ("content", "flag", "texts"),
+    [
+        ("x", True, ["x w1"]),
+        ("x", False, ["x", " w1"]),
+        ([{"type": "text", "text": "x"}, {"type": "text", "text": "y"}], True, ["xy w1"]),
+        ([{"type": "image_url", "image_url": {}}], True, None),
+        ([], None, [[], " w1"]),
+    ],
+)
+def test_the_clients_own_last_message(content, flag, texts):
+    messages = [{"role": "assistant", "content": content}]
+    request = {"messages": messages, "temperature": 0, "continue_final_message": flag}
+    splice = plan(CHAT, request, transcript_of(piece(" w1")), None)
+    if texts is None:
+        assert splice.replay
+    else:
+        body = orjson.loads(splice.body)
+        assert [message["content"] for message in body["messages"]] == texts
+        assert body["continue_final_message"] is True
+
+
+def test_where_the_engine_counts_its_tokens_it_is_believed():
+    usage = {"usage": {"completion_tokens": 4}}
+    assert plan(COMPLETIONS, {**GREEDY, **TEXT}, transcript_of(piece("a b c d", **usage)), None)
+    so_far = transcript_of(piece("a b c d", **usage))
+    so_far.fold()
+    assert so_far.tokens == 4
+
+
+@pytest.mark.parametrize(
+    "event", [b'{"choices": ["x"]}', b'{"choices": 3}', b'{"choices": [{"delta": [1]}]}',
+              b'{"choices": [], "usage": 5}', b'{"choices": [{"text": 5}]}'],
+)  # fmt: skip
+def test_json_of_another_shape_ends_in_an_error_at_once(event):
+    async def test():
+        events = [CHUNKED_SSE, chunk(piece("w1")), chunk(b"data: " + event + b"\n\n"), None]
+        async with scripted(events, events) as it:
+            text = (await it.ask(**GREEDY, **TEXT, stream=True)).text
+            assert '"code":502' in text and text.endswith("data: [DONE]\n\n")
+            assert it.router.lost == 1
+
+        async with scripted([*events[:2], None], events) as it:  # in what goes on from it
+            text = (await it.ask(**GREEDY, **TEXT, stream=True)).text
+            assert '"code":502' in text and text.endswith("data: [DONE]\n\n")
+
+    run(test)
 
 
 def test_the_strict_reader_of_these_tests_sees_half_an_event():

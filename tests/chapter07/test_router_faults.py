@@ -1,12 +1,15 @@
 """Workers that die, hang, refuse, or talk nonsense; and clients that leave or ask too much."""
 
 import asyncio
+import errno
 
 import httpx
 import pytest
 
+from llm_router.health import models_of
+from llm_router.http import LAST_CHUNK, chunk
 from llm_router.worker import Worker
-from router_helper import Fake, Stream, routed, run, until
+from router_helper import CHUNKED_SSE, Fake, Stream, piece, routed, run, scripted, until
 
 BODY = {"model": "fake", "prompt": "w1 w2", "max_tokens": 4, "temperature": 0}
 
@@ -68,6 +71,100 @@ def test_a_slow_worker_that_answers_probes_is_not_thought_to_hang():
             answers = await ask_many(it, 2, max_tokens=1)
             assert {answer.status_code for answer in answers} == {200}
             assert it.workers[0].state == "up" and it.router.retries == 0
+
+    run(test)
+
+
+def test_a_long_prompt_is_no_hang():
+    async def test():
+        settings = {"hang_after": 0.2, "probe_timeout": 0.2}
+        async with routed(2, settings=settings, prefill_us=200.0) as it:
+            prompt = " ".join(f"w{i}" for i in range(5000))  # a second
+            answer = await it.ask(**{**BODY, "prompt": prompt})
+            assert answer.status_code == 200
+            assert it.router.retries == 0 and [w.failures for w in it.workers] == [0, 0]
+
+    run(test)
+
+
+def test_a_request_that_was_moved_from_all_stays_where_it_is():
+    async def test():
+        settings = {"hang_after": 0.1, "probe_timeout": 0.1}
+        async with routed(3, settings=settings, prefill_us=20_000.0) as it:
+            prompt = " ".join(f"w{i}" for i in range(60))  # a second on so slow an engine
+            answer = await it.ask(**{**BODY, "prompt": prompt})
+            assert answer.status_code == 200 and it.router.retries == 2
+
+    run(test)
+
+
+def test_a_request_that_kills_its_worker_kills_two():
+    async def test():
+        async with scripted(*[[None]] * 4) as it:
+            answer = await it.ask(**BODY)
+            assert answer.status_code == 502 and len(it.asked) == 2
+
+    run(test)
+
+
+def test_requests_that_all_workers_answer_with_500_open_no_breaker():
+    async def test():
+        async with routed(3) as it:
+            for fake in it.fakes:
+                fake.engine.mode, fake.engine.status = "status", 500
+            assert {a.status_code for a in await ask_many(it, 3)} == {500}
+            assert [worker.state for worker in it.workers] == ["up"] * 3
+            await ask_many(it, 30)
+            assert len(it.router.usable) >= 1  # the last one is asked, whatever it answers
+
+    run(test)
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_the_routers_own_lack_is_no_workers_fault(monkeypatch, stream):
+    async def lacking(worker, made):
+        raise OSError(errno.EMFILE, "too many open files")
+
+    monkeypatch.setattr("llm_router.balancer.connect", lacking)
+
+    async def test():
+        async with scripted([]) as it:
+            answer = await it.ask(**BODY, stream=stream)
+            assert answer.status_code == 503 and "too many open files" in answer.text
+            assert it.workers[0].state == "up" and it.workers[0].failures == 0
+
+    run(test)
+
+
+def test_a_model_of_a_worker_that_is_not_up_yet_may_come():
+    async def test():
+        async with routed(1) as it:
+            it.router.add(Worker("http://127.0.0.1:9"))
+            answer = await it.ask(**{**BODY, "model": "large"})
+            assert answer.status_code == 503 and answer.headers["retry-after"] == "1"
+
+    run(test)
+
+
+def test_models_are_told_in_chunks_too():
+    async def test():
+        chunked = chunk(b'{"data": [{"id"') + chunk(b': "0\\r\\n"}]}') + LAST_CHUNK
+        head = b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n"
+        async with scripted([head + chunked[:9], chunked[9:]]) as it:
+            assert await models_of(it.workers[0], 1.0) == ("0\r\n",)
+
+    run(test)
+
+
+def test_streams_that_run_when_the_router_stops_are_told():
+    async def test():
+        async with scripted([CHUNKED_SSE + chunk(piece("a"))]) as it:
+            asking = asyncio.ensure_future(it.stream(**BODY))
+            await until(lambda: it.asked and not it.workers[0].idle)
+            await asyncio.sleep(0.1)
+            await it.router.stop(0.0)
+            stream = await asking
+            assert stream.text == "a" and "stopped" in stream.errors[0]["message"]
 
     run(test)
 
@@ -232,15 +329,19 @@ def test_a_worker_is_drained_and_added_while_requests_run():
 
 def test_a_slow_client_holds_the_worker_back_not_the_routers_memory():
     async def test():
-        async with routed(1, decode_ms=2.0) as it:
+        async with routed(2, decode_ms=2.0) as it:
             asking = asyncio.ensure_future(it.stream(**{**BODY, "max_tokens": 100}))
             await until(lambda: any(c.exchange and c.exchange.streams for c in it.router.clients))
             [client] = [client for client in it.router.clients if client.exchange]
             reading = client.exchange.upstream.transport.is_reading
             client.pause_writing()  # as the loop does when the client's buffer is full
             assert not reading()
+            client.exchange.move("to see whether the next connection waits too")
+            await until(lambda: client.exchange.upstream)
+            reading = client.exchange.upstream.transport.is_reading
+            assert not reading()
             client.resume_writing()
-            assert reading() and len((await asking).pieces) == 100
+            assert reading() and len((await asking).text.split()) == 100
 
     run(test)
 

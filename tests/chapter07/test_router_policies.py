@@ -6,6 +6,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import msgspec
+import orjson
 import pytest
 import zmq
 from hypothesis import given, settings
@@ -13,7 +14,7 @@ from hypothesis import strategies as st
 
 from distlab.errors import UsageError
 from llm_router.cache_aware import CacheAware, Costs, Prefill
-from llm_router.fake_model import BlockCache, save_tokenizer, tokens_of
+from llm_router.fake_model import MOST_HASH, BlockCache, save_tokenizer, tokens_of
 from llm_router.mirror import Mirrors
 from llm_router.policies import ConsistentHash, LeastLoaded, PowerOfTwo, RoundRobin, make_policy
 from llm_router.prefix_index import PrefixIndex, block_keys
@@ -93,10 +94,13 @@ def test_the_index_mirrors_caches_exactly(sent):
 
 
 def _found(cache, tokens):
-    copy = BlockCache(cache.blocks, cache.block_size)
-    copy._held = cache._held.copy()
-    keys = block_keys(tokens, 2)
-    return next((i for i, key in enumerate(keys) if key not in copy.held), len(keys))
+    key, found, size = 0, 0, cache.block_size
+    for at in range(0, len(tokens) - size + 1, size):
+        key = hash((key, *tokens[at : at + size])) & MOST_HASH  # as the cache names a block
+        if key not in cache.held:
+            break
+        found += 1
+    return found
 
 
 def test_a_guess_is_bounded_and_keeps_the_beginnings():
@@ -107,6 +111,38 @@ def test_a_guess_is_bounded_and_keeps_the_beginnings():
     assert index.match([1, 2, 3], ["w"]) == [2]
     index.forget("w")
     assert len(index) == 0
+
+
+def test_guesses_stay_until_events_take_their_place():
+    index = PrefixIndex[str]()
+    index.expect("w", [7, 8])
+    index.stored("w", ["b"], "a", [1, 1], 2)  # "a" was stored before we listened
+    assert index.match([7, 8], ["w"]) == [2] and not index.mirror("w").exact
+    index.stored("w", ["c"], None, [1, 1], 2)
+    assert index.match([7, 8], ["w"]) == [1] and index.mirror("w").exact
+    index.stored("w", ["d"], "c", [2, 2], 2)
+    assert index.match([7], ["w"]) == [0]
+    assert index.match(block_keys([1, 1, 2, 2], 2), ["w"]) == [2]
+
+
+def test_events_of_arrays_adapters_and_other_blocks(capsys):
+    index = PrefixIndex()
+    [worker] = workers(1)
+    mirrors, keys = Mirrors(index, 2), block_keys([1, 1], 2)
+    stored = ["BlockStored", [1], None, [1, 1], 2, None, "CPU"]
+    mirrors.apply(worker, stored)
+    assert index.match(keys, [worker]) == [0]  # in the host's memory
+    mirrors.apply(worker, [*stored[:5], 3, "GPU"])
+    mirrors.apply(worker, [*stored[:5], None, "GPU", None, [["image"]]])
+    assert index.match(keys, [worker]) == [0]
+    mirrors.apply(worker, [*stored[:5], None, "GPU", None, [None]])
+    mirrors.apply(worker, ["BlockRemoved", [1], "CPU"])
+    assert index.match(keys, [worker]) == [1]
+    mirrors.apply(worker, ["BlockRemoved", [1], "GPU"])
+    assert index.match(keys, [worker]) == [0]
+    for _ in range(2):
+        mirrors.apply(worker, ["BlockStored", [1], None, [1] * 4, 4])
+    assert mirrors.unread == 2 and capsys.readouterr().err.count("--block-size") == 1
 
 
 def test_what_is_expected_counts_until_the_events_have_come():
@@ -166,6 +202,60 @@ def test_prompts_are_cut_as_the_worker_cuts_them(tmp_path):
         PromptKeys(str(tmp_path / "none"), 2)
 
 
+def _with_bos(folder):
+    from tokenizers import Tokenizer, processors
+
+    save_tokenizer(folder)
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    [bos] = tokens_of("<user>")
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<user> $A", special_tokens=[("<user>", bos)]
+    )
+    tokenizer.save(str(folder / "tokenizer.json"))
+    return bos
+
+
+def test_a_chat_has_the_specials_of_its_template_only(tmp_path):
+    bos = _with_bos(tmp_path)
+    template = (
+        "{% if tools %}{{ strftime_now('w%d')[:1] }}1 {% endif %}{{ bos_token }}"
+        "{% for m in messages %} {{ m.content }}{% endfor %}{% if deep %} w7{% endif %}"
+    )
+    config = {"chat_template": [{"name": "default", "template": template},
+                                {"name": "other", "template": ""}],
+              "bos_token": {"content": "<user>"}}  # fmt: skip
+    (tmp_path / "tokenizer_config.json").write_bytes(orjson.dumps(config))
+    (tmp_path / "chat_template.jinja").unlink(missing_ok=True)
+    keys, w = PromptKeys(str(tmp_path), 1), tokens_of("w1 w2 w7")
+    chat = {"messages": [{"role": "user", "content": "w2"}]}
+
+    def cut(**body):
+        return keys(request(**body))[0]
+
+    assert cut(prompt="w1 w2") == block_keys([bos, *w[:2]], 1)
+    assert cut(prompt="w1 w2", add_special_tokens=False) == block_keys(w[:2], 1)
+    assert cut(input_ids=[5, 6]) == cut(prompt=[5, 6]) == cut(input_ids=[[5, 6], [7]])
+    assert cut(**chat) == block_keys([bos, w[1]], 1)
+    deep = {"chat_template_kwargs": {"deep": True}}
+    assert cut(**chat, **deep, tools=[{}]) == block_keys([w[0], bos, w[1], w[2]], 1)
+    long = " ".join(["w1"] * 400)
+    assert cut(prompt=long) == cut(prompt=long) == block_keys([bos] + w[:1] * 400, 1)
+
+
+@pytest.mark.parametrize(
+    "files",
+    [{"tokenizer_config.json": "{"}, {"tokenizer_config.json": "[]"},
+     {"chat_template.jinja": "{% for %}"}],
+)  # fmt: skip
+def test_a_broken_template_is_told_in_one_line(tmp_path, files):
+    save_tokenizer(tmp_path)
+    (tmp_path / "chat_template.jinja").unlink(missing_ok=True)
+    for name, text in files.items():
+        (tmp_path / name).write_text(text)
+    with pytest.raises(UsageError, match="broken chat template"):
+        PromptKeys(str(tmp_path), 2)
+
+
 def test_a_text_that_goes_on_is_tokenized_as_if_it_were_new():
     from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
@@ -176,7 +266,7 @@ def test_a_text_that_goes_on_is_tokenized_as_if_it_were_new():
     tokenizer.train_from_iterator([source], trainer)
     asked: list[int] = []
 
-    def encode(text):
+    def encode(text, add_special_tokens=False):
         asked.append(len(text))
         return tokenizer.encode(text)
 

@@ -11,12 +11,27 @@ import uvicorn
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from distlab.errors import UsageError
 from llm_router.balancer import Router
+from llm_router.client import Client
 from llm_router.control import control_app
 from llm_router.http import ChunkedBody, HttpError, RequestHead, chunk, ends_with_a_chunk
 from llm_router.policies import RoundRobin
 from llm_router.worker import Worker
-from router_helper import COMPLETIONS, Fake, routed, run, until
+from router_helper import (
+    CHUNKED_SSE,
+    COMPLETIONS,
+    DONE,
+    SSE,
+    Fake,
+    Stream,
+    piece,
+    routed,
+    run,
+    scripted,
+    until,
+    whole,
+)
 
 BODY = orjson.dumps({"model": "fake", "prompt": "w1 w2", "max_tokens": 2, "temperature": 0})
 
@@ -37,11 +52,13 @@ def post(body=BODY, *fields, path=COMPLETIONS, version="1.1"):
         (b"POST / HTTP/1.1\r\ntransfer-encoding: gzip\r\n\r\n", 400),
         (b"POST / HTTP/1.1\r\nbad name: 1\r\n\r\n", 400),
         (b"POST / HTTP/1.1\r\na: 1\n b: 2\r\n\r\n", 400),
-        (b"POST /v1/x HTTP/1.1\r\ntransfer-encoding: chunked\r\n\r\nxyz\r\n", 400),
-        (b"POST /v1/completions HTTP/1.1\r\ncontent-length: 99999999999\r\n\r\n", 413),
+        (b"POST /v1/x HTTP/1.1\r\nhost: a\r\ntransfer-encoding: chunked\r\n\r\nxyz\r\n", 400),
+        (b"POST /v1/completions HTTP/1.1\r\nhost: a\r\ncontent-length: 99999999999\r\n\r\n", 413),
         (b"GET / HTTP/1.1\r\na: " + b"x" * 70000, 431),
-        (b"GET /shutdown HTTP/1.1\r\n\r\n", 404),
-        (b"DELETE /metrics HTTP/1.1\r\n\r\n", 405),
+        (b"GET /shutdown HTTP/1.1\r\nhost: a\r\n\r\n", 404),
+        (b"DELETE /metrics HTTP/1.1\r\nhost: a\r\n\r\n", 405),
+        (b"GET /health HTTP/1.1\r\n\r\n", 400),  # no host, or two
+        (b"GET /health HTTP/1.1\r\nhost: a\r\nHost: b\r\n\r\n", 400),
         (post(b"{"), 400),
     ],
 )  # fmt: skip
@@ -72,7 +89,7 @@ def test_requests_in_one_piece_in_many_and_in_chunks():
             assert pipelined.count(b"HTTP/1.1 200 OK") == 3
             reader, writer = await asyncio.open_connection("127.0.0.1", it.port)
             chunked = (
-                b"POST /v1/completions HTTP/1.1\r\ntransfer-encoding: chunked\r\n\r\n"
+                b"POST /v1/completions HTTP/1.1\r\nhost: a\r\ntransfer-encoding: chunked\r\n\r\n"
                 + chunk(BODY[:5]) + chunk(BODY[5:]) + b"0\r\n\r\n"
             )  # fmt: skip
             for data in (post(), chunked):
@@ -240,6 +257,153 @@ def _schemathesis(*target):
     ]  # fmt: skip
 
 
+# ---- one connection, many requests
+
+
+class Wire:
+    """A client's transport that keeps what is written."""
+
+    def __init__(self):
+        self.sent = b""
+
+    def write(self, data):
+        self.sent += data
+
+    def is_closing(self):
+        return False
+
+    def resume_reading(self): ...
+
+    def close(self):
+        self.sent += b"<closed>"
+
+
+def test_data_does_not_overtake_what_waits_in_the_buffer():
+    async def test():
+        async with routed(1) as it:
+            client, wire = Client(it.router), Wire()
+            client.connection_made(wire)
+            second = b"GET /v1/models HTTP/1.1\r\nhost: a\r\n\r\n"
+            client.data_received(b"GET /health HTTP/1.1\r\nhost: a\r\n\r\n" + second[:9])
+            client.data_received(second[9:])  # before the loop had its turn
+            await asyncio.sleep(0)
+            assert wire.sent.count(b"HTTP/1.1 200") == 2 and b"closed" not in wire.sent
+            client.connection_lost(None)
+
+    run(test)
+
+
+def test_a_connection_that_waited_for_a_slow_client_is_read_again(monkeypatch):
+    async def test():
+        write = Client.write
+
+        def slow(client, data):
+            write(client, data)
+            client.pause_writing()
+
+        async with scripted(
+            lambda n: [whole() if n else CHUNKED_SSE + DONE]
+        ) as it:  # the head, which pauses, and the end come in one read
+            with monkeypatch.context() as patched:
+                patched.setattr(Client, "write", slow)
+                assert (await it.ask(prompt="a")).text
+            async with asyncio.timeout(2):
+                assert b"200 OK" in await it.raw(post(BODY, "connection: close"))
+
+    run(test)
+
+
+def test_a_kept_connection_that_the_worker_closes_is_no_fault():
+    async def test():
+        async with scripted(lambda n: [None if n else whole()]) as it:
+            assert [(await it.ask(prompt="a")).status_code for _ in range(3)] == [200] * 3
+            assert it.workers[0].failures == 0 and len(it.asked) == 5
+        async with scripted([whole(version=b"1.0")]) as it:
+            answer = await it.ask(prompt="a")
+            assert answer.http_version == "HTTP/1.1" and not it.workers[0].idle
+
+    run(test)
+
+
+def test_clients_of_http_1_0():
+    async def test():
+        kept = [b"connection: keep-alive"]
+        async with scripted([CHUNKED_SSE + DONE], [whole()]) as it:
+            ask = post(BODY, "connection: keep-alive", "expect: 100-continue", version="1.0")
+            got = await it.raw(ask, 0.3)
+            assert kept[0] in got and b"100 Continue" not in got
+            async with asyncio.timeout(2):  # the end of a stream is the connection's
+                got = await it.raw(ask)
+            assert got.endswith(b"[DONE]\n\n") and b"connection: close" in got
+            assert all(each.split(b"\r\n")[0].endswith(b"HTTP/1.1") for each in it.asked)
+
+    run(test)
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        [SSE + b"content-length: %d\r\n\r\n" % len(piece("a") + b"data: [DONE]\n\n"),
+         piece("a"), b"data: [DONE]\n\n"],
+        [CHUNKED_SSE, chunk(piece("a").replace(b"\n\n", b"\r\n\r")), chunk(b"\n"), DONE],
+        [CHUNKED_SSE, chunk(piece("a")), chunk(b"data: [DONE]\n") + b"0\r\n\r\n"],
+        [CHUNKED_SSE, chunk(piece("a")), DONE[:-2] + b"x-trailer: 1\r\n\r\n"],
+    ],
+    ids=["length", "crlf-in-two", "one-newline", "trailer"],
+)  # fmt: skip
+def test_streams_of_other_front_ends(answer):
+    async def test():
+        async with scripted(answer) as it:
+            stream = Stream((await it.ask(prompt="a", stream=True)).text)
+            assert stream.text == "a" and it.workers[0].failures == 0
+            assert b"accept-encoding: identity\r\n" in it.asked[0]
+            assert it.asked[0].lower().count(b"accept-encoding") == 1
+
+    run(test)
+
+
+def test_slow_and_idle_clients():
+    async def test():
+        async with routed(1, settings={"head_timeout": 0.4, "idle_timeout": 0.4}) as it:
+            assert (await it.raw(post()[:-5])).startswith(b"HTTP/1.1 408")
+            data = post()
+            assert b"200 OK" in await it.raw(data, 3.0)  # and then closed
+            reader, writer = await asyncio.open_connection("127.0.0.1", it.port)
+            for byte in (data[:-8], data[-8:-6], data[-6:-4], data[-4:-2]):
+                writer.write(byte)
+                await asyncio.sleep(0.25)
+            writer.write(data[-2:])
+            assert (await reader.readline()).startswith(b"HTTP/1.1 200")
+            writer.close()
+
+    run(test)
+
+
+def test_what_else_the_rfc_allows():
+    async def test():
+        async with routed(1) as it:
+            target = f"http://x{COMPLETIONS}"
+            got = await it.raw(b"\r\n" + post(path=target) + b"\r\n" + post(), 0.4)
+            assert got.count(b"HTTP/1.1 200") == 2
+            trailers = (
+                b"POST /v1/completions HTTP/1.1\r\nhost: a\r\ntransfer-encoding: chunked\r\n\r\n"
+                + chunk(BODY) + b"0\r\na: b\r\n\r\n"
+            )  # fmt: skip
+            assert (await it.raw(trailers + post(), 0.4)).count(b"HTTP/1.1 200") == 2
+            got = await it.raw(b"PUT /health HTTP/1.1\r\nhost: a\r\n\r\n", 0.2)
+            assert b"\r\nallow: GET, HEAD\r\n" in got
+
+    run(test)
+
+
+@pytest.mark.parametrize(
+    "url", ["http://a:0", "http://u:p@a:1", "http://a:1?x=1", "http://a", "https://a:1"]
+)
+def test_no_address_of_a_worker(url):
+    with pytest.raises(UsageError, match="is no address"):
+        Worker(url)
+
+
 # ---- framing
 
 
@@ -273,6 +437,20 @@ def test_what_belongs_to_one_connection_is_not_forwarded():
     )
     assert head.forward == b"GET /a?b HTTP/1.1\r\nHost: h\r\nX: 1"
     assert head.path == b"/a" and head.keeps_alive
+
+
+def test_a_connection_names_what_is_its_own():
+    head = RequestHead(b"GET /a HTTP/1.1\r\nHost: h\r\nConnection: close, X-A\r\nx-a: 1\r\n\r\n")
+    assert head.forward == b"GET /a HTTP/1.1\r\nHost: h" and not head.keeps_alive
+
+
+def test_a_huge_chunk_is_put_together_once():
+    body, piece = ChunkedBody(), b"x" * 1000
+    assert body.feed(b"%x\r\n" % (len(piece) * 5000)) == b""
+    for _ in range(5000):
+        assert body.feed(piece) == b"" and len(body.rest) < 100
+    assert body.held > 5_000_000
+    assert len(body.feed(b"\r\n0\r\n\r\n")) == 5_000_000 and body.done
 
 
 def test_a_router_needs_a_loop():

@@ -2,8 +2,10 @@
 
 import json
 import signal
+import socket
 import subprocess
 import sys
+import time
 
 import httpx
 import pytest
@@ -11,8 +13,9 @@ import pytest
 import compare_routers
 import kv_duplication
 import router
-from distlab.errors import Skipped, UsageError
+from distlab.errors import RunError, Skipped, UsageError
 from llm_router.contenders import OURS, Contender, fake_workers
+from llm_router.serving import listening, written
 
 
 def test_the_router_starts_serves_and_drains():
@@ -32,6 +35,39 @@ def test_the_router_starts_serves_and_drains():
         served.job.process.send_signal(signal.SIGTERM)
         assert asking.communicate(timeout=20)[0].strip() == "200"
         assert served.job.wait(20) == 0, served.log
+
+
+def test_half_a_request_and_a_long_one_do_not_hold_the_router():
+    with (
+        fake_workers(1) as (workers, _),
+        Contender(OURS, "least_loaded").running(compare_routers.ROUTER, workers) as served,
+    ):
+        httpx.post(f"{workers[0].url}/fault", json={"mode": "hang"})
+        _, control, port = served.log.split("control plane at ")[1].split()[0].split(":")
+        body = b'{"prompt": "w1"}'
+        head = b"POST /v1/completions HTTP/1.1\r\nhost: a\r\ncontent-length: %d\r\n\r\n" % len(body)
+        with (
+            socket.create_connection((control.strip("/"), int(port))) as half,
+            socket.create_connection(("127.0.0.1", int(served.url.rpartition(":")[2]))) as long,
+        ):
+            half.sendall(b"POST /workers HTTP/1.1\r\nhost: a\r\ncontent-length: 9\r\n\r\n{")
+            long.sendall(head + body)
+            while not httpx.get(f"http:{control}:{port}/workers").json()[0]["load"]:
+                time.sleep(0.05)
+            served.job.process.send_signal(signal.SIGTERM)
+            time.sleep(0.3)
+            served.job.process.send_signal(signal.SIGTERM)
+            assert served.job.wait(10) == 0, served.log
+            assert long.recv(100).startswith(b"HTTP/1.1 503")
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "::1"])
+def test_where_it_listens(host):
+    try:
+        with listening(host, 0, "--port") as made:
+            assert "{}:{}".format(*written(made)).startswith(f"[{host}]:" if ":" in host else host)
+    except RunError:
+        pytest.skip("this machine has no IPv6")
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from llm_router.client import Client
 from llm_router.exchange import Exchange
 from llm_router.metrics import Metrics
 from llm_router.policies import Policy
-from llm_router.worker import Worker, connect
+from llm_router.worker import Worker, connect, lacks
 
 FORWARDED = {b"/generate", b"/tokenize", b"/detokenize"}  # and all below /v1/
 FAULTS_OPEN = 3  # one after the other open a worker's breaker
@@ -36,6 +36,7 @@ class Settings:
     hang_after: float = 0.5  # silent with requests so long, a worker is asked for one token
     breaker_open: float = 2.0
     head_timeout: float = 30.0  # of a client that sends its request slowly
+    idle_timeout: float = 300.0  # of a client that sends none
 
 
 class Router:
@@ -92,7 +93,8 @@ class Router:
         """A failure of the worker's own: no client's mistake, no full queue."""
         worker.failures += 1
         worker.faults += 1
-        if worker.faults >= FAULTS_OPEN and not worker.open_until:
+        others = any(other is not worker for other in self.usable)  # better a faulty one than none
+        if worker.faults >= FAULTS_OPEN and not worker.open_until and others:
             worker.open_until = self.now() + self.settings.breaker_open
             self.refresh()
 
@@ -114,9 +116,6 @@ class Router:
         if any(other is not worker for other in self.usable):
             for exchange in [each for each in self.active if each.worker is worker]:
                 exchange.move(why)
-
-    def cut(self, exchange: Exchange, worker: Worker) -> None:
-        self.cuts += 1
 
     # ---- requests
 
@@ -156,28 +155,45 @@ class Router:
 
     def dispatch(self, exchange: Exchange) -> None:
         """Find a worker that has not been tried for it."""
-        workers = self.usable
-        if not self.same_models:
-            model = exchange.parsed.get("model")
-            if model is not None and (named := [w for w in self.workers.values() if w.models]):
-                if not any(model in worker.models for worker in named):
-                    names = sorted({name for worker in named for name in worker.models})
-                    exchange.refuse(404, f"no worker has the model {model!r}; there are {names}")
-                    return
-                workers = [worker for worker in workers if model in worker.models]
+        workers = self.usable if self.same_models else self._with_model(exchange)
         if tried := exchange.tried:
             if len(tried) >= self.settings.max_tries:
                 exchange.refuse(502, f"{len(tried)} workers failed to answer this request")
                 return
             workers = [worker for worker in workers if worker not in tried]
+        if exchange.moved:  # back to one of these only where there is no other
+            workers = [worker for worker in workers if worker not in exchange.moved] or workers
         if workers:
             exchange.send(self.policy.choose(exchange, workers))
         elif exchange.tried:
             exchange.refuse(502, "the workers failed to answer this request, and no other is left")
         elif not self.workers:
             exchange.refuse(503, "the router has no workers; add one with POST /workers", 5)
+        elif not self.same_models and (why := self._no_model(exchange)):
+            exchange.refuse(404, why)
         else:
             exchange.refuse(503, "no worker can be used now", retry_after=1)
+
+    def _with_model(self, exchange: Exchange) -> list[Worker]:
+        model = exchange.parsed.get("model")
+        if model is None or not any(worker.models for worker in self.workers.values()):
+            return self.usable
+        return [worker for worker in self.usable if model in worker.models]
+
+    def _no_model(self, exchange: Exchange) -> str:
+        """Why no worker will ever have its model; empty where one may have it that is not up."""
+        model, workers = exchange.parsed.get("model"), self.workers.values()
+        names = sorted({name for worker in workers for name in worker.models})
+        unknown = any(not worker.models and not worker.healthy for worker in workers)
+        if model is None or not names or model in names or unknown:
+            return ""
+        return f"no worker has the model {model!r}; there are {names}"
+
+    def others(self, exchange: Exchange) -> list[Worker]:
+        """Where it may be moved to."""
+        been = (*exchange.tried, *exchange.moved, exchange.worker)
+        workers = self.usable if self.same_models else self._with_model(exchange)
+        return [worker for worker in workers if worker not in been]
 
     def connect(self, exchange: Exchange, worker: Worker) -> None:
         task = self.loop.create_task(self._connect(exchange, worker))
@@ -188,6 +204,9 @@ class Router:
         try:
             await connect(worker, exchange.connected)
         except (OSError, TimeoutError) as error:
+            if lacks(error):
+                exchange.refuse(503, f"the router cannot connect: {error}", retry_after=1)
+                return
             self.unreachable(worker)
             if exchange.worker is worker and exchange.upstream is None:
                 exchange.failed(f"no connection: {error}")
@@ -219,8 +238,7 @@ class Router:
         for exchange in [e for e in self.active if now - e.started > limit]:
             exchange.expire()
         for client in [*self.clients]:
-            if client.slow(now, self.settings.head_timeout):
-                client.transport.abort()
+            client.expire(now, self.settings.head_timeout, self.settings.idle_timeout)
 
     # ---- what the router answers by itself
 
@@ -251,12 +269,16 @@ class Router:
 
     # ---- the end
 
-    async def stop(self, grace_s: float) -> None:
-        """Nothing new; what runs may end within `grace_s`."""
+    async def stop(self, grace_s: float, hurry: asyncio.Event | None = None) -> None:
+        """Nothing new; what runs may end within `grace_s`, and until `hurry` is set."""
         self.stopping = True
         deadline = self.now() + grace_s
         while (self.running or self.queue) and self.now() < deadline:
+            if hurry is not None and hurry.is_set():
+                break
             await asyncio.sleep(0.02)
+        for exchange in [*self.queue, *self.active]:
+            exchange.refuse(503, "the router has stopped", retry_after=1)
         for client in [*self.clients]:
             client.transport.close()
         for worker in self.workers.values():

@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from llm_router.policies import Asked
+from llm_router.policies import Asked, Plain
 from llm_router.prefix_index import PrefixIndex
 from llm_router.worker import Worker
 
@@ -30,7 +30,7 @@ class Prefill:
     KEEP = 0.99
 
     def __init__(self, slope: float) -> None:
-        self.slope, self.base = slope, 0.0
+        self.slope, self.learned = slope, False
         self._n = self._x = self._y = self._xx = self._xy = 0.0
 
     def learn(self, tokens: float, seconds: float) -> None:
@@ -41,7 +41,8 @@ class Prefill:
         self._xx = self._xx * keep + tokens * tokens
         self._xy = self._xy * keep + tokens * seconds
         spread = self._n * self._xx - self._x**2
-        if self._n > 8 and spread > 1e-3 * self._n * self._xx:
+        self.learned = self._n > 8
+        if self.learned and spread > 1e-3 * self._n * self._xx:
             slope = (self._n * self._xy - self._x * self._y) / spread
             self.slope = min(max(slope, 1e-7), 1e-2)
 
@@ -88,6 +89,11 @@ class CacheAware:
         self.prefill = Prefill(self.costs.prefill)
         self._loads: dict[Worker, Load] = {}
 
+    @property
+    def token_s(self) -> float:
+        """Four times what is learned: a batch of other requests may slow a prompt down."""
+        return 4 * self.prefill.slope if self.prefill.learned else Plain.token_s
+
     def choose(self, exchange: Asked, workers: Sequence[Worker]) -> Worker:
         now, costs = self.now(), self.costs
         self.index.settle(now)
@@ -116,6 +122,7 @@ class CacheAware:
         load = self._loads[best]
         load.share += 1 - keep
         load.free_at = now + best_wait + best_missed * slope
+        exchange.missed = best_missed
         exchange.keys = Sent(keys, best_missed, best_wait == 0.0, now)
         self.index.expect(best, keys)
         return best

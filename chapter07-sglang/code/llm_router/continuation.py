@@ -17,10 +17,21 @@ from llm_router.http import ChunkedBody
 
 FOLD_BYTES = 2**20  # of events are kept as they are, before only their text is
 DEFAULT_MAX_TOKENS = 16  # of a completion, in the OpenAI API
+FOREIGN = (TypeError, ValueError, AttributeError, KeyError)  # JSON of another shape raises these
 CHAT = "/v1/chat/completions"
 COMPLETIONS = "/v1/completions"
-# With these a piece of text is not what the client needs to go on.
-NOT_CONTINUED = ("tools", "functions", "echo", "logprobs", "top_logprobs", "best_of", "suffix")
+# With other parameters than these, what follows a text may depend on how it came to be: on a
+# grammar's state, or on what a penalty counts as the answer.
+CONTINUED = {
+    "model", "prompt", "messages", "stream", "stream_options", "max_tokens",
+    "max_completion_tokens", "min_tokens", "temperature", "top_p", "top_k", "min_p", "seed", "stop",
+    "stop_token_ids", "ignore_eos", "logit_bias", "n", "skip_special_tokens", "add_special_tokens",
+    "user", "session_id", "prompt_cache_key", "safety_identifier", "metadata", "store",
+    "service_tier", "priority", "request_id", "parallel_tool_calls", "chat_template_kwargs",
+    "add_generation_prompt", "continue_final_message",
+}  # fmt: skip
+COUNTS = ("max_tokens", "max_completion_tokens", "min_tokens")
+NEUTRAL = {"frequency_penalty": 0, "presence_penalty": 0, "repetition_penalty": 1, "best_of": 1}
 
 
 class Transcript:
@@ -33,7 +44,6 @@ class Transcript:
         self.tokens = 0
         self.first: dict[str, Any] = {}  # id, created and model, for the events to come
         self.finish: str | None = None
-        self.usage: dict[str, Any] | None = None
         self.only_text = True
         self._done = False
         self._raw: list[bytes] = []
@@ -69,13 +79,16 @@ class Transcript:
     def _take(self, event: dict[str, Any]) -> str:
         if not self.first:
             self.first = {k: event[k] for k in ("id", "created", "model") if k in event}
-        if usage := event.get("usage"):
-            self.usage = usage
-        text, counted, only_text = piece_of(event)
-        self.tokens += counted
+        try:
+            text, counted, only_text = piece_of(event)
+            for choice in event.get("choices") or ():
+                self.finish = choice.get("finish_reason") or self.finish
+            self.tokens += counted
+            if usage := event.get("usage"):  # where the engine counts, it knows better
+                self.tokens = usage["completion_tokens"] + 0
+        except FOREIGN:
+            text, only_text = "", False
         self.only_text &= only_text
-        for choice in event.get("choices") or ():
-            self.finish = choice.get("finish_reason") or self.finish
         return text
 
 
@@ -95,10 +108,18 @@ def parsed(data: bytes) -> dict[str, Any] | None:
     return event if isinstance(event, dict) else None
 
 
+def is_whole(event: bytes) -> bool:
+    """Whether nothing but the empty line after it is missing."""
+    return all(
+        data == b"[DONE]" or parsed(data) is not None for data in [*events_of(event)] or [b""]
+    )
+
+
 def piece_of(event: dict[str, Any]) -> tuple[str, int, bool]:
     """The text of an event, its tokens, and whether it is nothing but text of one choice.
 
     An engine sends a token an event; where it has put several into one, only itself knows how many.
+    Raises where the JSON is of another shape.
     """
     text, tokens, only_text = "", 0, "error" not in event
     for choice in event.get("choices") or ():
@@ -203,34 +224,53 @@ def plan(
         return Splice(request, so_far, replay=True)  # nothing to leave out
     if not so_far.only_text or request.get("n") not in (None, 1):
         return None
-    if any(request.get(name) for name in NOT_CONTINUED):
-        return None
     greedy = request.get("temperature") == 0
     seeded = request.get("seed") is not None
     refused = before is not None and before.refused
-    text_prompt = path == CHAT or isinstance(request.get("prompt"), str)
-    if text_prompt and (greedy or not seeded) and not refused:
+    if (greedy or not seeded) and not refused and _can_be_continued(path, request):
         return _continued(path, request, so_far)
     if (greedy or seeded) and not (refused and before is not None and before.replay):
         return Splice(request, so_far, replay=True)
     return None
 
 
+def _can_be_continued(path: str, request: dict[str, Any]) -> bool:
+    for name, value in request.items():
+        harmless = value in (None, False, [], {}) or value == NEUTRAL.get(name)
+        if name not in CONTINUED and not harmless:
+            return False
+        if name in COUNTS and value is not None and type(value) is not int:
+            return False
+    if path == COMPLETIONS:
+        return isinstance(request.get("prompt"), str)
+    messages = request.get("messages")
+    if not isinstance(messages, list) or not all(isinstance(each, dict) for each in messages):
+        return False
+    return not request.get("continue_final_message") or _text_of(messages[-1]) is not None
+
+
+def _text_of(message: dict[str, Any]) -> str | None:
+    """What it says; None where that is more than text."""
+    content = message.get("content")
+    if isinstance(content, list):
+        texts = [part.get("text") for part in content if isinstance(part, dict)]
+        only = len(texts) == len(content) and all(isinstance(text, str) for text in texts)
+        return "".join(map(str, texts)) if only else None
+    return content if isinstance(content, str) else None
+
+
 def _continued(path: str, request: dict[str, Any], so_far: Transcript) -> Splice:
     body = dict(request)
-    limit = "max_completion_tokens" if "max_completion_tokens" in body else "max_tokens"
+    limit = "max_tokens" if body.get("max_completion_tokens") is None else "max_completion_tokens"
     most = body.get(limit)
     if path == COMPLETIONS:
         body["prompt"] = request["prompt"] + so_far.text
         most = DEFAULT_MAX_TOKENS if most is None else most
     else:
-        messages = list(request.get("messages") or ())
-        if messages and messages[-1].get("role") == "assistant":  # it continues one already
-            last = messages.pop()
-            so_far_text = (last.get("content") or "") + so_far.text
-        else:
-            so_far_text = so_far.text
-        body["messages"] = [*messages, {"role": "assistant", "content": so_far_text}]
+        messages, text = list(request["messages"]), so_far.text
+        if request.get("continue_final_message"):  # the client's own beginning of the answer
+            text = (_text_of(messages.pop()) or "") + text
+        body["messages"] = [*messages, {"role": "assistant", "content": text}]
         body.update(continue_final_message=True, add_generation_prompt=False)
     if most is not None:
         if most <= so_far.tokens:  # only its last word, that there is no more, is missing

@@ -6,7 +6,7 @@ from typing import Any, Protocol
 import orjson
 
 from llm_router import continuation
-from llm_router.continuation import Splice, Transcript
+from llm_router.continuation import FOREIGN, Splice, Transcript
 from llm_router.http import (
     LAST_CHUNK,
     ChunkedBody,
@@ -20,12 +20,14 @@ from llm_router.worker import Upstream, Worker
 
 RETRIED = {429, 500, 502, 503, 504}  # another worker may do better
 FAULTS = {500, 502, 504}  # of the worker; 429 and 503 say that it is busy, or leaves
+MOST_DEATHS = 2
 
 
 class Owner(Protocol):
     """The router, as a request and its client see it."""
 
     retries: int
+    cuts: int
     lost: int
     now: Callable[[], float]
     stopping: bool
@@ -44,7 +46,7 @@ class Owner(Protocol):
     def connect(self, exchange: Any, worker: Worker) -> None: ...
     def answered(self, exchange: Any, worker: Worker) -> None: ...
     def fault(self, worker: Worker, why: str) -> None: ...
-    def cut(self, exchange: Any, worker: Worker) -> None: ...
+    def others(self, exchange: Any) -> list[Worker]: ...
     def over(self, exchange: Any, status: int) -> None: ...
 
 
@@ -53,7 +55,10 @@ class Asking(Protocol):
 
     transport: Any
     keeps_alive: bool
+    paused: bool
 
+    @property
+    def connection(self) -> bytes: ...
     def write(self, data: bytes) -> None: ...
     def reply(self, reply: Reply, request_id: bytes, head_only: bool = False) -> None: ...
     def done(self, exchange: Any) -> None: ...
@@ -67,9 +72,9 @@ class Exchange:
     """
 
     __slots__ = (
-        "_parsed", "_transcript", "began", "body", "client", "head", "keys", "last_reply", "missed",
-        "over", "queued", "request_id", "router", "splice", "started", "streams", "tried",
-        "upstream", "worker",
+        "_again", "_deaths", "_erred", "_had", "_parsed", "_transcript", "began", "body", "client",
+        "head", "keys", "last_reply", "missed", "moved", "over", "queued", "request_id", "router",
+        "splice", "started", "streams", "tried", "upstream", "worker",
     )  # fmt: skip
 
     def __init__(self, router: "Owner", client: "Asking", head: RequestHead, body: bytes) -> None:
@@ -79,12 +84,15 @@ class Exchange:
         self.worker: Worker | None = None
         self.upstream: Upstream | None = None
         self.tried: list[Worker] = []
+        self.moved: list[Worker] = []  # away from these, which may have been busy only
+        self._deaths = self._had = 0  # connections lost, and what the client had at the last
+        self._again = self._erred = False
         self.streams = False  # the client has the head of a stream
         self.over = self.queued = False
         self.splice: Splice | None = None
         self.last_reply: tuple[ResponseHead, bytes] | None = None
         self.keys: Any = None  # what a policy found out about the prompt
-        self.missed = 0  # tokens, as it believes
+        self.missed = 0  # tokens of it that the worker has not, as a policy believes
         self._parsed: Any = None
         self._transcript: Transcript | None = None
 
@@ -129,14 +137,25 @@ class Exchange:
         if self.over or self.worker is not connection.worker or self.upstream is not None:
             connection.worker.idle.append(connection)
         else:
+            self._again = False
             self._use(connection)
+
+    def again(self) -> None:
+        """A kept connection was closed before one byte came: no fault, if a new one is taken."""
+        self.upstream = None
+        self._again = True
+        if self.worker is not None:
+            self.router.connect(self, self.worker)
 
     def _use(self, connection: Upstream) -> None:
         self.upstream = connection
+        if self.client.paused:
+            connection.transport.pause_reading()
         body = self.body if self.splice is None else self.splice.body
         connection.start(
             self,
-            b"%b\r\nx-request-id: %b\r\ncontent-length: %d\r\n\r\n%b"
+            b"%b\r\naccept-encoding: identity\r\nx-request-id: %b\r\n"
+            b"content-length: %d\r\n\r\n%b"
             % (self.head.forward, self.request_id, len(body), body)
         )  # fmt: skip
 
@@ -151,23 +170,46 @@ class Exchange:
             upstream.close()
 
     def move(self, why: str) -> None:
-        """Away from a worker that hangs."""
-        self.failed(why, fault=False)
+        """Away from a worker that hangs, or is busy: no try, and not where all others have been."""
+        if self.worker is None or self.over or not self.router.others(self):
+            return
+        self.moved.append(self.worker)
+        self._again = False
+        self._leave()
+        self._elsewhere()
 
-    def failed(self, why: str, fault: bool = True) -> None:
+    def failed(self, why: str, died: bool = False) -> None:
         """The worker did not answer, or not to the end: let another one."""
         worker = self.worker
         if worker is None or self.over:
             return
         self._leave()
         self.tried.append(worker)
-        if fault:
-            self.router.fault(worker, why)
+        self.router.fault(worker, why)
+        if died or self._again:
+            self._again = False
+            self._died()
+        if not self.over:
+            self._elsewhere()
+
+    def _died(self) -> None:
+        """A request that kills its worker must not kill all: two is the end, if it got no farther
+        between them."""
+        had = 0
+        if self._transcript is not None:
+            self._transcript.fold()
+            had = self._transcript.tokens
+        self._deaths = 1 if had > self._had else self._deaths + 1
+        self._had = had
+        if self._deaths >= MOST_DEATHS:
+            self.refuse(502, f"{self._deaths} workers broke off at this request")
+
+    def _elsewhere(self) -> None:
         if not self.streams:
             self.router.retries += 1
             self.router.dispatch(self)
             return
-        self.router.cut(self, worker)
+        self.router.cuts += 1
         self._continue()
 
     def _continue(self) -> None:
@@ -176,7 +218,10 @@ class Exchange:
         if self._transcript.done:
             self.stream_ends()
             return
-        self.splice = continuation.plan(self.path, self.parsed, self._transcript, self.splice)
+        try:
+            self.splice = continuation.plan(self.path, self.parsed, self._transcript, self.splice)
+        except FOREIGN:
+            self.splice = None
         if self.splice is None:
             self._give_up("the worker broke off, and this stream cannot be continued")
         elif self.splice.finished:
@@ -199,7 +244,9 @@ class Exchange:
 
     def _refused(self, head: ResponseHead, body: bytes, worker: Worker) -> None:
         if head.status in FAULTS:
-            self.router.fault(worker, f"status {head.status}")
+            if not self._erred:  # where all answer so, it is more likely the request's fault
+                self.router.fault(worker, f"status {head.status}")
+            self._erred = True
         elif head.status < 500:
             self.router.answered(self, worker)
         self._leave()
@@ -220,22 +267,21 @@ class Exchange:
         length = b"content-length: %d\r\n" % len(body) if head.has_body else b""
         self.client.write(
             b"%b\r\nx-request-id: %b\r\n%b%b\r\n%b"
-            % (head.forward, self.request_id, length, self._closing(), body)
+            % (head.forward, self.request_id, length, self.client.connection, body)
         )
         self._over(head.status)
-
-    def _closing(self) -> bytes:
-        return b"" if self.client.keeps_alive else b"connection: close\r\n"
 
     def stream_begins(self, head: ResponseHead) -> bool:
         """The head of a stream: the client gets it now, unless it has one."""
         if not self.streams:
             self.streams = True
             self._transcript = Transcript()
-            coding = b"transfer-encoding: chunked\r\n" if self.head.http11 else b""
+            coding = b"transfer-encoding: chunked\r\n"
+            if not self.head.http11:  # the stream's end is the connection's
+                coding, self.client.keeps_alive = b"", False
             self.client.write(
                 b"%b\r\nx-request-id: %b\r\n%b%b\r\n"
-                % (head.forward, self.request_id, coding, self._closing())
+                % (head.forward, self.request_id, coding, self.client.connection)
             )
         return not self.over
 
@@ -254,7 +300,10 @@ class Exchange:
     def events(self, events: bytes) -> None:
         """Whole events, to be spliced in or put into a chunk."""
         if self.splice is not None:
-            events = self.splice.feed(events)
+            try:
+                events = self.splice.feed(events)
+            except FOREIGN:
+                self.splice.diverged = True
             if self.splice.diverged:
                 self._give_up("another worker's answer is not the same")
                 return

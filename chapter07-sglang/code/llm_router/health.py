@@ -3,7 +3,8 @@
 /health of many engines says only that their front end lives: it answers before they can serve, and
 while the engine behind it hangs. So a worker is first used when it has answered a request for one
 token; and when it is silent though it has requests, it is asked for one token more. A busy engine
-answers that, or lets another stream be heard; one that does neither hangs.
+answers that, or lets another stream be heard; one that does neither hangs. While it may still
+compute long prompts it is not asked: the question would wait behind them.
 """
 
 import asyncio
@@ -12,11 +13,14 @@ import contextlib
 import orjson
 
 from llm_router.balancer import Router, cancelled
-from llm_router.worker import Worker
+from llm_router.http import ChunkedBody, HttpError
+from llm_router.prompts import BYTES_PER_TOKEN
+from llm_router.worker import Worker, lacks
 
 TICK_S = 0.1
 MOST_MISSED = 2  # probes of /health that may fail before a worker is down
 MOST_ANSWER = 2**20
+MOST_PREFILL_S = 60.0  # bytes say little of the tokens where a prompt has images
 FIRST_TOKEN_S = 30.0  # how long the first answer of a worker that comes back may take
 
 
@@ -31,7 +35,7 @@ async def ask(
         reader, writer = await asyncio.open_connection(worker.host, worker.port, limit=MOST_ANSWER)
         try:
             head = (
-                f"{method} {path} HTTP/1.1\r\nhost: {worker.host}:{worker.port}\r\n"
+                f"{method} {path} HTTP/1.1\r\nhost: {worker.netloc}\r\n"
                 f"connection: close\r\ncontent-type: application/json\r\n"
                 f"content-length: {len(body)}\r\n\r\n"
             )
@@ -44,13 +48,17 @@ async def ask(
                 raise ValueError("no HTTP answer")
             lower = top.lower()
             if b"\r\ntransfer-encoding: chunked" in lower:
-                answer = await reader.readuntil(b"0\r\n\r\n")
+                chunks, answer = ChunkedBody(), b""
+                while not chunks.done:
+                    if not (data := await reader.read(MOST_ANSWER)):
+                        raise ValueError("half an answer")
+                    answer += chunks.feed(data)
             elif (at := lower.find(b"\r\ncontent-length:")) >= 0:
                 answer = await reader.readexactly(int(lower[at + 17 :].split(b"\r\n")[0]))
             else:
                 answer = await reader.read(MOST_ANSWER)
             return int(top[9:12]), answer
-        except (asyncio.IncompleteReadError, asyncio.LimitOverrunError) as error:
+        except (asyncio.IncompleteReadError, asyncio.LimitOverrunError, HttpError) as error:
             raise ValueError("half an answer") from error
         finally:
             writer.transport.abort()
@@ -63,16 +71,16 @@ async def answers(worker: Worker, limit_s: float) -> bool:
         body["model"] = worker.models[0]
     try:
         status, _ = await ask(worker, "POST", "/v1/completions", orjson.dumps(body), limit_s)
-    except (OSError, TimeoutError, ValueError):
-        return False
+    except (OSError, TimeoutError, ValueError) as error:
+        return lacks(error)  # then nothing is known of the worker
     return status < 500 or status == 503
 
 
 async def is_healthy(worker: Worker, limit_s: float) -> bool:
     try:
         return (await ask(worker, "GET", "/health", b"", limit_s))[0] == 200
-    except (OSError, TimeoutError, ValueError):
-        return False
+    except (OSError, TimeoutError, ValueError) as error:
+        return lacks(error)
 
 
 async def models_of(worker: Worker, limit_s: float) -> tuple[str, ...]:
@@ -143,6 +151,20 @@ class Watch:
             worker.open_until = self.router.now() + self.settings.breaker_open
         self.router.refresh()
 
+    def _computes_until(self, worker: Worker, since: float) -> float:
+        """When it must have been heard: it takes one prompt after the other, and a stream begins
+        when its prompt is computed. What came after it fell silent does not delay that."""
+        until, late = since, since + self.settings.hang_after
+        for exchange in self.router.active:
+            if exchange.worker is worker and exchange.began <= late:
+                if exchange.streams and exchange.splice is None:  # it has begun
+                    continue
+                tokens = exchange.missed or len(exchange.body) / BYTES_PER_TOKEN
+                until = max(until, exchange.began) + tokens * self.router.policy.token_s
+                if exchange.parsed.get("stream"):
+                    break
+        return min(until, since + MOST_PREFILL_S)
+
     async def _watch_silence(self, worker: Worker) -> None:
         heard, since = worker.reads, self.router.now()
         while True:
@@ -155,7 +177,9 @@ class Watch:
                 heard, since = worker.reads, self.router.now()
             elif worker.reads != heard or not worker.load or not worker.healthy:
                 heard, since = worker.reads, now
-            elif now - since > self.settings.hang_after:
+            elif now - since > self.settings.hang_after and now > self._computes_until(
+                worker, since
+            ):
                 alive = await answers(worker, self.settings.probe_timeout)
                 if not alive and worker.reads == heard and worker.load:
                     worker.hung = True

@@ -19,9 +19,10 @@ MOST_NAMES = 1000  # of fields are known to be well formed
 # Read here: those of one connection, which are not forwarded, and what else is needed.
 READ = (
     b"content-length", b"transfer-encoding", b"connection", b"expect", b"x-request-id",
-    b"content-type",
+    b"content-type", b"host",
 )  # fmt: skip
-DROPPED = (b"keep-alive", b"proxy-connection", b"te", b"trailer", b"upgrade")
+# accept-encoding too, since compressed events could not be told apart.
+DROPPED = (b"keep-alive", b"proxy-connection", b"te", b"trailer", b"upgrade", b"accept-encoding")
 REASONS = {
     200: "OK", 400: "Bad Request", 404: "Not Found", 405: "Method Not Allowed",
     408: "Request Timeout", 413: "Content Too Large", 429: "Too Many Requests",
@@ -56,13 +57,15 @@ class Fields:
     no content-length stands."""
 
     __slots__ = (
-        "chunked", "close", "content_type", "expect", "forwarded", "keep_alive", "length",
-        "request_id",
+        "chunked", "close", "content_type", "expect", "forwarded", "hosts", "keep_alive", "length",
+        "named", "request_id",
     )  # fmt: skip
 
     def __init__(self, lines: list[bytes]) -> None:
-        """`lines` begin with the request's or the status line, which is forwarded."""
+        """`lines` begin with the request's or the status line, as it is forwarded."""
         self.length: int | None = None
+        self.hosts = 0
+        self.named: set[bytes] = set()  # fields that belong to this connection, as it says
         self.chunked = self.close = self.keep_alive = self.expect = False
         self.request_id = self.content_type = b""
         self.forwarded = [lines[0]]
@@ -73,12 +76,17 @@ class Fields:
                 known = _known_name(name)
             if not colon:
                 raise HttpError(400, "a field has no value")
-            if not known or known == b"content-type":
+            if not known or known == b"content-type" or known == b"host":
                 self.forwarded.append(line)
             if known:
                 self._read(known, value.strip())
         if self.chunked and self.length is not None:
             raise HttpError(400, "a message has a content-length or is chunked, not both")
+        if self.named:
+            self.forwarded[1:] = [
+                line for line in self.forwarded[1:]
+                if line.partition(b":")[0].lower() not in self.named
+            ]  # fmt: skip
 
     def _read(self, name: bytes, value: bytes) -> None:
         if name == b"content-length":
@@ -94,8 +102,12 @@ class Fields:
                 raise HttpError(400, "no transfer-encoding but chunked is known")
             self.chunked = True
         elif name == b"connection":
-            self.close |= b"close" in value.lower()
-            self.keep_alive |= b"keep-alive" in value.lower()
+            names = {name.strip() for name in value.lower().split(b",")}
+            self.close |= b"close" in names
+            self.keep_alive |= b"keep-alive" in names
+            self.named |= names - {b"close", b"keep-alive", b"host", b"content-type"}
+        elif name == b"host":
+            self.hosts += 1
         elif name == b"expect":
             self.expect = True
 
@@ -120,9 +132,15 @@ class RequestHead:
         if line is None:
             raise HttpError(400, "this is no HTTP/1.1 request")
         self.method, target, minor = line.groups()
+        if target[:7].lower() == b"http://":  # as a proxy is asked
+            _, slash, path = target[7:].partition(b"/")
+            target = slash + path or b"/"
         self.path = target.partition(b"?")[0]
         self.http11 = minor == b"1"
+        lines[0] = b"%b %b HTTP/1.1" % (self.method, target)
         self.fields = Fields(lines)
+        if self.fields.hosts != 1 and (self.http11 or self.fields.hosts):
+            raise HttpError(400, "a request of HTTP/1.1 has one host field")
         self.forward = b"\r\n".join(self.fields.forwarded)
 
     @property
@@ -139,7 +157,10 @@ class ResponseHead:
         if head[:7] != b"HTTP/1." or not head[9:12].isdigit() or head[8:9] != b" ":
             raise HttpError(502, "the worker's answer is no HTTP/1.1")
         self.status = int(head[9:12])
-        self.fields = Fields(_lines(head))
+        lines = _lines(head)
+        lines[0] = b"HTTP/1.1" + lines[0][8:]
+        self.fields = Fields(lines)
+        self.fields.close |= head[7:8] == b"0"  # it may be kept, but seldom is
         self.forward = b"\r\n".join(self.fields.forwarded)
 
     @property
@@ -152,6 +173,9 @@ class ChunkedBody:
 
     def __init__(self) -> None:
         self._buffer = b""
+        self._parts: list[bytes] = []  # of a chunk that has not come to its end
+        self._missing = 0  # bytes until it has
+        self.held = 0  # bytes that wait
         self.done = False
 
     @property
@@ -160,7 +184,13 @@ class ChunkedBody:
 
     def feed(self, data: bytes) -> bytes:
         """The payload that is complete with `data`. Raises `HttpError` where it is no such body."""
-        buffer = self._buffer + data if self._buffer else data
+        if self._missing > len(data):
+            self._parts.append(data)
+            self._missing -= len(data)
+            self.held += len(data)
+            return b""
+        buffer = b"".join((self._buffer, *self._parts, data)) if self._buffer else data
+        self._parts, self._missing = [], 0
         pieces, at = [], 0
         while not self.done:
             line_end = buffer.find(b"\r\n", at)
@@ -171,12 +201,15 @@ class ChunkedBody:
             size = chunk_size(buffer[at:line_end])
             end = line_end + 2 + size
             if size == 0:
-                if len(buffer) < end + 2:
+                last = buffer.find(HEAD_END, line_end)  # after trailers, which nobody needs
+                if last < 0:
+                    if len(buffer) - line_end > MOST_HEAD:
+                        raise HttpError(400, "the trailers take no end")
                     break
-                if buffer[end : end + 2] != b"\r\n":
-                    raise HttpError(400, "trailer fields are not taken")
+                end = last + 2
                 self.done = True
             elif len(buffer) < end + 2:
+                self._missing = end + 2 - len(buffer)
                 break
             elif buffer[end : end + 2] != b"\r\n":
                 raise HttpError(400, "a chunk is longer than its size")
@@ -184,6 +217,7 @@ class ChunkedBody:
                 pieces.append(buffer[line_end + 2 : end])
             at = end + 2
         self._buffer = buffer[at:]
+        self.held = len(self._buffer)
         return b"".join(pieces)
 
 
@@ -225,14 +259,17 @@ class Reply:
     content_type: str = "application/json"
     retry_after: int | None = None
 
-    def wire(self, request_id: bytes = b"", close: bool = False, head_only: bool = False) -> bytes:
+    def wire(
+        self, request_id: bytes = b"", connection: bytes = b"", head_only: bool = False
+    ) -> bytes:
+        """`connection` is that field, as a line."""
         lines = [f"HTTP/1.1 {self.status} {REASONS.get(self.status, 'Unknown')}"]
         lines += [f"content-type: {self.content_type}", f"content-length: {len(self.body)}"]
         if self.retry_after is not None:
             lines.append(f"retry-after: {self.retry_after}")
-        if close:
-            lines.append("connection: close")
-        head = "\r\n".join(lines).encode() + b"\r\n"
+        if self.status == 405:
+            lines.append("allow: GET, HEAD")
+        head = "\r\n".join(lines).encode() + b"\r\n" + connection
         if request_id:
             head += b"x-request-id: " + request_id + b"\r\n"
         return head + b"\r\n" + (b"" if head_only else self.body)

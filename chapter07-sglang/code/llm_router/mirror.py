@@ -5,6 +5,7 @@ vLLM and SGLang publish them alike (ZMQ PUB: a topic, a sequence number, and msg
 """
 
 import asyncio
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,7 +16,13 @@ from distlab.errors import UsageError
 from llm_router.prefix_index import PrefixIndex
 from llm_router.worker import Worker
 
-FIELDS = ("type", "block_hashes", "parent_block_hash", "token_ids", "block_size")
+FIELDS = {  # of the events that are arrays
+    "BlockStored": (
+        "type", "block_hashes", "parent_block_hash", "token_ids", "block_size", "lora_id", "medium",
+        "lora_name", "extra_keys",
+    ),
+    "BlockRemoved": ("type", "block_hashes", "medium"),
+}  # fmt: skip
 MOST_AT_ONCE = 256  # messages, before requests have their turn again
 DEVICE = (None, "GPU", "gpu")  # other media are farther away than the cache that is mirrored
 
@@ -26,6 +33,7 @@ class Mirrors:
     def __init__(self, index: PrefixIndex[Worker], block_size: int) -> None:
         self.index, self.block_size = index, block_size
         self.events = self.gaps = self.unread = 0
+        self.other_size = False  # has been told
         self._sockets: dict[Worker, zmq.Socket[bytes]] = {}
         self._next: dict[Worker, int] = {}
 
@@ -87,17 +95,30 @@ class Mirrors:
 
     def apply(self, worker: Worker, event: dict[str, Any] | Sequence[Any]) -> None:
         if not isinstance(event, dict):
-            event = dict(zip(FIELDS, event, strict=False))
+            names = FIELDS.get(event[0], ("type",))
+            event = dict(zip(names, event, strict=False))
         self.events += 1
         kind = event["type"]
         if kind == "AllBlocksCleared":
             self.index.clear(worker)
         elif event.get("medium") not in DEVICE:
             return
-        elif kind == "BlockStored" and event["block_size"] == self.block_size:
+        elif kind == "BlockStored" and event["block_size"] != self.block_size:
+            if not self.other_size:
+                told = f"{worker.url} has blocks of {event['block_size']} tokens"
+                print(f"{told}; use --block-size, or its events are not read", file=sys.stderr)
+            self.other_size = True
+            self.unread += 1
+        elif kind == "BlockStored" and not _is_of_more_than_tokens(event):
             self.index.stored(
                 worker, event["block_hashes"], event["parent_block_hash"], event["token_ids"],
                 self.block_size,
             )  # fmt: skip
         elif kind == "BlockRemoved":
             self.index.removed(worker, event["block_hashes"])
+
+
+def _is_of_more_than_tokens(event: dict[str, Any]) -> bool:
+    """An adapter's keys and values, or those of an image: plain requests do not find them."""
+    adapter = event.get("lora_id") is not None or event.get("lora_name") is not None
+    return adapter or any(key is not None for key in event.get("extra_keys") or ())

@@ -14,6 +14,7 @@ class Asked(Protocol):
     """What a policy looks at of a request."""
 
     keys: Any  # what it keeps there
+    missed: int  # tokens that the worker has to compute, as it believes
 
     @property
     def parsed(self) -> dict[str, Any]: ...
@@ -21,6 +22,10 @@ class Asked(Protocol):
 
 class Policy(Protocol):
     """Chooses one of `workers`, of which there is at least one; all of them may be used."""
+
+    @property
+    def token_s(self) -> float:
+        """The most seconds that a worker may take for a token of a prompt."""
 
     def choose(self, exchange: Asked, workers: Sequence[Worker]) -> Worker: ...
 
@@ -36,6 +41,8 @@ class Policy(Protocol):
 
 class Plain:
     """A policy that learns nothing from what becomes of its choices."""
+
+    token_s = 5e-4  # of an 8B model on a GPU it is a tenth of that, or less
 
     def began(self, exchange: Asked, worker: Worker) -> None: ...
 

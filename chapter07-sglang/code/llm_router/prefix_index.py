@@ -138,23 +138,24 @@ class PrefixIndex(Generic[Holder]):
     ) -> None:
         """The blocks called `names` hold `tokens`, after the block `parent` (None: at the top)."""
         mirror = self.mirror(worker)
-        if not mirror.exact:
-            self.clear(worker)
-            mirror.exact = True
         key = ROOT if parent is None else mirror.names.get(parent)
-        if key is None:  # what is before it was stored before we listened
+        if key is None:  # what is before it was stored before we listened: that is only guessed
             return
+        mirror.exact = True
         for i, name in enumerate(names):
             key = hash((key, *tokens[i * size : (i + 1) * size]))
             if name not in mirror.names:
                 mirror.names[name] = key
                 mirror.stored[key] = mirror.stored.get(key, 0) + 1
                 self._add(mirror, key)
+                if mirror.guessed:  # what is stored takes the place of what was, before we listened
+                    self._check(mirror, mirror.guessed.popitem(last=False)[0])
 
     def removed(self, worker: Holder, names: Sequence[Any]) -> None:
         mirror = self.mirror(worker)
         for name in names:
             if (key := mirror.names.pop(name, None)) is not None:
+                mirror.guessed.pop(key, None)
                 mirror.stored[key] -= 1
                 if not mirror.stored[key]:
                     del mirror.stored[key]

@@ -1,8 +1,11 @@
 """The blocks of a request's prompt, as its worker's prefix cache will cut them."""
 
+import json
+import time
 from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
+from functools import partial
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -25,7 +28,8 @@ class PromptKeys:
         """`tokenizer` is a folder with tokenizer.json, and tokenizer_config.json for chats."""
         self.block_size = block_size
         self._encode: Any = None
-        self._recent = RecentTokens(lambda text: self._encode(text))
+        self._recent = RecentTokens(lambda text: self._encode(text, add_special_tokens=False))
+        self._specials: list[int] = []  # before a prompt that is no chat
         self._template: Any = None
         if tokenizer is not None:
             self._load(Path(tokenizer))
@@ -37,48 +41,77 @@ class PromptKeys:
             self._encode = Tokenizer.from_file(str(folder / "tokenizer.json")).encode
         except Exception as error:  # tokenizers raises its own Exception itself
             raise UsageError(f"--tokenizer {folder} has no tokenizer.json: {error}") from error
-        config = folder / "tokenizer_config.json"
-        settings = orjson.loads(config.read_bytes()) if config.exists() else {}
-        file = folder / "chat_template.jinja"
-        source = file.read_text("utf-8") if file.exists() else settings.get("chat_template")
-        if isinstance(source, str):
-            from jinja2.sandbox import ImmutableSandboxedEnvironment
+        one = self._encode("a")
+        plain = one.special_tokens_mask.index(0) if 0 in one.special_tokens_mask else 0
+        self._specials = one.ids[:plain]
+        try:
+            self._load_template(folder)
+        except Exception as error:  # not JSON, not UTF-8, no template
+            raise UsageError(f"--tokenizer {folder} has a broken chat template: {error}") from error
 
-            environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
-            self._template = environment.from_string(source)
-            self._words = {k: v for k, v in settings.items() if isinstance(v, str)}
+    def _load_template(self, folder: Path) -> None:
+        """As transformers' apply_chat_template has it."""
+        config, file = folder / "tokenizer_config.json", folder / "chat_template.jinja"
+        settings = orjson.loads(config.read_bytes()) if config.exists() else {}
+        source = file.read_text("utf-8") if file.exists() else settings.get("chat_template")
+        if isinstance(source, list):  # several, by name
+            source = {each["name"]: each["template"] for each in source}.get("default")
+        if source is None:
+            return
+        from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+        environment = ImmutableSandboxedEnvironment(
+            trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+        )
+        environment.globals.update(raise_exception=_refuse, strftime_now=time.strftime)
+        environment.filters["tojson"] = partial(json.dumps, ensure_ascii=False)
+        self._template = environment.from_string(source)
+        words = {k: v["content"] if _is_token(v) else v for k, v in settings.items()}
+        self._words = {k: v for k, v in words.items() if isinstance(v, str)}
 
     def __call__(self, exchange: Asked) -> tuple[Sequence[int], int, int]:
         """Block keys, tokens in all, and tokens of a block."""
         body, size = exchange.parsed, self.block_size
-        prompt = body.get("prompt", body.get("text"))
-        if isinstance(prompt, list) and prompt and all(type(token) is int for token in prompt):
+        named = (body[name] for name in ("prompt", "text", "input_ids") if body.get(name))
+        prompt, chat = next(named, ""), "messages" in body
+        if isinstance(prompt, list) and type(prompt[0]) is not int:
+            prompt = prompt[0]  # of many
+        if isinstance(prompt, list) and all(type(token) is int for token in prompt):
             return block_keys(prompt[: MOST_BLOCKS * size], size), len(prompt), size
-        if isinstance(prompt, list):
-            prompt = prompt[0] if prompt else ""
-        if "messages" in body:
-            text = self._chat(body["messages"])
-        else:
-            text = prompt if isinstance(prompt, str) else ""
+        text = self._chat(body) if chat else prompt if isinstance(prompt, str) else ""
         if self._encode is not None:
             ids = self._recent.ids(text)
+            if self._specials and body.get("add_special_tokens", not chat):
+                ids = self._specials + ids
             return block_keys(ids[: MOST_BLOCKS * size], size), len(ids), size
         raw = text.encode("utf-8", "replace")
         keys = text_keys(raw[: MOST_BLOCKS * size * BYTES_PER_TOKEN], size * BYTES_PER_TOKEN)
         return keys, len(raw) // BYTES_PER_TOKEN, size
 
-    def _chat(self, messages: Any) -> str:
+    def _chat(self, body: dict[str, Any]) -> str:
+        messages = body["messages"]
         if not isinstance(messages, list):
             return ""
         if self._template is not None:
             try:
-                return str(self._template.render(
-                    messages=messages, add_generation_prompt=True, **self._words
-                ))  # fmt: skip
+                given = {
+                    "add_generation_prompt": body.get("add_generation_prompt", True),
+                    "tools": body.get("tools"), **(body.get("chat_template_kwargs") or {}),
+                }  # fmt: skip
+                return str(self._template.render({**self._words, "messages": messages, **given}))
             except Exception:  # whatever a client's messages do to a template: the worker refuses
                 return ""
         parts = [m for m in messages if isinstance(m, dict)]
         return "".join(f"<{m.get('role')}>{m.get('content')}" for m in parts)
+
+
+def _is_token(value: object) -> bool:
+    return isinstance(value, dict) and "content" in value
+
+
+def _refuse(message: str) -> None:
+    """What templates call raise_exception."""
+    raise ValueError(message)
 
 
 class RecentTokens:

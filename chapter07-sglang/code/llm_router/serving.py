@@ -12,6 +12,7 @@ import uvicorn
 import uvloop
 
 from distlab.errors import RunError, UsageError
+from distlab.host import allow_open_files
 from llm_router.balancer import Router, Settings
 from llm_router.cache_aware import CacheAware
 from llm_router.client import Client
@@ -23,6 +24,7 @@ from llm_router.prompts import PromptKeys
 from llm_router.worker import Worker
 
 BACKLOG = 1024
+OPEN_FILES = 65536  # a client's and a worker's connection for each request, and those kept
 
 
 def serve(args: Namespace, settings: Settings) -> None:
@@ -55,14 +57,23 @@ async def _serve(
         router.add(worker)
         if mirrors is not None:
             mirrors.follow(worker)
-    stop = asyncio.Event()
+    stop, hurry = asyncio.Event(), asyncio.Event()
+
+    def signalled() -> None:
+        (hurry if stop.is_set() else stop).set()
+
     for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, stop.set)
-    with listening(args.host, args.port, "--port") as data, \
-            listening(args.host, args.control_port, "--control-port") as control:  # fmt: skip
+        loop.add_signal_handler(number, signalled)
+    allow_open_files(OPEN_FILES)
+    admin_at = args.control_host, args.control_port
+    with (
+        listening(args.host, args.port, "--port") as data,
+        listening(*admin_at, "--control-port") as control,
+    ):
         server = await loop.create_server(lambda: Client(router), sock=data, backlog=BACKLOG)
         admin = Admin(uvicorn.Config(
-            control_app(router, mirrors), log_config=None, access_log=False, ws="none"
+            control_app(router, mirrors), log_config=None, access_log=False, ws="none",
+            timeout_graceful_shutdown=1,
         ))  # fmt: skip
         serving = loop.create_task(admin.serve([control]))
         watch = Watch(router)
@@ -72,10 +83,10 @@ async def _serve(
         gc.freeze()
         gc.set_threshold(50_000, 20, 50)
         for name, socket_ in (("control plane", control), ("router", data)):
-            print("{} at http://{}:{}".format(name, *socket_.getsockname()[:2]), flush=True)
+            print("{} at http://{}:{}".format(name, *written(socket_)), flush=True)
         await stop.wait()
         server.close()
-        await router.stop(args.grace)
+        await router.stop(args.grace, hurry)
         await watch.close()
         admin.should_exit = True
         await serving
@@ -91,10 +102,16 @@ class Admin(uvicorn.Server):
         yield
 
 
+def written(listener: socket.socket) -> tuple[str, int]:
+    host, port = listener.getsockname()[:2]
+    return (f"[{host}]" if ":" in host else host), port
+
+
 @contextmanager
 def listening(host: str, port: int, flag: str) -> Iterator[socket.socket]:
     try:
-        made = socket.create_server((host, port), backlog=BACKLOG)
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        made = socket.create_server((host, port), family=family, backlog=BACKLOG)
     except (OSError, OverflowError) as error:
         raise RunError(f"{flag} {port} cannot be used ({error}); choose another, or 0") from error
     with made, suppress(OSError):

@@ -1,11 +1,13 @@
 """A worker as the router sees it: its connections, its load, and whether it may be used."""
 
 import asyncio
+import errno
 from collections.abc import Callable
 from typing import Any, Protocol
 from urllib.parse import urlsplit
 
 from distlab.errors import UsageError
+from llm_router.continuation import is_whole
 from llm_router.http import (
     HEAD_END,
     MOST_HEAD,
@@ -18,6 +20,7 @@ from llm_router.http import (
 
 CONNECT_S = 2.0
 MOST_IDLE = 256  # connections kept to a worker
+LACKS = (errno.EMFILE, errno.ENFILE, errno.EADDRNOTAVAIL, errno.ENOBUFS)
 MOST_WHOLE = 64 * 2**20  # bytes of an answer that is not streamed
 
 
@@ -29,6 +32,9 @@ class Asker(Protocol):
     head: RequestHead
 
     @property
+    def client(self) -> Any: ...
+
+    @property
     def splice(self) -> object: ...
     @property
     def ended(self) -> bool: ...
@@ -37,7 +43,8 @@ class Asker(Protocol):
     def events(self, events: bytes) -> None: ...
     def stream_ends(self) -> None: ...
     def whole(self, head: ResponseHead, body: bytes) -> None: ...
-    def failed(self, why: str, fault: bool = True) -> None: ...
+    def again(self) -> None: ...
+    def failed(self, why: str, died: bool = False) -> None: ...
 
 
 class Worker:
@@ -50,9 +57,10 @@ class Worker:
             port = parts.port
         except ValueError:
             port = None
-        if parts.scheme != "http" or not parts.hostname or port is None or parts.path:
+        more = parts.path or parts.query or parts.fragment or "@" in parts.netloc
+        if parts.scheme != "http" or not parts.hostname or not port or more:
             raise UsageError(f"worker {url!r} is no address; use one like http://127.0.0.1:8000")
-        self.host, self.port = parts.hostname, port
+        self.host, self.port, self.netloc = parts.hostname, port, parts.netloc
         self.kv_events = kv_events
         self.models: tuple[str, ...] = ()
         self.load = self.reads = self.requests = self.failures = 0
@@ -93,14 +101,15 @@ class Upstream(asyncio.Protocol):
     """
 
     __slots__ = (
-        "_body", "_buffer", "_events", "_head", "_pieces", "_size", "exchange", "transport",
-        "worker",
+        "_body", "_buffer", "_events", "_head", "_pieces", "_reused", "_size", "exchange",
+        "transport", "worker",
     )  # fmt: skip
 
     def __init__(self, worker: Worker) -> None:
         self.worker = worker
         self.exchange: Asker | None = None
         self.transport: Any = None
+        self._reused = False
         self._reset()
 
     def _reset(self) -> None:
@@ -109,7 +118,7 @@ class Upstream(asyncio.Protocol):
         self._body: ChunkedBody | None = None
         self._events = b""  # half of one
         self._pieces: list[bytes] = []  # of a whole answer
-        self._size = 0
+        self._size = 0  # of its body
 
     def connection_made(self, transport: Any) -> None:
         self.transport = transport
@@ -203,20 +212,35 @@ class Upstream(asyncio.Protocol):
             exchange.whole(head, body)
 
     def _stream_received(self, exchange: Asker, data: bytes) -> None:
-        payload = self._body.feed(data) if self._body is not None else data
-        events = self._events + payload.replace(b"\r\n", b"\n")
+        if self._body is not None:
+            payload = self._body.feed(data)
+            complete, rest = self._body.done, self._body.rest
+        elif (length := self._head.fields.length) is not None:  # type: ignore[union-attr]
+            missing = length - self._size
+            payload, rest = data[:missing], data[missing:]
+            self._size += len(payload)
+            complete = self._size == length
+        else:
+            payload, rest, complete = data, b"", False
+        events = (self._events + payload).replace(b"\r\n", b"\n")
         end = events.rfind(b"\n\n") + 2
         if end < 2:
             end = 0
         self._events = events[end:]
         if end:
             exchange.events(events[:end])
-        if self._body is not None and self._body.done and self.exchange is exchange:
-            rest, half = self._body.rest, self._events
-            if half and not exchange.ended:
+        if complete and self.exchange is exchange:
+            if not self._all_came(exchange):
                 raise HttpError(502, "the stream ended in half an event")
             self._done(exchange, rest)
             exchange.stream_ends()
+
+    def _all_came(self, exchange: Asker) -> bool:
+        """At the end of a stream. The empty line after its last event may be missing."""
+        half, self._events = self._events, b""
+        if half and is_whole(half):
+            exchange.events(half.rstrip() + b"\n\n")
+        return not half.strip() or is_whole(half) or exchange.ended
 
     def _done(self, exchange: Asker, rest: bytes = b"") -> None:
         """The exchange is over; the connection waits for the next one, if it may."""
@@ -225,6 +249,9 @@ class Upstream(asyncio.Protocol):
         exchange.upstream = None
         reusable = head is not None and not head.fields.close and not rest
         self._reset()
+        self._reused = True
+        if exchange.client.paused:  # that was for this client only
+            self.transport.resume_reading()
         if reusable and not self.transport.is_closing() and len(self.worker.idle) < MOST_IDLE:
             self.worker.idle.append(self)
         else:
@@ -242,16 +269,24 @@ class Upstream(asyncio.Protocol):
             return
         exchange.upstream = None
         if head is not None and head.fields.length is None and not head.fields.chunked:
-            if exchange.streams and not self._events and exchange.ended:
+            if exchange.streams and self._all_came(exchange) and exchange.ended:
                 exchange.stream_ends()
                 return
             if not exchange.streams and error is None:
                 exchange.whole(head, b"".join(self._pieces))
                 return
-        exchange.failed("the connection broke off" if head else "no answer came")
+        if self._reused and head is None and not self._buffer:  # it was closing already
+            exchange.again()
+        else:
+            exchange.failed("the connection broke off" if head else "no answer came", died=True)
 
     def pause_writing(self) -> None:
         """A body that the worker takes slowly is in memory already: nothing to hold back."""
+
+
+def lacks(error: Exception) -> bool:
+    """Whether it is this process, and not the worker, that has nothing left to connect with."""
+    return isinstance(error, OSError) and error.errno in LACKS
 
 
 async def connect(worker: Worker, made: Callable[[Upstream], None]) -> None:
