@@ -52,6 +52,7 @@ BODY = {"model": "fake", "prompt": "x" * 900, "max_tokens": 64}
 EVENTS, CLIENTS, AT_ONCE = 64, 32, 16
 ANSWER = {"model": "fake", "max_tokens": 20, "temperature": 0}
 ADVANTAGE = 1.5
+EVEN = 1.10  # requests of the busiest worker, over the mean
 PROBES = 3  # requests of a router's own, at most, until a worker is used again
 
 
@@ -190,8 +191,9 @@ def replay_trace(run: Run, args: Namespace, python: Path | None) -> None:
     hit, even, _, rate, _ = rows[f"{OURS}: cache_aware"]
     others = [row for name, row in rows.items() if not name.startswith(OURS)]
     if args.preset != "smoke":
-        run.check_above("hit rate", hit, max([0.9, *(row[0] for row in others)]))
-        run.check_below("requests of the busiest worker, over the mean", even, 1.10)
+        as_even = [row[0] for row in others if row[1] <= EVEN]  # affinity alone is no art
+        run.check_above("hit rate, the highest at so even a load", hit, max([0.9, *as_even]))
+        run.check_below("requests of the busiest worker, over the mean", even, EVEN)
     if others:
         most = max(row[3] for row in others)
         run.check_above("requests/s", rate, most, "the best of theirs", of_time=True)
