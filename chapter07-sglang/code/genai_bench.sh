@@ -80,6 +80,7 @@ if [ -e "$out/run" ] && [ ! -f "$out/run/experiment_metadata.json" ]; then
 fi
 mkdir -p "$out" || refuse "--out $out cannot be made; name another"
 rm -rf "${out:?}/run"
+echo "genai-bench loads $url for some minutes; what it says goes to $out/log.txt" >&2
 export HF_HUB_OFFLINE=1 NO_PROXY=127.0.0.1,localhost no_proxy=127.0.0.1,localhost
 genai-bench benchmark --api-backend "${engine,,}" --api-base "$url" --api-key "${OPENAI_API_KEY:-none}" \
     --api-model-name "$names" --task text-to-text --model-tokenizer "$directory" \
